@@ -12,6 +12,8 @@ must leave no trace (padding, rows that have ended) are written to the dead slot
 Shape letters: L layers, B batch, T tokens fed per row, G key/value heads, S slots, D head size, M branches.
 """
 
+import threading
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -43,10 +45,11 @@ class KVCache:
         self.k_LBGSD = torch.zeros(shape, device=device, dtype=dtype)
         self.v_LBGSD = torch.zeros(shape, device=device, dtype=dtype)
 
-    @staticmethod
-    def bytes_needed(config, batch: int, trunk: int, branches: int, steps: int, itemsize: int) -> int:
-        slots = trunk + branches * steps + 1
-        return 2 * config.num_layers * batch * config.num_kv_heads * slots * config.head_dim * itemsize
+    def copy_trunk(self, other: "KVCache", length: int) -> None:
+        """Take over the first `length` positions of another cache of the same model."""
+        if self is not other:
+            self.k_LBGSD[:, :, :, :length] = other.k_LBGSD[:, :, :, :length]
+            self.v_LBGSD[:, :, :, :length] = other.v_LBGSD[:, :, :, :length]
 
     def write(self, layer: int, slots_BT: torch.Tensor, k_BTGD: torch.Tensor, v_BTGD: torch.Tensor) -> None:
         row_B1 = torch.arange(slots_BT.shape[0], device=slots_BT.device)[:, None]
@@ -76,3 +79,57 @@ class KVCache:
         slots_BM = torch.where(live_B[:, None], self.trunk + branch_M + step_B[:, None] * self.branches, self.dead)
         chain = (self.trunk, self.steps if steps is None else steps, step_B)
         return Placement(limit_BM + step_B[:, None], slots_BM, limit_BM, extent, tight, chain)
+
+
+class SpeculationCache:
+    """Outcome -> chain, for the round in flight: filled by the draft lane, read by the loop while it is being filled.
+
+    fork() once, then append() after every chain step; whoever reads takes the steps that are there. A look-up is one
+    dictionary access. The two events let the reader wait for the first moment at which an answer exists.
+    """
+
+    def __init__(self):
+        self.branch_of: dict[tuple[int, int, int], int] = {}
+        self.steps: list[tuple[list[list[int]], torch.Tensor | None]] = []  # (tokens [B][M], log q (B, M, V)) a step
+        self.top: list = []  # [B][T][M] the best tokens of every outcome in order, to learn from
+        self.forked, self.ready = threading.Event(), threading.Event()
+        self.error: BaseException | None = None
+        self.work = None  # the draft lane's Pending that fills this cache
+
+    @contextmanager
+    def filling(self):
+        """Whatever happens to the work inside, nobody waits for this cache for ever."""
+        try:
+            yield
+        except BaseException as error:
+            self.error = error
+            raise
+        finally:
+            self.forked.set()
+            self.ready.set()
+
+    def fork(self, tokens_BM: list[list[int]], depths_BM: list[list[int]], top: list) -> None:
+        for row, (tokens, depths) in enumerate(zip(tokens_BM, depths_BM)):
+            for branch, (depth, token) in enumerate(zip(depths, tokens)):
+                self.branch_of[row, depth, token] = branch
+        self.top = top
+        self.forked.set()
+
+    def append(self, tokens_BM: list[list[int]], logq_BMV: torch.Tensor | None) -> None:
+        self.steps.append((tokens_BM, logq_BMV))
+        self.ready.set()
+
+    def look_up(self, row: int, accepted: int, token: int) -> int | None:
+        """The branch prepared for "exactly `accepted` draft tokens, then `token`", or None: a miss."""
+        return self.branch_of.get((row, accepted, token))
+
+    def rank(self, row: int, accepted: int, token: int) -> int | None:
+        """The place of the token that came among the draft's best for that outcome; None if it is not among them."""
+        best = self.top[row][accepted]
+        return best.index(token) if token in best else None
+
+    def chain(self, row: int, branch: int, length: int) -> tuple[list[int], list[torch.Tensor] | None]:
+        """The first `length` prepared tokens of a branch and, unless the coupling is `shared`, their log q (V,)."""
+        taken = self.steps[:length]
+        tokens = [tokens_BM[row][branch] for tokens_BM, _ in taken]
+        return tokens, [logq[row, branch] for _, logq in taken] if taken and taken[0][1] is not None else None

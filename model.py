@@ -22,6 +22,11 @@ from kernels import tree_attention
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+ROPE_KEYS = (
+    "rope_type", "type", "rope_theta", "partial_rotary_factor", "factor", "original_max_position_embeddings",
+    "low_freq_factor", "high_freq_factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim",
+    "truncate", "finetuned",
+)  # fmt: skip
 # What config.json may say about computing that this file does not implement unless it has exactly this value.
 FIXED = {"hidden_act": "silu", "partial_rotary_factor": 1.0, "pretraining_tp": 1}
 
@@ -61,7 +66,8 @@ class Config:
         if raw.get("quantization_config"):
             raise ValueError("the checkpoint is quantised, wanted plain weights: use the unquantised checkpoint")
         hidden, heads = _whole(raw, "hidden_size"), _whole(raw, "num_attention_heads")
-        layers = _whole(raw, "num_hidden_layers")
+        layers = _whole(raw, "num_hidden_layers", most=4096)
+        rope, theta = _rope(raw)
         config = cls(
             model_type=kind,
             vocab_size=_whole(raw, "vocab_size"),
@@ -73,12 +79,12 @@ class Config:
             head_dim=_whole(raw, "head_dim", hidden // heads or 1),
             max_positions=_whole(raw, "max_position_embeddings", 2048),
             norm_eps=_real(raw, "rms_norm_eps", 1e-6),
-            rope_theta=_real({**raw, **(raw.get("rope_parameters") or {})}, "rope_theta", 10000.0),
-            rope=_rope(raw),
-            tied=bool(raw.get("tie_word_embeddings", False)),
-            qkv_bias=bool(raw.get("attention_bias", False)) or kind == "qwen2",
-            out_bias=bool(raw.get("attention_bias", False)) and kind != "qwen2",
-            mlp_bias=bool(raw.get("mlp_bias", False)),
+            rope_theta=theta,
+            rope=rope,
+            tied=_flag(raw, "tie_word_embeddings"),
+            qkv_bias=_flag(raw, "attention_bias") or kind == "qwen2",
+            out_bias=_flag(raw, "attention_bias") and kind != "qwen2",
+            mlp_bias=_flag(raw, "mlp_bias"),
             qk_norm=kind == "qwen3",
             windows=_windows(raw, kind, layers),
         )
@@ -92,30 +98,41 @@ class Config:
         return config
 
 
-def _whole(raw: dict, key: str, default: int | None = None) -> int:
+def _whole(raw: dict, key: str, default: int | None = None, least: int = 1, most: int = 1 << 24) -> int:
     value = raw.get(key)
     value = default if value is None else value
-    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 1 << 24:
-        raise ValueError(f"config.json says {key} = {value!r}, wanted a whole number from 1 to 2^24: fetch it again")
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+        raise ValueError(f"config.json says {key} = {value!r}, wanted a whole number, {least} to {most}: fetch it again")
+    return value
+
+
+def _flag(raw: dict, key: str, default: bool = False) -> bool:
+    value = raw.get(key)
+    value = default if value is None else value
+    if not isinstance(value, bool):
+        raise ValueError(f"config.json says {key} = {value!r}, wanted true or false: fetch it again")
     return value
 
 
 def _real(raw: dict, key: str, default: float | None = None) -> float:
     value = raw.get(key)
     value = default if value is None else value
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < float("inf"):
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < 1e300:
         raise ValueError(f"config.json says {key} = {value!r}, wanted a non-negative number: fetch it again")
     return float(value)
 
 
-def _rope(raw: dict) -> dict:
-    """RoPE scaling as one flat dict with a "type"; transformers 5 calls it rope_parameters, 4 rope_scaling."""
+def _rope(raw: dict) -> tuple[dict, float]:
+    """RoPE scaling as one flat dict with a "type", and theta; transformers 5 says rope_parameters, 4 rope_scaling."""
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     if not isinstance(rope, dict):
         raise ValueError(f"the RoPE scaling in config.json is {rope!r}, wanted an object: fetch it again")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ROPE_TYPES:
         raise ValueError(f"rope type is {kind!r}, wanted one of {', '.join(ROPE_TYPES)}: use another checkpoint")
+    for key, value in rope.items():
+        if key not in ROPE_KEYS or (key == "partial_rotary_factor" and value not in (1.0, None)):
+            raise ValueError(f"RoPE scaling has {key} = {value!r}, which is not implemented: use another checkpoint")
     needs = {
         "default": (),
         "linear": ("factor",),
@@ -123,31 +140,36 @@ def _rope(raw: dict) -> dict:
         "yarn": ("factor",),
     }[kind]
     flat = {key: _real(rope, key) for key in needs}
+    theta = _real(raw | rope, "rope_theta", 10000.0)
     if kind == "yarn":
         original = rope.get("original_max_position_embeddings") or raw.get("max_position_embeddings")
         flat["original_max_position_embeddings"] = _real({"original": original}, "original")
         flat |= {key: _real(rope, key, default) for key, default in (("beta_fast", 32.0), ("beta_slow", 1.0))}
         flat |= {key: _real(rope, key) for key in ("attention_factor", "mscale", "mscale_all_dim") if rope.get(key)}
-        flat["truncate"] = bool(rope.get("truncate", True))
-    if any(flat.get(key) == 0 for key in needs):
-        raise ValueError(f"the RoPE scaling in config.json holds a zero: {rope!r}, fetch it again")
-    return {"type": kind, **flat}
+        flat["truncate"] = _flag(rope, "truncate", True)
+    if any(value == 0 for key, value in flat.items() if key != "truncate") or theta <= 1:
+        raise ValueError(f"RoPE has theta {theta} and {rope!r}, wanted theta > 1 and no zeros: fetch config.json again")
+    if kind == "llama3" and flat["low_freq_factor"] >= flat["high_freq_factor"]:
+        raise ValueError(f"RoPE has low_freq_factor >= high_freq_factor in {rope!r}: fetch config.json again")
+    return {"type": kind, **flat}, theta
 
 
 def _windows(raw: dict, kind: str, layers: int) -> tuple[int, ...]:
-    window = raw.get("sliding_window")
-    if kind == "llama" or not window or (kind != "mistral" and not raw.get("use_sliding_window", False)):
-        return (0,) * layers
-    window = _whole(raw, "sliding_window")
+    """One sliding window per layer, 0 for none. Defaults are transformers': a config.json may leave them out."""
+    slides = kind == "mistral" or (kind != "llama" and _flag(raw, "use_sliding_window"))
+    window = raw.get("sliding_window", 4096) if slides else None
+    window = _whole(raw, "sliding_window", 4096) if window else 0
     types = raw.get("layer_types")
     if types is None:  # Qwen: the first max_window_layers see everything; Mistral: every layer slides
-        full = 0 if kind == "mistral" else _whole(raw, "max_window_layers", layers)
-        types = ["full_attention"] * min(full, layers) + ["sliding_attention"] * max(layers - full, 0)
+        full = _whole(raw, "max_window_layers", 28, least=0) if window and kind != "mistral" else 0
+        full = min(full, layers) if window else layers
+        types = ["full_attention"] * full + ["sliding_attention"] * (layers - full)
     if not isinstance(types, list) or len(types) != layers:
         raise ValueError(f"layer_types has not one entry for each of {layers} layers: fetch config.json again")
     for name in types:
-        if name not in ("full_attention", "sliding_attention"):
-            raise ValueError(f"layer type {name!r} is not implemented, wanted full_attention or sliding_attention")
+        if name != "full_attention" and not (window and name == "sliding_attention"):
+            wanted = "full_attention" + " or sliding_attention" * bool(window)
+            raise ValueError(f"layer type {name!r} is not implemented here, wanted {wanted}: use another checkpoint")
     return tuple(window if name == "sliding_attention" else 0 for name in types)
 
 

@@ -1,0 +1,107 @@
+"""Fan-out: where the draft's budget of M branches goes, learnt from the run itself.
+
+Knows: how often each outcome happened and how well the draft ranked the next token. Does not know: tensors, models.
+Read next: steps.py (fork), ssd.py.
+
+P_j is the probability that exactly j draft tokens are accepted; m(F) the chance that the next token is not among the
+draft's F best scores. Branch number F + 1 for outcome j is worth P_j * (m(F) - m(F + 1)): each next branch goes where
+that is largest, which is optimal as long as m is convex. Only past outcomes are used, so every mode stays exact.
+"""
+
+import heapq
+
+from sampling import CHAIN
+
+PRIOR_ACCEPTANCE, PRIOR_WEIGHT = 0.8, 8.0
+# (c, b) of the prior m(F) = c * F^-b. A rejected position's token is harder to guess than the bonus token.
+PRIOR_MISS = {"rejected": (0.45, 1.0), "bonus": (0.25, 1.2)}
+REVISE_EVERY = 16
+
+
+def allocate(probability: list[float], miss: list[list[float]], budget: int) -> list[int]:
+    """F_j for every outcome j, summing to exactly `budget`, that maximises sum_j P_j * (1 - miss[j][F_j]).
+
+    probability  P_j for j = 0..L
+    miss         for each j the curve m_j(0) = 1, m_j(1), ..., at least budget + 1 long, decreasing and convex
+    """
+    fan_out = [0] * len(probability)
+    gain = lambda j: probability[j] * (miss[j][fan_out[j]] - miss[j][fan_out[j] + 1])  # noqa: E731
+    heap = [(-gain(j), j) for j in range(len(probability))]
+    heapq.heapify(heap)
+    for _ in range(budget):
+        _, j = heapq.heappop(heap)
+        fan_out[j] += 1
+        if fan_out[j] < budget:
+            heapq.heappush(heap, (-gain(j), j))
+    return fan_out
+
+
+def convex(curve: list[float]) -> list[float]:
+    """The greatest convex decreasing curve below a measured one: noise must not make the greedy choice wrong."""
+    hull = []
+    for point in enumerate(curve):
+        while len(hull) > 1:
+            (x0, y0), (x1, y1) = hull[-2:]
+            if (y1 - y0) * (point[0] - x0) < (point[1] - y0) * (x1 - x0):
+                break
+            hull.pop()
+        hull.append(point)
+    out = []
+    for (x0, y0), (x1, y1) in zip(hull, hull[1:]):
+        out += [y0 + (y1 - y0) * (x - x0) / (x1 - x0) for x in range(x0, x1)]
+    return out + [hull[-1][1]]
+
+
+class FanOut:
+    """The fan-out lists of one run. observe() after every row's round, lists() before every fork."""
+
+    def __init__(self, k: int, budget: int, adaptive: bool = True):
+        self.k, self.budget, self.adaptive = k, budget, adaptive
+        self.tested, self.accepted = [0] * k, [0] * k
+        self.seen = {"rejected": 0, "bonus": 0}
+        self.ranks = {use: [0] * (budget + 1) for use in self.seen}  # the last bin: not among the `budget` best
+        self._lists, self._age = {}, 0
+
+    def observe(self, kind: int, length: int, accepted: int, rank: int | None) -> None:
+        """One row's outcome. rank: the place of the next token among the draft's scores for it, None if beyond M."""
+        if kind == CHAIN:
+            for place in range(min(accepted + 1, length)):
+                self.tested[place] += 1
+                self.accepted[place] += place < accepted
+        use = "rejected" if accepted < length else "bonus"
+        self.seen[use] += 1
+        self.ranks[use][self.budget if rank is None else rank] += 1
+        self._age += 1
+        if self._age >= REVISE_EVERY and self.adaptive:
+            self._lists, self._age = {}, 0
+
+    @property
+    def acceptance(self) -> float:
+        """Accepted over tested tokens, with the prior's weight."""
+        return (sum(self.accepted) + PRIOR_WEIGHT * PRIOR_ACCEPTANCE) / (sum(self.tested) + PRIOR_WEIGHT)
+
+    def outcome_probabilities(self, length: int) -> list[float]:
+        """P_0..P_L: each place's measured acceptance, drawn towards the overall rate while it has few tests."""
+        overall, still, out = self.acceptance, 1.0, []
+        for place in range(length):
+            a = (self.accepted[place] + PRIOR_WEIGHT * overall) / (self.tested[place] + PRIOR_WEIGHT)
+            out.append(still * (1 - a))
+            still *= a
+        return out + [still]
+
+    def miss_curve(self, use: str) -> list[float]:
+        c, b = PRIOR_MISS[use]
+        beyond, curve = self.seen[use], [1.0]
+        for F in range(1, self.budget + 1):
+            beyond -= self.ranks[use][F - 1]
+            curve.append((beyond + PRIOR_WEIGHT * c * F**-b) / (self.seen[use] + PRIOR_WEIGHT))
+        return convex(curve)
+
+    def lists(self, kind: int, length: int) -> list[int]:
+        """F_0..F_L for a round whose proposal has this kind and length."""
+        key = (kind, length)
+        if key not in self._lists:
+            rejected, bonus = self.miss_curve("rejected"), self.miss_curve("bonus")
+            P = self.outcome_probabilities(length)
+            self._lists[key] = allocate(P, [rejected] * length + [bonus], self.budget)
+        return self._lists[key]

@@ -1,0 +1,216 @@
+"""Grow a small checkpoint to the cost of a large one without changing what it computes.
+
+Knows: which shapes there are, and where the numbers of the small model go in the large one. Does not know: files
+(weights.py), how a model computes (model.py). Read next: weights.py, whose table of tensors this file walks.
+
+Why: real acceptance and hit rates at the compute and memory traffic of, say, Llama-3.1-8B, with nothing to download.
+Small letters are the small model's sizes, capitals the large one's:
+
+* The residual stream lives in the first d of D columns; the rest stay zero, because o_proj and down_proj have zero rows
+  there. RMSNorm divides by D instead of d, which weights * sqrt(d/D) and eps * d/D undo.
+* A head of h dimensions becomes one of n*h: dimension i goes to n*i, so that rotary pair i turns as fast as before. The
+  rest of k and v is zero; q is scaled by sqrt(n), because attention divides by sqrt(n*h). With q/k norm (Qwen3) the rest
+  of q is zero too; there the scale sits in the norms' weights, and q and k are scaled to suit the shared eps.
+* Query head t of KV head j stays under KV head j. If the large model has fewer query heads for each KV head, several
+  copies of KV head j share them. New heads, new feed-forward units and new layers compute, and are multiplied by zero.
+* New words need logits that are never drawn. Column d of the residual stream holds the constant c, c^2 = eps*d/2, and
+  eps becomes eps*d/(2D): every norm stays exact. The final norm alone lets c through, to the new rows of lm_head, whose
+  logits are -30,000 where they are lowest (finite in float16) and fall off as 1/rms of the final hidden state.
+
+Everything else is random, and not zero, since zeros draw less power and let a GPU run faster than it would.
+"""
+
+from pathlib import Path
+
+import torch
+
+from model import Config, Transformer
+from weights import Fill, Piece, build_model, load_model, parse_config, pieces_of, read_config
+
+NAMES = {
+    "hidden": "hidden_size", "layers": "num_hidden_layers", "heads": "num_attention_heads",
+    "kv_heads": "num_key_value_heads", "head_dim": "head_dim", "ffn": "intermediate_size", "vocab": "vocab_size",
+}  # fmt: skip
+# The published sizes. What a shape does not name stays the checkpoint's own, so 60m and 200m (of the demo target, whose
+# 4,096 words make the embedding small) keep the vocabulary.
+SHAPES = {
+    "60m": (768, 9, 12, 4, 64, 2048, None),
+    "200m": (1024, 17, 16, 4, 64, 2816, None),
+    "llama-3.2-1b": (2048, 16, 32, 8, 64, 8192, 128256),
+    "llama-3.1-8b": (4096, 32, 32, 8, 128, 14336, 128256),
+    "qwen3-8b": (4096, 36, 32, 8, 128, 12288, 151936),
+    "llama-3.1-70b": (8192, 80, 64, 8, 128, 28672, 128256),
+}
+RANDOM, ZERO = -1, -2  # rows and columns of a large tensor that no row or column of the small one goes to
+LOWEST = 30000.0  # float16 ends at 65504
+
+
+def parse_shape(text: str) -> dict[str, int]:
+    """A preset's name, or sizes like `hidden=1024,layers=12`, as {name: size}."""
+    if text in SHAPES:
+        return {name: size for name, size in zip(NAMES, SHAPES[text], strict=True) if size}
+    shape = {}
+    for part in text.split(","):
+        name, _, size = part.partition("=")
+        if name not in NAMES or not (size.isascii() and size.isdigit()) or not 1 <= len(size) <= 8 or int(size) == 0:
+            raise ValueError(
+                f"shape {text[:100]!r} is unknown: give one of {', '.join(SHAPES)}, or sizes like hidden=1024,layers=12 "
+                f"out of {', '.join(NAMES)}"
+            )
+        shape[name] = int(size)
+    return shape
+
+
+def grow_config(raw: dict, shape: dict[str, int]) -> dict:
+    """The config.json of the grown model. ValueError names the dimension that cannot grow so."""
+    small = Config.from_dict(raw)
+    old = (small.hidden_size, small.num_layers, small.num_heads, small.num_kv_heads, small.head_dim)
+    old = dict(zip(NAMES, (*old, small.intermediate_size, small.vocab_size), strict=True))
+    new = old | shape
+    for name, size in old.items():
+        if new[name] < size:
+            raise ValueError(f"{name}={new[name]} is less than the checkpoint's {size}: ask for at least {name}={size}")
+    if new["head_dim"] % old["head_dim"]:
+        raise ValueError(f"head_dim={new['head_dim']} is no multiple of the checkpoint's: use {2 * old['head_dim']}")
+    if new["heads"] % new["kv_heads"]:
+        raise ValueError(f"heads={new['heads']} is no multiple of kv_heads={new['kv_heads']}: choose one that is")
+    need = old["kv_heads"] * _copies(small.num_heads // small.num_kv_heads, new["heads"] // new["kv_heads"])
+    if new["kv_heads"] < need:
+        raise ValueError(
+            f"heads={new['heads']} over kv_heads={new['kv_heads']} has no room for the checkpoint's {old['heads']} over "
+            f"{old['kv_heads']}: ask for kv_heads={need} or more heads"
+        )
+    if small.rope["type"] == "yarn" and new["head_dim"] != old["head_dim"]:
+        raise ValueError("head_dim cannot grow with yarn RoPE, whose bands depend on it: leave head_dim as it is")
+    words = new["vocab"] > old["vocab"]
+    if words and not (new["hidden"] > old["hidden"] and small.norm_eps > 0):
+        raise ValueError(f"vocab={new['vocab']} needs a spare column and rms_norm_eps > 0: make hidden larger as well")
+    grown = raw | {NAMES[name]: size for name, size in new.items()}
+    grown["rms_norm_eps"] = small.norm_eps * old["hidden"] / new["hidden"] / (2 if words else 1)
+    grown["tie_word_embeddings"] = small.tied and not words
+    if types := raw.get("layer_types"):
+        grown["layer_types"] = types + types[-1:] * (new["layers"] - old["layers"])
+    return grown
+
+
+def _copies(queries: int, room: int) -> int:
+    """KV heads it takes to serve `queries` query heads at `room` of them for each."""
+    return -(-queries // room)
+
+
+class Growth:
+    """The large model's tensors, one at a time: `fill` writes one piece from the small model `source` and noise."""
+
+    def __init__(self, source: Transformer, config: Config, seed: int = 0):
+        small = source.config
+        self.config, self.small = config, small
+        self.device = source.embed.weight.device
+        self.generator = torch.Generator(self.device).manual_seed(seed)
+        self.old = pieces_of(source)
+        self.old.setdefault("lm_head.weight", source.embed.weight.data)
+        self.axes = self._axes()
+        n = config.head_dim // small.head_dim
+        self.scale = {"input_layernorm": (small.hidden_size / config.hidden_size) ** 0.5, "q_proj": n**0.5}
+        self.scale["post_attention_layernorm"] = self.scale["norm"] = self.scale["input_layernorm"]
+        if config.qk_norm:
+            shared = (n * config.norm_eps / small.norm_eps) ** 0.5 if small.norm_eps else 1.0
+            self.scale |= {"q_proj": shared, "k_proj": shared, "k_norm": n**-0.5}
+        self.constant = self.loud = 0.0
+        if config.vocab_size > small.vocab_size:
+            self.constant = (small.norm_eps * small.hidden_size / 2) ** 0.5
+            # The final norm makes of c: weight * sqrt(eps*D/2) / rms. Half of the volume goes to the norm's weight and
+            # half to lm_head, so that neither leaves float16.
+            most = (small.norm_eps * config.hidden_size / 2) ** 0.5 / smallest_rms(source, self.generator)
+            self.loud = (LOWEST / most) ** 0.5
+
+    def _axes(self) -> dict[str, torch.Tensor]:
+        """For each letter of a piece's axes: where each index of the large model comes from, or RANDOM, or ZERO."""
+        small, large = self.small, self.config
+        h, n = small.head_dim, large.head_dim // small.head_dim
+        queries, room = small.num_heads // small.num_kv_heads, large.num_heads // large.num_kv_heads
+        copies = _copies(queries, room)
+        spread = torch.full((large.head_dim,), ZERO)
+        spread[::n] = torch.arange(h)
+        q, k = [], []
+        for head in range(large.num_kv_heads):
+            kv, copy = divmod(head, copies)
+            used = kv < small.num_kv_heads
+            k.append(torch.where(spread >= 0, spread + kv * h, ZERO) if used else torch.full_like(spread, RANDOM))
+            for query in range(copy * room, (copy + 1) * room):
+                first = (kv * queries + query) * h
+                mine = used and query < queries
+                # Between a spread query's numbers anything may stand, as k is zero there: unless a norm adds it up.
+                rest = ZERO if large.qk_norm else RANDOM
+                q.append(torch.where(spread >= 0, spread + first, rest) if mine else torch.full_like(spread, RANDOM))
+        axes = {"Q": torch.cat(q), "K": torch.cat(k), "D": spread}
+        for letter, size, old in (
+            ("E", large.hidden_size, small.hidden_size),
+            ("F", large.intermediate_size, small.intermediate_size),
+            ("V", large.vocab_size, small.vocab_size),
+        ):
+            index = torch.arange(size)
+            axes[letter] = torch.where(index < old, index, RANDOM)
+        return {letter: index.to(self.device) for letter, index in axes.items()}
+
+    def fill(self, piece: Piece, out: torch.Tensor) -> None:
+        """Write one tensor of the large model. To be called in the order of weights.pieces, for the same noise."""
+        role, kind = piece.theirs.split(".")[-2:]
+        d, new_layer = self.small.hidden_size, piece.layer >= self.small.num_layers
+        rows = torch.full_like(self.axes[piece.axes[0]], RANDOM) if new_layer else self.axes[piece.axes[0]]
+        if role.endswith("norm"):
+            out.fill_(self.scale.get(role, 1.0))
+        elif kind == "bias" or role in ("o_proj", "down_proj", "embed_tokens"):
+            out.zero_()
+        else:
+            # Uniform with the variance 1/D: what a new unit computes stays of the order of 1.
+            bound = (3 / self.config.hidden_size) ** 0.5
+            out.uniform_(-bound, bound, generator=self.generator)
+            out[rows == ZERO] = 0.0
+        if not new_layer:
+            self._copy(piece, role, rows, out)
+        if not self.constant:
+            return
+        if role in ("input_layernorm", "post_attention_layernorm"):
+            out[d] = 0.0  # no layer sees the constant
+        elif role == "norm":
+            out[d] = self.loud
+        elif role == "embed_tokens":
+            out[:, d] = self.constant
+        elif role == "lm_head":
+            out[:, d] = torch.where(rows >= 0, 0.0, -self.loud).to(out.dtype)
+
+    def _copy(self, piece: Piece, role: str, rows: torch.Tensor, out: torch.Tensor) -> None:
+        old = self.old[piece.theirs] * self.scale.get(role, 1.0)
+        to = (rows >= 0).nonzero()[:, 0]
+        if len(piece.axes) == 1 or piece.theirs.endswith("bias"):
+            out[to] = old[rows[to]].to(out.dtype)
+            return
+        columns = self.axes[piece.axes[1]]
+        at = (columns >= 0).nonzero()[:, 0]
+        out[to[:, None], at] = old[rows[to][:, None], columns[at]].to(out.dtype)
+
+
+@torch.no_grad()
+def smallest_rms(source: Transformer, generator: torch.Generator) -> float:
+    """The least root mean square that the final norm meets on 1,024 random words of the small model."""
+    seen = []
+    hook = source.layers[-1].register_forward_hook(lambda module, inputs, x_BTE: seen.append(x_BTE.double()))
+    source.set_positions(64)
+    device = source.embed.weight.device
+    source(torch.randint(source.config.vocab_size, (16, 64), generator=generator, device=device), logits=False)
+    hook.remove()
+    return (seen[0].square().mean(-1) + source.config.norm_eps).min().sqrt().item()
+
+
+def grown(text: str, folder: Path, device, dtype: torch.dtype, seed: int = 0) -> tuple[dict, Config, Fill]:
+    """config.json, config and fill function of the checkpoint in `folder` grown to the shape `text`."""
+    raw = grow_config(read_config(folder), parse_shape(text))
+    config = parse_config(raw, folder)
+    source = load_model(folder, device, torch.float64 if dtype == torch.float64 else torch.float32)
+    return raw, config, Growth(source, config, seed).fill
+
+
+def load_inflated(text: str, folder: Path, device="cpu", dtype: torch.dtype = torch.float32) -> Transformer:
+    """The grown model, made on the device layer by layer; only the small one is read."""
+    _, config, fill = grown(text, folder, device, dtype)
+    return build_model(config, fill, device, dtype)

@@ -1,0 +1,206 @@
+"""Sampling: noise, warping, drawing, acceptance, Saguaro. Pure functions of tensors, vectorised over rows.
+
+Knows: logits, distributions, the noise that all randomness comes from. Does not know: models, caches, devices' queues,
+texts. Read next: fanout.py, which spends the draft's budget, and steps.py, which calls this behind every forward pass.
+
+A draw from a distribution d is argmax over tokens of log d + G, where the Gumbel noise G is a pure function of
+(seed, row, position, purpose, token). It needs no generator and no state, so the draft can ask for the very noise
+that the target will draw with: that is what makes outcomes predictable and texts equal in every mode.
+
+Shape letters: B rows, T positions, K draft tokens, M branches, V vocabulary. p is the target, q the draft.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+TOKEN, ACCEPT, RESIDUAL = 1, 2, 3  # purposes: the target's or draft's own draw, the accept test, the residual's draw
+NONE, CHAIN, FIXED = 0, 1, 2  # kinds of a proposal: nothing, drawn from q, a fixed token
+COUPLINGS = ("shared", "maximal", "independent")
+
+
+class Params(NamedTuple):
+    """How each row samples; tensors (B,) on the model's device. `row_B` is the sequence's number, not its place.
+
+    greedy and filtered are host-known shortcuts: every temperature is 0; some row has a top-k or top-p.
+    """
+
+    temperature_B: torch.Tensor
+    top_k_B: torch.Tensor
+    top_p_B: torch.Tensor
+    seed_B: torch.Tensor
+    row_B: torch.Tensor
+    greedy: bool
+    filtered: bool
+
+    @classmethod
+    def make(cls, temperature, top_k, top_p, seed, row, device) -> "Params":
+        """Lists with one value per row; top_k 0 and top_p 1 mean off. Seeds are any 64-bit whole numbers."""
+        signed = [s - (1 << 64) if s >= 1 << 63 else s for s in seed]
+        tensor = lambda values, dtype: torch.tensor(values, dtype=dtype, device=device)  # noqa: E731
+        return cls(
+            tensor(temperature, torch.float32),
+            tensor([k or 1 << 30 for k in top_k], torch.int64),
+            tensor(top_p, torch.float32),
+            tensor(signed, torch.int64),
+            tensor(row, torch.int64),
+            greedy=not any(temperature),
+            filtered=any(top_k) or any(p < 1 for p in top_p),
+        )
+
+
+# ---- noise
+
+
+def _mix(x: torch.Tensor) -> torch.Tensor:
+    """Scramble int32 words so that each input bit flips each output bit half of the time.
+
+    Shifts, multiplications and constants are those of Wellons' "lowbias32" (bias 0.17 of a bit in 2^32, public domain).
+    """
+    x = (x ^ ((x >> 16) & 0xFFFF)) * 0x7FEB352D
+    x = (x ^ ((x >> 15) & 0x1FFFF)) * -0x7B935975  # 0x846ca68b as a signed word
+    return x ^ ((x >> 16) & 0xFFFF)
+
+
+def hash_words(params: Params, positions_BT: torch.Tensor, purpose: int, tokens: int | None = None) -> torch.Tensor:
+    """31-bit hash words, int32 >= 0: (B, T), or (B, T, tokens) with one for each token id. Equal on every device.
+
+    Two independent 32-bit keys a position, so that two positions of one run never share their noise vector.
+    """
+    seed_B1 = params.seed_B[:, None]
+    parts = (seed_B1, seed_B1 >> 32, params.row_B[:, None], positions_BT, torch.full_like(positions_BT, purpose))
+    key1 = key2 = None
+    for part in parts:
+        word = (part & 0xFFFFFFFF).to(torch.int32)  # wraps to the signed word with the same bits
+        key1 = _mix(word + 0x2545F491) if key1 is None else _mix(word + key1 * 5)
+        key2 = _mix(word ^ 0x5851F42D) if key2 is None else _mix((word ^ key2) * 3 + 0x14057B7F)
+    if tokens is None:
+        return _mix(key1 ^ _mix(key2)) & 0x7FFFFFFF
+    token_V = torch.arange(tokens, dtype=torch.int32, device=positions_BT.device) * -0x61C8864F
+    return _mix(_mix(token_V + key1[..., None]) ^ key2[..., None]) & 0x7FFFFFFF
+
+
+def uniform(params, positions_BT, purpose, tokens=None, dtype=torch.float32) -> torch.Tensor:
+    """Uniform noise in (0, 1) for each position, or for each position and token."""
+    words = hash_words(params, positions_BT, purpose, tokens).to(dtype)
+    # In float32 the largest words would round to 1 exactly; the nearest number below it keeps the interval open.
+    return (words * 2**-31 + 2**-32).clamp_(max=1 - 2**-24)
+
+
+def gumbel(params: Params, positions_BT, purpose: int, tokens: int, dtype=torch.float32) -> torch.Tensor:
+    """Gumbel noise (B, T, tokens), 0 for rows of temperature 0.
+
+    -log(-log(1 - v)): the large values that decide a draw come from v near 0, where floats are dense.
+    """
+    noise = uniform(params, positions_BT, purpose, tokens, dtype).neg_().log1p_().neg_().log_().neg_()
+    return noise * (params.temperature_B > 0).to(dtype)[:, None, None]
+
+
+# ---- distributions
+
+
+def widen(logits: torch.Tensor) -> torch.Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def warp(logits_BTV: torch.Tensor, params: Params) -> torch.Tensor:
+    """Temperature, then top-k, then top-p: unnormalised log probabilities, -inf where a token is out. float32 or more.
+
+    Rows of temperature 0 keep their logits: they take the argmax, which no filter changes. Tokens that tie with the
+    last one kept are kept too, so the outcome does not hang on the order in which a device sorts.
+    """
+    x = widen(logits_BTV)
+    if params.greedy:
+        return x
+    temperature = params.temperature_B.to(x.dtype)
+    x = x / torch.where(temperature > 0, temperature, 1.0)[:, None, None]
+    if not params.filtered:
+        return x
+    V = x.shape[-1]
+    sorted_BTV = x.sort(-1, descending=True).values
+    kth = (params.top_k_B.clamp(max=V) - 1)[:, None, None].expand(*x.shape[:2], 1)
+    bound = sorted_BTV.gather(-1, kth)
+    probs = sorted_BTV.masked_fill(sorted_BTV < bound, float("-inf")).softmax(-1)
+    before = probs.cumsum(-1) - probs
+    top_p = params.top_p_B.to(x.dtype)[:, None, None]
+    kept = ((before < top_p) | (top_p >= 1)).sum(-1, keepdim=True).clamp(min=1)
+    bound = torch.maximum(bound, sorted_BTV.gather(-1, kept - 1))
+    return x.masked_fill(x < bound, float("-inf"))
+
+
+def log_probs(warped_BTV: torch.Tensor, params: Params) -> torch.Tensor:
+    """Normalised log probabilities; a row of temperature 0 is certain of its first argmax."""
+    x = warped_BTV.log_softmax(-1)
+    certain = torch.full_like(x, float("-inf")).scatter_(-1, x.argmax(-1, keepdim=True), 0.0)
+    return torch.where((params.temperature_B > 0)[:, None, None], x, certain)
+
+
+def noisy(warped_BTV, params: Params, positions_BT, purpose: int = TOKEN) -> torch.Tensor:
+    """Scores whose argmax is the draw, and whose ranking is the draft's ranking of likely draws."""
+    if params.greedy:
+        return warped_BTV
+    return warped_BTV + gumbel(params, positions_BT, purpose, warped_BTV.shape[-1], warped_BTV.dtype)
+
+
+def saguaro(logq_BTV: torch.Tensor, params: Params, top_BT: torch.Tensor, c: float) -> torch.Tensor:
+    """Saguaro's q': the top_BT likeliest tokens of each position weighed down by 0 < c <= 1, then renormalised.
+
+    The target's residual then has its mass where the draft looks for it (Kumar, Dao, May 2026). Temperature 0 as is.
+    """
+    rank_BTV = logq_BTV.argsort(-1, descending=True, stable=True).argsort(-1)
+    lowered = torch.where(rank_BTV < top_BT[..., None], logq_BTV + torch.tensor(c).log(), logq_BTV).log_softmax(-1)
+    return torch.where((params.temperature_B > 0)[:, None, None], lowered, logq_BTV)
+
+
+# ---- acceptance: what a round decides
+
+
+def accept_shared(draws_BT: torch.Tensor, tokens_BK: torch.Tensor, length_B: torch.Tensor):
+    """Coupling `shared`: accept while the proposal is the target's own draw. -> accepted (B,), next token (B,).
+
+    draws_BT, T = K + 1, are the target's draws x_0..x_K; tokens_BK the proposal, valid up to length_B.
+    """
+    K = tokens_BK.shape[1]
+    same_BK = (draws_BT[:, :K] == tokens_BK) & (torch.arange(K, device=length_B.device) < length_B[:, None])
+    accepted_B = same_BK.cumprod(1).sum(1)
+    return accepted_B, draws_BT.gather(1, accepted_B[:, None])[:, 0]
+
+
+def accept_exact(warped_BTV, logq_BKV, tokens_BK, length_B, kind_B, params: Params, start_B):
+    """Couplings `maximal` and `independent`: the exact rule for what each proposal was. -> accepted (B,), next (B,).
+
+    warped_BTV are the target's warped logits, T = K + 1, row i for position start_B + i; logq_BKV the normalised log
+    distribution that each CHAIN token was really drawn from (ignored for FIXED). A token that is out of range, or
+    whose q is not a distribution, ends the proposal before it, as if it had never been made.
+    """
+    B, K = tokens_BK.shape
+    V = warped_BTV.shape[-1]
+    logp_BTV = log_probs(warped_BTV, params)
+    place_K = torch.arange(K, device=length_B.device)
+    is_chain_B1 = (kind_B == CHAIN)[:, None]
+    safe_BK = tokens_BK.clamp(0, V - 1)
+    logq_d = logq_BKV.gather(-1, safe_BK[..., None])[..., 0]
+    sound_BK = (tokens_BK == safe_BK) & (~is_chain_B1 | (logq_BKV.exp().sum(-1) - 1).abs().lt(1e-3) & logq_d.isfinite())
+    valid_BK = sound_BK.cumprod(1).bool() & (place_K < length_B[:, None])
+    length_B = valid_BK.sum(1)
+
+    # u < p/q, and not <=: a token of probability 0 must never pass, not even for the smallest u.
+    ratio_BK = (logp_BTV[:, :K].gather(-1, safe_BK[..., None])[..., 0] - torch.where(is_chain_B1, logq_d, 0.0)).exp()
+    u_BK = uniform(params, start_B[:, None] + place_K, ACCEPT, dtype=ratio_BK.dtype)
+    accepted_B = ((u_BK < ratio_BK) & valid_BK).cumprod(1).sum(1)
+
+    rejected_B1 = (accepted_B < length_B)[:, None]
+    at_B11 = accepted_B[:, None, None]
+    logp_BV = logp_BTV.gather(1, at_B11.expand(B, 1, V))[:, 0]
+    p_BV = logp_BV.exp()
+    at_B1 = accepted_B.clamp(max=K - 1)[:, None]
+    q_BV = logq_BKV.gather(1, at_B1[..., None].expand(B, 1, V))[:, 0].exp()
+    fixed_BV = torch.zeros_like(p_BV).scatter_(1, safe_BK.gather(1, at_B1), 2.0)  # p - 2 < 0: the token itself is out
+    left_BV = (p_BV - torch.where(is_chain_B1, q_BV, fixed_BV)).clamp_(min=0)
+    left_BV = torch.where(left_BV.sum(-1, keepdim=True) > 0, left_BV, p_BV)
+    scores_BV = torch.where(rejected_B1, left_BV.log(), logp_BV)
+    if not params.greedy:
+        position_B1 = (start_B + accepted_B)[:, None]
+        token, residual = (gumbel(params, position_B1, use, V, p_BV.dtype)[:, 0] for use in (TOKEN, RESIDUAL))
+        scores_BV = scores_BV + torch.where(rejected_B1, residual, token)
+    return accepted_B, scores_BV.argmax(-1)

@@ -1,0 +1,362 @@
+"""Speculative speculative decoding: one loop for plain decoding (AR), speculative decoding (SD), and SSD.
+
+Knows: rows, proposals, outcomes, and who waits for whom. Does not know: how a pass computes (steps.py), where it runs
+(runtime.py), where the budget goes (fanout.py). Read first: Decoding.rounds and the two methods below it, which are
+the whole method on one screen. Read next: steps.py.
+
+    AR   feed the pending token, draw the next
+    SD   the draft proposes K tokens, the target verifies them in one pass; they take turns
+    SSD  while the target verifies, the draft prepares a chain for every likely outcome; the next proposal is a look-up
+
+Source: Kumar, Dao, May, "Speculative Speculative Decoding", ICLR 2026 (arXiv 2603.03251).
+"""
+
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from cache import SpeculationCache
+from fanout import FanOut
+from pair import Model, check_memory, check_pair
+from rows import Row, make_rows, sampling_params
+from runtime import Devices, Lane, Pending, peak_memory_gb
+from sampling import CHAIN, FIXED, NONE
+from settings import Settings
+from speed import Figures
+from steps import Feed, Runner
+
+SETTINGS_SHOWN = ("mode", "k", "fan_out", "cut", "fallback", "coupling", "temperature", "seed")
+# How long the target waits for a draft that should have answered: this, or so many times the draft's slowest job yet.
+PATIENCE_S, PATIENCE_TIMES = 2.0, 20
+
+
+@dataclass
+class Proposal:
+    """What the next verification tries, per row: draft tokens, their kind, and the log q they were drawn from."""
+
+    tokens: list[list[int]]
+    kind: list[int]
+    logq: list[list[torch.Tensor] | None]
+
+    @classmethod
+    def none(cls, rows: int) -> "Proposal":
+        return cls([[] for _ in range(rows)], [NONE] * rows, [None] * rows)
+
+    def put(self, row: int, kind: int, tokens: list[int], logq=None) -> None:
+        if tokens:
+            self.tokens[row], self.kind[row], self.logq[row] = tokens, kind, logq
+
+
+class Decoding:
+    """One generation: its rows, the target and the draft on their lanes, and the rounds that advance them."""
+
+    def __init__(self, rows: list[Row], settings: Settings, target: Runner, target_lane: Lane,
+                 draft: Runner | None, draft_lane: Lane | None, warn):  # fmt: skip
+        self.rows, self.settings, self.mode, self.warn = rows, settings, settings.mode, warn
+        self.target, self.target_lane = target, target_lane
+        self.draft, self.draft_lane = draft, draft_lane
+        self.fan_out = FanOut(settings.k, settings.fan_out)
+        self.figures = Figures(rows, settings)
+        self.slowest_draft_s = 0.0
+
+    # ---- the loop
+
+    def rounds(self) -> Iterator[None]:
+        """Play rounds until every row has ended. Yields once a round, while the next one is already running."""
+        self.prefill()
+        proposal = self.nothing()
+        while self.live():
+            feed = self.feed(proposal)
+            verdict = self.target_lane.start("verify", self.target.verify, feed, proposal.kind, proposal.logq)
+            chains = self.start_preparing(feed, proposal, verdict) if self.mode == "ssd" else None
+            yield  # the caller prints the last round's text while this one runs
+            accepted, following = verdict.result()
+            self.emit(proposal, accepted, following, verdict)
+            if self.mode == "ssd":
+                proposal = self.take(chains, proposal, accepted, following)
+            elif self.mode == "sd":
+                proposal = self.draft_now(self.live())
+            else:
+                proposal = self.nothing()
+        self.figures.end = time.perf_counter()
+        yield
+
+    def prepare(self, chains: SpeculationCache, feed: Feed, fan_out, weigh, verdict: Pending) -> None:
+        """The draft's side of a round, on its own lane: extend, fork, then chains until the verdict is in."""
+        with chains.filling():
+            with self.draft_lane.span("extend"):
+                scores = self.draft.extend(feed)
+            with self.draft_lane.span("fork"):
+                depths = [[j for j, F in enumerate(row) for _ in range(F)] for row in fan_out]
+                ranks = [[rank for F in row for rank in range(F)] for row in fan_out]
+                branches, best = self.draft.fork(scores, depths, ranks)
+                chains.fork(branches, depths, best)
+            for step in range(self.settings.k):
+                if step > 0 and self.settings.cut and verdict.done():
+                    break  # cut by the clock alone: no token's value decides whether it is drawn
+                with self.draft_lane.span("chain step"):
+                    branches, logq = self.draft.chain_step(feed, branches, depths, step, weigh[step])
+                    chains.append(branches, logq)
+
+    def take(self, chains: SpeculationCache, tried: Proposal, accepted, following) -> Proposal:
+        """The look-up: rows that hit get the chain prepared for their outcome, rows that miss fall back."""
+        proposal, missed, live = self.nothing(), [], self.live()
+        if not live or not self.answered(chains.forked, chains):
+            return proposal
+        begin = time.perf_counter()
+        branch = {b: chains.look_up(b, accepted[b], following[b]) for b in live}
+        if any(found is not None for found in branch.values()) and not self.answered(chains.ready, chains):
+            return proposal
+        if not self.settings.cut:
+            self.await_draft(chains.work, self.patience())
+        for b in live:
+            if branch[b] is None:
+                missed.append(b)
+            else:
+                proposal.put(b, CHAIN, *chains.chain(b, branch[b], self.rows[b].room(self.settings.k)))
+        self.figures.looked_up(begin, len(live), missed, len(chains.steps))
+        for b in live:
+            self.fan_out.observe(tried.kind[b], len(tried.tokens[b]), accepted[b], chains.rank(b, accepted[b], following[b]))
+        return self.fall_back(proposal, missed) if missed else proposal
+
+    def fall_back(self, proposal: Proposal, missed: list[int]) -> Proposal:
+        """Rows that missed: draft now and wait (jit), or guess from their own text (fast)."""
+        k, how = self.settings.k, self.settings.fallback
+        guesses = {b: self.rows[b].guess(self.rows[b].room(k)) for b in missed} if how != "jit" else {}
+        if how == "auto":
+            how = "jit" if self.figures.prefers_jit([len(g) for g in guesses.values()], k) else "fast"
+        if how == "jit":
+            return self.draft_now(missed, proposal)
+        for b, guess in guesses.items():
+            proposal.put(b, FIXED, guess)
+        return proposal
+
+    # ---- the steps of a round
+
+    def nothing(self) -> Proposal:
+        return Proposal.none(len(self.rows))
+
+    def live(self) -> list[int]:
+        return [b for b, row in enumerate(self.rows) if row.finish is None]
+
+    def prefill(self) -> None:
+        """Both models read the prompts, all but their last token, at the same time."""
+        self.figures.begin = time.perf_counter()
+        ids, kept = [row.ids[row.kept : -1] for row in self.rows], [row.kept for row in self.rows]
+        reading = self.target_lane.start("prefill", self.target.prefill, ids, kept)
+        if self.mode != "ar":
+            drafting = self.draft_lane.start("prefill", self.draft.prefill, ids, kept)
+        reading.result()
+        if self.mode != "ar":
+            self.await_draft(drafting, 10 + PATIENCE_TIMES * (reading.end - reading.begin))
+
+    def feed(self, proposal: Proposal) -> Feed:
+        live, V = set(self.live()), self.target.model.config.vocab_size
+        if wrong := [d for tokens in proposal.tokens for d in tokens if not 0 <= d < V]:
+            self.lose_draft(f"it proposed the token id {wrong[0]}")
+            proposal = self.nothing()
+        longest = max(len(tokens) for tokens in proposal.tokens)
+        T = 1 + (self.settings.k if self.target.policy.static and self.mode != "ar" else longest)
+        feed = Feed([], [], [])
+        for b, row in enumerate(self.rows):
+            fed = [row.ids[-1], *proposal.tokens[b]] if b in live else []
+            feed.tokens.append(fed + [0] * (T - len(fed)))
+            feed.start.append(len(row.ids) - 1 if fed else 0)
+            feed.count.append(len(fed))
+        return feed
+
+    def start_preparing(self, feed: Feed, proposal: Proposal, verdict: Pending) -> SpeculationCache:
+        chains = SpeculationCache()
+        fan_out = [self.fan_out.lists(kind, len(d)) for kind, d in zip(proposal.kind, proposal.tokens)]
+        chains.work = self.draft_lane.start("prepare", self.prepare, chains, feed, fan_out, self.weigh(), verdict)
+        return chains
+
+    def weigh(self) -> list[int | None]:
+        """Saguaro: how many of the draft's top tokens to weigh down at each place of a chain (None: off)."""
+        k = self.settings.k
+        if self.settings.saguaro_c == 1:
+            return [None] * k
+        return [F + 1 for F in self.fan_out.lists(CHAIN, k)[:k]]
+
+    def emit(self, proposal: Proposal, accepted: list[int], following: list[int], verdict: Pending) -> None:
+        """Append d_1..d_j and r' to every live row, at once; what lies behind an end of text is dropped."""
+        live = self.live()
+        self.figures.prefilled = self.figures.prefilled or time.perf_counter()
+        self.figures.verified(proposal.kind, [len(d) for d in proposal.tokens], accepted, live, verdict)
+        for b in live:
+            for token in (*proposal.tokens[b][: accepted[b]], following[b]):
+                if self.rows[b].finish is None:
+                    self.rows[b].push(token)
+
+    def draft_now(self, wanted: list[int], proposal: Proposal | None = None) -> Proposal:
+        """The draft decodes a chain for the wanted rows, and the target waits for it."""
+        proposal = self.nothing() if proposal is None else proposal
+        if wanted and (work := self.draft_lane.start("draft", self.decode_now, wanted, self.weigh())):
+            drafted = self.await_draft(work, self.patience())
+            for b, (tokens, logq) in (drafted or {}).items():
+                proposal.put(b, CHAIN, tokens, logq)
+            self.figures.jit_s.append(work.end - work.begin)
+        return proposal
+
+    def decode_now(self, wanted: list[int], weigh) -> dict[int, tuple[list[int], list | None]]:
+        """On the draft's lane: ordinary decoding of up to K tokens. The last two tokens are fed first, because after a
+        wholly accepted proposal the draft has not read its own last token yet."""
+        rows, k = self.rows, self.settings.k
+        out = {b: ([], None if self.settings.coupling == "shared" else []) for b in wanted}
+        feed = Feed([r.ids[-2:] for r in rows], [len(r.ids) - 2 for r in rows], [2] * len(rows))
+        for b in set(range(len(rows))) - set(wanted):
+            feed.start[b] = feed.count[b] = 0
+        for step in range(max(rows[b].room(k) for b in wanted)):
+            tokens, logq_BV = self.draft.decode(feed, weigh[step])
+            for b in wanted:
+                out[b][0].append(tokens[b])
+                if logq_BV is not None:
+                    out[b][1].append(logq_BV[b])
+            start = [s + c for s, c in zip(feed.start, feed.count)]
+            feed = Feed([[token] for token in tokens], start, [min(c, 1) for c in feed.count])
+        return {b: (tokens[: rows[b].room(k)], logq) for b, (tokens, logq) in out.items()}
+
+    # ---- a draft that fails: the target goes on alone and says so once
+
+    def patience(self) -> float:
+        return max(PATIENCE_S, PATIENCE_TIMES * self.slowest_draft_s)
+
+    def answered(self, event, chains: SpeculationCache) -> bool:
+        if not event.wait(self.patience()):
+            self.lose_draft(f"it did not answer within {self.patience():.3g} s")
+        elif chains.error is not None:
+            self.lose_draft(str(chains.error) or type(chains.error).__name__)
+        return self.mode == "ssd"
+
+    def await_draft(self, work: Pending, limit_s: float):
+        try:
+            value = work.result(limit_s)
+            self.slowest_draft_s = max(self.slowest_draft_s, work.end - work.begin)
+            return value
+        except Exception as error:
+            self.lose_draft(str(error) or type(error).__name__)
+
+    def lose_draft(self, why: str) -> None:
+        if self.mode != "ar":
+            self.mode = "ar"
+            self.draft_lane.broken = True
+            self.warn(f"the draft failed ({why}): the target goes on alone, the text stays right")
+
+
+# ---- the engine around it
+
+
+@dataclass
+class Result:
+    """What generate() returns, a list entry per prompt; stats is the terminal contract's JSON object."""
+
+    token_ids: list[list[int]]
+    text: list[str | None]
+    finish_reason: list[str | None]
+    stats: dict
+
+
+class Engine:
+    """A target, perhaps a draft, their tokenizer, and the lanes they run on. Make one with load()."""
+
+    def __init__(self, target: Model, draft: Model | None, devices: Devices, warn=None):
+        self.target, self.draft, self.devices = target, draft, devices
+        self.tokenizer, self.eos = target.tokenizer, target.eos
+        self.warn = warn or (lambda text: print(f"warning: {text}", file=sys.stderr))
+        self.kept: tuple | None = None  # (runners, ids) of the last generation, for the next turn of a chat
+        if draft is not None:
+            check_pair(target, draft)
+
+    def generate(self, prompts: list, keep: bool = False, **settings) -> Result:
+        """Complete a batch of prompts, each a text or a list of token ids; settings as in settings.Settings.
+
+        keep: a single prompt starts from the KV of the call before it, as far as their ids agree (a chat's turns).
+        Raises ValueError with one sentence for anything the user can set right.
+        """
+        decoding = self.start(prompts, keep, **settings)
+        for _ in decoding.rounds():
+            pass
+        return self.finish(decoding)
+
+    def stream(self, prompt, keep: bool = False, **settings) -> Iterator[str]:
+        """The text of one prompt, piece by piece, never half a character."""
+        if self.tokenizer is None:
+            raise ValueError("the checkpoint has no tokenizer files, wanted some to print text: use generate()")
+        decoding = self.start([prompt], keep, **settings)
+        for _ in decoding.rounds():
+            if piece := decoding.rows[0].piece():
+                yield piece
+        self.finish(decoding)
+
+    def start(self, prompts: list, keep: bool = False, **settings) -> Decoding:
+        """Check everything a user can get wrong, allocate the KV caches, and set up one generation."""
+        settings = Settings(**settings)
+        rows = make_rows(prompts, settings, self.tokenizer, self.eos, self.target.config)
+        if settings.mode != "ar" and self.draft is None:
+            raise ValueError(f"mode {settings.mode} needs a draft: load one with draft=..., or use mode ar")
+        target_lane, draft_lane = self.devices.lanes(settings.mode)
+        k, M = (settings.k, settings.fan_out) if settings.mode != "ar" else (0, 0)
+        longest = max(row.limit for row in rows) + k + 1
+        models = [(self.target, 0)] + [(self.draft, M if settings.mode == "ssd" else 0)] * (settings.mode != "ar")
+        if settings.mode == "ssd" and M >= self.draft.config.vocab_size:
+            raise ValueError(f"fan_out is {M}, wanted less than the vocabulary of {self.draft.config.vocab_size} tokens")
+        check_memory(models, len(rows), longest, k)
+        runners = [model.runner(len(rows), longest, k, branches) for model, branches in models]
+        if keep and len(rows) == 1:
+            self.reuse(rows[0], runners)
+        for runner in runners:
+            runner.set_rows(sampling_params(rows, settings, runner.device), settings.coupling, settings.saguaro_c)
+        draft = runners[1] if settings.mode != "ar" else None
+        return Decoding(rows, settings, runners[0], target_lane, draft, draft_lane, self.warn)
+
+    def reuse(self, row: Row, runners: list[Runner]) -> None:
+        """Take over the KV of the previous call up to where its ids and the new prompt's part."""
+        if self.kept is not None and len(self.kept[0]) == len(runners):
+            old, ids = self.kept
+            # The pending token has no KV, and after SD the draft may not have read the token before it.
+            same = min(len(ids) - 2, len(row.ids) - 1)
+            row.kept = max(0, next((i for i in range(same) if ids[i] != row.ids[i]), same))
+            for new, before in zip(runners, old):
+                new.cache.copy_trunk(before.cache, row.kept)
+
+    def finish(self, decoding: Decoding) -> Result:
+        """The result of a generation, complete or interrupted."""
+        rows, settings, figures = decoding.rows, decoding.settings, decoding.figures
+        self.kept = None
+        if len(rows) == 1 and decoding.mode == settings.mode:  # a draft that failed leaves no KV worth keeping
+            self.kept = ([decoding.target, *([decoding.draft] if decoding.draft else [])], rows[0].ids)
+        figures.end = figures.end or time.perf_counter()
+        lane, draft_lane = decoding.target_lane, decoding.draft_lane
+        stats = {name: getattr(settings, name) for name in SETTINGS_SHOWN}
+        stats |= {"target": self.target.name, "device": lane.spec, "dtype": str(self.target.dtype).split(".")[1]}
+        stats |= {"draft": None, "draft_device": None}
+        if settings.mode != "ar":
+            stats |= {"draft": self.draft.name, "draft_device": draft_lane.spec}
+        result = Result([row.new_ids for row in rows], [row.text for row in rows], [row.finish for row in rows], stats)
+        stats |= {"prompts": len(rows), "token_ids": result.token_ids, "text": result.text}
+        stats |= {"finish_reason": result.finish_reason}
+        stats |= figures.report(draft_lane.spans if draft_lane and settings.mode != "ar" else [])
+        verify_ms = stats["verify_ms"]
+        floor_s = self.target.step_bytes / self.devices.bandwidth(lane)
+        stats["bandwidth_fraction"] = floor_s / (verify_ms / 1e3) if verify_ms else None
+        stats["peak_memory_gb"] = peak_memory_gb(lane.device)
+        return result
+
+
+def load(target: str, draft: str | None = None, device: str | None = None, draft_device: str | None = None,
+         dtype: str | None = None, compile: bool | None = None) -> Engine:  # fmt: skip
+    """Load a pair of checkpoints (folders, hub ids or inflate:SHAPE:FOLDER) onto their devices.
+
+    device, draft_device: "cpu", "cpu:0-1", "cuda:1"; by default what measures best for the mode on this machine.
+    dtype: "float32", "bfloat16", "float16", "float64"; by default float32 on a CPU and bfloat16 on CUDA.
+    compile: by default only on CUDA. Raises ValueError with one sentence for anything the user can set right.
+    """
+    devices = Devices(device, draft_device)
+    return Engine(
+        Model.load(target, devices.target, dtype, compile),
+        None if draft is None else Model.load(draft, devices.draft, dtype, compile),
+        devices,
+    )

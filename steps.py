@@ -1,0 +1,247 @@
+"""One forward pass and one draw: everything that runs on a device, for the target and for the draft.
+
+Knows: a model with its KV cache and its rows' sampling parameters. Does not know: rounds, texts, hits and misses, what
+the other model does. Read next: ssd.py, which calls these in the paper's order.
+
+Token positions: a row of length N has its pending token r at position N - 1. A pass that feeds [r, d_1 .. d_L] from
+`start` = N - 1 on predicts positions N .. N + L, and the noise of a draw is always that of the position it fills.
+
+Shape letters: B rows, T positions fed, K draft tokens, M branches, V vocabulary.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from cache import KVCache
+from model import Transformer
+from runtime import Policy
+from sampling import (
+    RESIDUAL,
+    TOKEN,
+    Params,
+    accept_exact,
+    accept_shared,
+    gumbel,
+    log_probs,
+    noisy,
+    saguaro,
+    warp,
+)
+
+PREFILL_CHUNKS = (32, 256)  # prompt tokens per pass: few shapes, so that a prompt's length never recompiles
+
+
+@dataclass
+class Feed:
+    """What a model is fed in a round: [r, d_1 .. d_L] per row, padded to T; count is L + 1, 0 for ended rows."""
+
+    tokens: list[list[int]]
+    start: list[int]
+    count: list[int]
+
+
+class Runner:
+    """A model, its KV cache and B rows, on one lane. Methods run on that lane's thread; lists in, lists out.
+
+    k is the most draft tokens a round; branches 0 for a model that only verifies; coupling as in sampling.COUPLINGS.
+    """
+
+    def __init__(self, model: Transformer, batch: int, trunk: int, k: int, branches: int, policy: Policy):
+        weight = model.embed.weight
+        self.model, self.k, self.branches, self.policy = model, k, branches, policy
+        self.device, self.batch = weight.device, batch
+        self.cache = KVCache(model.config, batch, trunk, branches, k, device=weight.device, dtype=weight.dtype)
+        model.set_positions(trunk + 2 * k)
+        self.noise_dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        self.params: Params | None = None
+        self.coupling, self.saguaro_c = "shared", 1.0
+        self.steps: dict = {}
+
+    def set_rows(self, params: Params, coupling: str, saguaro_c: float) -> None:
+        """How the rows of this run sample. Static policies keep the tensors, so that graphs read the new values."""
+        same = self.params is not None and self.policy.static and self.coupling == coupling
+        if same and self.params[5:] == params[5:] and self.saguaro_c == saguaro_c:
+            for old, new in zip(self.params[:5], params[:5]):
+                old.copy_(new)
+            return
+        self.params, self.coupling, self.saguaro_c = params, coupling, saguaro_c
+        self.steps = {}
+
+    # ---- target
+
+    def prefill(self, ids: list[list[int]], start: list[int]) -> None:
+        """Read ids[b] into row b's trunk from position start[b] on; no logits."""
+        done = 0
+        longest = max(map(len, ids))
+        while done < longest:
+            left = longest - done
+            T = next((c for c in PREFILL_CHUNKS if c >= left), PREFILL_CHUNKS[-1])
+            T = T if self.policy.static else min(T, left)
+            fed = [row[done : done + T] for row in ids]
+            tokens = [row + [0] * (T - len(row)) for row in fed]
+            begins = [b + done for b in start]
+            self._call("prefill", self._prefill, Feed(tokens, begins, list(map(len, fed))))
+            done += T
+
+    def verify(self, feed: Feed, kind: list[int], logq: list) -> tuple[list[int], list[int]]:
+        """One target pass over every row's proposal. -> how many draft tokens hold [B], the next token [B].
+
+        logq[b]: for a CHAIN the log q (V,) that each of its tokens was drawn from, unless the coupling is `shared`.
+        """
+        extra = [self._tensor(kind)]
+        K, V = len(feed.tokens[0]) - 1, self.model.config.vocab_size
+        if self.coupling != "shared" and K:
+            logq_BKV = torch.zeros(self.batch, K, V, dtype=self.noise_dtype, device=self.device)
+            for b, rows in enumerate(logq):
+                for i, logq_V in enumerate((rows or ())[: feed.count[b] - 1]):
+                    logq_BKV[b, i].copy_(logq_V, non_blocking=True)
+            extra.append(logq_BKV)
+        accepted_B, next_B = self._call("verify", self._verify, feed, *extra)
+        accepted, following = torch.stack((accepted_B, next_B)).tolist()
+        return accepted, following
+
+    def _prefill(self, tokens_BT, start_B, count_B, extent, tight):
+        place = self.cache.place(start_B, count_B, tokens_BT.shape[1], extent, tight)
+        self.model(tokens_BT, place, self.cache, logits=False)
+        return start_B
+
+    def _verify(self, tokens_BT, start_B, count_B, kind_B, logq_BKV=None, *, extent, tight):
+        warped_BTV = self._warped(tokens_BT, start_B, count_B, extent, tight)
+        length_B = (count_B - 1).clamp(min=0)
+        if self.coupling == "shared":
+            draws_BT = noisy(warped_BTV, self.params, self._predicted(start_B, tokens_BT.shape[1])).argmax(-1)
+            return accept_shared(draws_BT, tokens_BT[:, 1:], length_B)
+        if logq_BKV is None:  # nothing was drafted: an ordinary draw
+            draws_BT = noisy(warped_BTV[:, :1], self.params, start_B[:, None] + 1).argmax(-1)
+            return torch.zeros_like(draws_BT[:, 0]), draws_BT[:, 0]
+        return accept_exact(
+            warped_BTV, logq_BKV, tokens_BT[:, 1:], length_B, kind_B, self.params, start_B + 1
+        )  # fmt: skip
+
+    # ---- draft
+
+    def extend(self, feed: Feed) -> torch.Tensor:
+        """One causal pass over [r, d_1 .. d_L]: repairs the trunk and returns the scores (B, T, V) to fork by."""
+        return self._call("extend", self._extend, feed)[0]
+
+    def fork(self, scores_BTV, depths, ranks) -> tuple[list, list]:
+        """Branch m of row b takes the ranks[b][m]-th best token of outcome depths[b][m]. -> tokens [B][M], top."""
+        depth_BM, rank_BM = self._tensor(depths), self._tensor(ranks)
+        tokens_BM, top_BTM, best_BT = self._step("fork", self._fork, scores_BTV, depth_BM, rank_BM)
+        _check_sound(best_BT)
+        return tokens_BM.tolist(), top_BTM.tolist()
+
+    def chain_step(self, feed: Feed, tokens, depths, step: int, top: int | None):
+        """Feed every branch its next token and draw one more. -> tokens [B][M], log q (B, M, V) or None.
+
+        feed is the round's; branch m hangs off its trunk behind the depths[b][m]-th draft token. top: for Saguaro, how
+        many of the likeliest tokens are weighed down.
+        """
+        length = [s + 1 for s in feed.start]
+        live = [min(c, 1) for c in feed.count]
+        args = [self._tensor(x) for x in (tokens, length, depths, [step] * len(tokens), live, [top or 0])]
+        if self.policy.static:
+            limits = {"extent": self.cache.trunk, "tight": False, "steps": self.cache.steps}
+        else:
+            extent = max(n + max(d) for n, d in zip(length, depths))
+            limits = {"extent": extent, "tight": True, "steps": step + 1}
+        tokens_BM, best_BM, *logq = self._step("chain", self._chain, *args, **limits)
+        _check_sound(best_BM)
+        return tokens_BM.tolist(), self._kept(logq)
+
+    def decode(self, feed: Feed, top: int | None) -> tuple[list[int], torch.Tensor | None]:
+        """One ordinary step: feed the last tokens, draw the next. -> token [B], log q (B, V) or None."""
+        token_B, best_B, *logq = self._call("decode", self._decode, feed, self._tensor([top or 0]))
+        _check_sound(best_B)
+        return token_B.tolist(), self._kept(logq)
+
+    def _extend(self, tokens_BT, start_B, count_B, extent, tight):
+        T = tokens_BT.shape[1]
+        scores_BTV = self._warped(tokens_BT, start_B, count_B, extent, tight)
+        at_BT = self._predicted(start_B, T)
+        last_BT1 = torch.arange(T, device=self.device)[:, None] >= (count_B - 1)[:, None, None]
+        if self.coupling == "shared":
+            scores_BTV = noisy(scores_BTV, self.params, at_BT, TOKEN)
+        elif self.coupling == "maximal" and not self.params.greedy:
+            # A rejected place draws with the residual's noise, the token after a whole proposal with the ordinary one.
+            V, dtype = scores_BTV.shape[-1], scores_BTV.dtype
+            token, residual = (gumbel(self.params, at_BT, use, V, dtype) for use in (TOKEN, RESIDUAL))
+            scores_BTV = scores_BTV + torch.where(last_BT1, token, residual)
+        # Had d_{j+1} been right, the outcome would not be j: it is never forked at j < L.
+        drafted_BT1 = tokens_BT.roll(-1, 1)[..., None]
+        kept = scores_BTV.gather(-1, drafted_BT1)
+        return (scores_BTV.scatter(-1, drafted_BT1, torch.where(last_BT1, kept, float("-inf"))),)
+
+    def _fork(self, scores_BTV, depth_BM, rank_BM):
+        M = depth_BM.shape[1]
+        top = scores_BTV.topk(M, -1)
+        branch_BMM = top.indices.gather(1, depth_BM[..., None].expand(-1, -1, M))
+        return branch_BMM.gather(-1, rank_BM[..., None])[..., 0], top.indices, top.values[..., 0]
+
+    def _chain(self, tokens_BM, length_B, depth_BM, step_B, live_B, top_1, extent, tight, steps):
+        place = self.cache.place_chain(length_B, depth_BM, step_B, live_B.bool(), extent, tight, steps)
+        warped_BMV = warp(self.model(tokens_BM, place, self.cache), self.params)
+        noise_BMV = None
+        if not self.params.greedy:  # many branches share few positions: hash each position once
+            T, V = self.k + 1, warped_BMV.shape[-1]
+            noise_BTV = gumbel(self.params, self._predicted(length_B + step_B, T), TOKEN, V, warped_BMV.dtype)
+            noise_BMV = noise_BTV.gather(1, depth_BM[..., None].expand(-1, -1, V))
+        return self._draft_draw(warped_BMV, noise_BMV, top_1)
+
+    def _decode(self, tokens_BT, start_B, count_B, top_1, extent, tight):
+        warped_BTV = self._warped(tokens_BT, start_B, count_B, extent, tight)
+        last_B11 = (count_B - 1).clamp(min=0)[:, None, None].expand(-1, 1, warped_BTV.shape[-1])
+        warped_B1V, at_B1 = warped_BTV.gather(1, last_B11), (start_B + count_B)[:, None]
+        noise = None
+        if not self.params.greedy:
+            noise = gumbel(self.params, at_B1, TOKEN, warped_B1V.shape[-1], warped_B1V.dtype)
+        return [out[:, 0] for out in self._draft_draw(warped_B1V, noise, top_1)]
+
+    def _draft_draw(self, warped, noise, top_1):
+        """Draw from q, or Saguaro's q', with the shared noise: token, its score, and unless `shared` what was drawn from."""
+        logq = None
+        if self.coupling != "shared":
+            warped = logq = log_probs(warped, self.params)
+            if self.saguaro_c < 1:
+                warped = logq = saguaro(logq, self.params, top_1[:, None].expand(logq.shape[:2]), self.saguaro_c)
+        best = (warped if noise is None else warped + noise).max(-1)
+        return (best.indices, best.values) if logq is None else (best.indices, best.values, logq)
+
+    # ---- helpers
+
+    def _warped(self, tokens_BT, start_B, count_B, extent, tight):
+        place = self.cache.place(start_B, count_B, tokens_BT.shape[1], extent, tight)
+        return warp(self.model(tokens_BT, place, self.cache), self.params)
+
+    def _predicted(self, start_B, T: int):
+        """The positions (B, T) that are predicted when T tokens are fed from start_B on."""
+        return start_B[:, None] + 1 + torch.arange(T, device=start_B.device)
+
+    def _tensor(self, values) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=self.device)
+
+    def _kept(self, logq: list[torch.Tensor]) -> torch.Tensor | None:
+        """An optional output that outlives the next step: a graph would overwrite it."""
+        return None if not logq else logq[0].clone() if self.policy.graphs else logq[0]
+
+    def _call(self, name: str, work, feed: Feed, *extra):
+        """Run a pass over trunk tokens. Eager: read the KV cache only as far as the longest row reaches."""
+        if self.policy.static:
+            limits = {"extent": self.cache.trunk, "tight": False}
+        else:
+            limits = {"extent": max(1, *(s + c for s, c in zip(feed.start, feed.count))), "tight": True}
+        return self._step(name, work, *map(self._tensor, (feed.tokens, feed.start, feed.count)), *extra, **limits)
+
+    def _step(self, name: str, work, *args, **limits):
+        if not self.policy.static:
+            return work(*args, **limits)
+        key = (name, *(arg.shape for arg in args))
+        if key not in self.steps:
+            self.steps[key] = self.policy.step(lambda *tensors: work(*tensors, **limits))
+        return self.steps[key](*args)
+
+
+def _check_sound(best: torch.Tensor) -> None:
+    if not best.isfinite().all():
+        raise ValueError("the draft's logits are not finite numbers")

@@ -1,0 +1,359 @@
+"""From the name of a checkpoint to a model on a device, and back to a folder.
+
+Knows: Hugging Face's files and tensor names, the hub, every mistake a user can make with a checkpoint. Does not know:
+what the numbers in config.json mean (model.py), tokenizers (tokenizer.py), how models are grown (inflation.py).
+Read next: model.py, whose parameters the table below names.
+
+A name is a folder, a hub id `owner/name`, or `inflate:SHAPE:NAME`, which grows the checkpoint NAME in memory. Weights
+are safetensors only: they are mapped into memory and copied straight to their place on the device, in its dtype.
+Nothing is allocated before the headers of all files agree with config.json. What is wrong raises a ValueError of one
+sentence: what was given, what was wanted, what to do.
+"""
+
+import json
+import math
+import os
+import reprlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from model import Config, Transformer
+
+INFLATE = "inflate:"
+FLOATS = ("F64", "F32", "F16", "BF16")
+JSON_LIMIT = 1 << 20  # bytes of config.json; real ones have a few thousand
+INDEX_LIMIT = 1 << 24  # bytes of a shard index; a 405B model's has 100,000
+# What a hub repository is asked for: no pickles, no second copy of the weights under other names.
+WEIGHT_FILES = ["config.json", "model.safetensors", "model-*.safetensors", "model.safetensors.index.json"]
+TEXT_FILES = [
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template*",
+    "generation_config.json",
+]  # fmt: skip
+
+# Our parameter -> theirs, the letters of its axes, and the Config flag that says whether it has a bias (norms: whether
+# it exists). V vocabulary, E hidden, F feed-forward, Q all query heads, K all key (or value) heads, D one head.
+TOP = (
+    ("embed", "model.embed_tokens", "VE", ""),
+    ("norm", "model.norm", "E", ""),
+    ("head", "lm_head", "VE", ""),
+)
+LAYER = (
+    ("attention_norm", "input_layernorm", "E", ""),
+    ("attention.qkv", "self_attn.q_proj", "QE", "qkv_bias"),
+    ("attention.qkv", "self_attn.k_proj", "KE", "qkv_bias"),
+    ("attention.qkv", "self_attn.v_proj", "KE", "qkv_bias"),
+    ("attention.q_norm", "self_attn.q_norm", "D", "qk_norm"),
+    ("attention.k_norm", "self_attn.k_norm", "D", "qk_norm"),
+    ("attention.out", "self_attn.o_proj", "EQ", "out_bias"),
+    ("mlp_norm", "post_attention_layernorm", "E", ""),
+    ("mlp.gate_up", "mlp.gate_proj", "FE", "mlp_bias"),
+    ("mlp.gate_up", "mlp.up_proj", "FE", "mlp_bias"),
+    ("mlp.down", "mlp.down_proj", "EF", "mlp_bias"),
+)
+
+
+class Piece(NamedTuple):
+    """One tensor of a file, and its place: rows start .. start + shape[0] of our parameter `ours`."""
+
+    theirs: str
+    ours: str
+    start: int
+    shape: tuple[int, ...]
+    axes: str
+    layer: int  # -1 for what belongs to no layer
+
+
+Fill = Callable[[Piece, torch.Tensor], object]  # writes the value of a piece into a tensor of its shape
+
+
+def pieces(config: Config) -> Iterator[Piece]:
+    """Every tensor that a checkpoint of this config has to hold, in the order of the forward pass."""
+    D = config.head_dim
+    sizes = {"V": config.vocab_size, "E": config.hidden_size, "F": config.intermediate_size}
+    sizes |= {"Q": config.num_heads * D, "K": config.num_kv_heads * D, "D": D}
+    embed, norm, head = ((ours, theirs, axes, flag, -1) for ours, theirs, axes, flag in TOP)
+    rows = [embed]
+    for layer in range(config.num_layers):
+        rows += [(f"layers.{layer}.{o}", f"model.layers.{layer}.{t}", axes, flag, layer) for o, t, axes, flag in LAYER]
+    rows += [norm] if config.tied else [norm, head]
+    filled: dict[str, int] = {}  # rows of our parameter taken so far: q, k and v are stacked
+    for ours, theirs, axes, flag, layer in rows:
+        on = not flag or getattr(config, flag)
+        if axes == "D":
+            kinds = [("weight", axes)] if on else []
+        else:
+            kinds = [("weight", axes), ("bias", axes[:1])] if flag and on else [("weight", axes)]
+        for kind, letters in kinds:
+            shape = tuple(sizes[letter] for letter in letters)
+            start = filled.get(f"{ours}.{kind}", 0)
+            filled[f"{ours}.{kind}"] = start + shape[0]
+            yield Piece(f"{theirs}.{kind}", f"{ours}.{kind}", start, shape, letters, layer)
+
+
+def split_inflate(name: str | Path) -> tuple[str, str] | None:
+    """`inflate:SHAPE:NAME` -> (SHAPE, NAME); any other name -> None."""
+    if not str(name).startswith(INFLATE):
+        return None
+    shape, _, source = str(name)[len(INFLATE) :].partition(":")
+    if not shape or not source or source.startswith(INFLATE):
+        raise ValueError(f"got {str(name)!r}, wanted inflate:SHAPE:FOLDER: write for example inflate:60m:assets/demo/target")
+    return shape, source
+
+
+def resolve(name: str | Path) -> Path:
+    """The folder of a checkpoint, fetched from the hub if the name is a hub id; of an inflated one, its source's."""
+    inflated = split_inflate(name)
+    text = inflated[1] if inflated else str(name)
+    path = os.path.expanduser(text)
+    if text.strip() and os.path.isdir(path):
+        return Path(path)
+    if os.path.exists(path):
+        raise ValueError(f"{text} is a file, wanted a folder with config.json: give {os.path.dirname(text) or '.'}")
+    if text[:1] in ("", "/", ".", "~") or text.count("/") != 1 or text.endswith("/") or "\\" in text:
+        raise ValueError(f"there is no folder {text!r}, wanted a checkpoint: give its folder or a hub id (owner/name)")
+    try:
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(text, allow_patterns=WEIGHT_FILES + TEXT_FILES))
+    except Exception as error:  # whatever the hub, the network or the disk say: its errors have no common base
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200].rstrip(".")
+        raise ValueError(
+            f"there is no folder {text!r} and fetching it from the Hugging Face hub failed ({reason}): "
+            "check the spelling and the network, or log in with `hf auth login`"
+        ) from error
+
+
+def read_json(path: Path, limit: int = JSON_LIMIT) -> dict:
+    """The object in a JSON file of at most `limit` bytes; a stranger's file costs no more than that."""
+    try:
+        with open(path, "rb") as file:
+            data = file.read(limit + 1)
+        value = json.loads(data) if len(data) <= limit else None
+    except (OSError, ValueError, RecursionError) as error:
+        reason = str(error).splitlines()[0][:200]
+        raise ValueError(f"{path} is unreadable ({reason}), wanted a JSON object: fetch the checkpoint again") from error
+    if not isinstance(value, dict):
+        got = f"a {type(value).__name__}" if len(data) <= limit else f"more than {limit} bytes"
+        raise ValueError(f"{path} holds {got}, wanted a JSON object: fetch the checkpoint again")
+    return value
+
+
+def read_config(folder: Path) -> dict:
+    """config.json as it is."""
+    if not os.path.isfile(folder / "config.json"):
+        raise ValueError(f"{folder} has no config.json, wanted a Hugging Face checkpoint: give the folder that holds it")
+    return read_json(folder / "config.json")
+
+
+def parse_config(raw: dict, folder: Path) -> Config:
+    try:
+        return Config.from_dict(raw)
+    except (ValueError, RecursionError) as error:  # a message may quote a stranger's value: keep it short
+        raise ValueError(f"{folder / 'config.json'}: {str(error)[:400]}") from error
+
+
+def load_config(name: str | Path) -> Config:
+    """The config of a checkpoint without its weights; of an inflated one, the grown config."""
+    folder, inflated = resolve(name), split_inflate(name)
+    if inflated:
+        from inflation import grow_config, parse_shape
+
+        return parse_config(grow_config(read_config(folder), parse_shape(inflated[0])), folder)
+    return parse_config(read_config(folder), folder)
+
+
+def load_model(name: str | Path, device="cpu", dtype: torch.dtype = torch.float32) -> Transformer:
+    """The checkpoint `name` on `device` in `dtype`, with no second copy in host memory. ValueError: what is wrong."""
+    folder, inflated = resolve(name), split_inflate(name)
+    if inflated:
+        from inflation import load_inflated
+
+        return load_inflated(inflated[0], folder, device, dtype)
+    config = parse_config(read_config(folder), folder)
+    tensors = open_tensors(folder)
+    check_tensors(config, tensors, folder)
+    return build_model(config, lambda piece, out: out.copy_(tensors[piece.theirs][:].to(out.device)), device, dtype)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint: model.safetensors, or those that the shard index names."""
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        pickles = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+        got = f"only {pickles[0]}, which can run code when it is read" if pickles else "no weights"
+        advice = "convert it or fetch it as safetensors" if pickles else "give a folder that holds them"
+        raise ValueError(f"{folder} has {got}, wanted model.safetensors (safetensors only): {advice}")
+    shards = read_json(index, INDEX_LIMIT).get("weight_map")
+    if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+        raise ValueError(f"{index} has no weight_map from tensors to files: fetch the checkpoint again")
+    files = []
+    for name in sorted(set(shards.values())):
+        # The name decides, not where a link leads: the hub's cache is full of links to ../../blobs.
+        if Path(name).name != name or "\\" in name or not name.endswith(".safetensors"):
+            raise ValueError(f"{index} names {shorten(name)}, wanted a .safetensors file of the folder: do not use it")
+        if not (folder / name).is_file():
+            raise ValueError(f"{index} names {shorten(name)}, which is missing: fetch the checkpoint again, in full")
+        files.append(folder / name)
+    return files
+
+
+def open_tensors(folder: Path) -> dict:
+    """Name -> a slice of the mapped file: its header is read and checked by safetensors, its data is not read yet."""
+    tensors = {}
+    for path in weight_files(folder):
+        try:
+            with safe_open(path, "pt") as file:
+                names = file.keys()
+                found = {name: file.get_slice(name) for name in names}
+        except (SafetensorError, OSError) as error:
+            raise ValueError(
+                f"{path} is no sound safetensors file ({str(error)[:200]}): fetch the checkpoint again"
+            ) from error
+        if twice := found.keys() & tensors.keys():
+            raise ValueError(f"{path} holds {listed(twice)} a second time: fetch the checkpoint again")
+        tensors |= found
+    return tensors
+
+
+def check_tensors(config: Config, tensors: dict, folder: Path) -> None:
+    """Every tensor is used, every parameter is filled, shapes and types fit; only headers are read.
+
+    lm_head.weight beside tied embeddings is accepted if it is the embedding, bit for bit: some writers store both.
+    If it differs, config.json and the weights contradict each other and nobody can say what the author meant.
+    """
+    wanted = {piece.theirs: piece for piece in pieces(config)}
+    missing = [name for name in wanted if name not in tensors]
+    if missing:
+        raise ValueError(f"{folder} lacks {listed(missing)}, which config.json calls for: fetch the checkpoint again")
+    for name, piece in wanted.items():
+        shape, kind = tuple(tensors[name].get_shape()), tensors[name].get_dtype()
+        if shape != piece.shape:
+            raise ValueError(f"{folder}: {name} is {shape}, but config.json makes it {piece.shape}: fetch both again")
+        if kind not in FLOATS:
+            raise ValueError(f"{folder}: {name} has type {kind}, wanted {', '.join(FLOATS)}: use an unquantised checkpoint")
+    # Old Llama files store RoPE's frequencies, which follow from config.json.
+    unused = [name for name in tensors if name not in wanted and not name.endswith("rotary_emb.inv_freq")]
+    if config.tied and unused == ["lm_head.weight"]:
+        head, embed = tensors["lm_head.weight"], tensors["model.embed_tokens.weight"]
+        same = head.get_shape() == embed.get_shape() and head.get_dtype() == embed.get_dtype()
+        if not same or not torch.equal(head[:], embed[:]):
+            raise ValueError(
+                f"{folder} says tie_word_embeddings, but lm_head.weight differs from model.embed_tokens.weight: "
+                "set tie_word_embeddings to false in config.json if the checkpoint's author untied them"
+            )
+    elif unused:
+        raise ValueError(f"{folder} holds {listed(unused)}, which no part of the model uses: the config.json is another's")
+
+
+def shorten(name: str) -> str:
+    return reprlib.repr(name)
+
+
+def listed(names) -> str:
+    """The first few names, for a message."""
+    first = sorted(names)[:3]
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(name if len(name) < 80 and name.isprintable() else shorten(name) for name in first) + more
+
+
+def weight_bytes(config: Config, dtype: torch.dtype) -> int:
+    return sum(math.prod(piece.shape) for piece in pieces(config)) * dtype.itemsize
+
+
+def available_bytes(device) -> int | None:
+    """Memory that can be had on a device without pushing anything out; None where nobody can say."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    if device.type == "cpu" and os.path.exists("/proc/meminfo"):
+        with open("/proc/meminfo") as file:
+            lines = dict(line.split(":") for line in file)
+        if "MemAvailable" in lines:
+            return int(lines["MemAvailable"].split()[0]) * 1024
+    return None
+
+
+def build_model(config: Config, fill: Fill, device="cpu", dtype: torch.dtype = torch.float32) -> Transformer:
+    """A model whose every parameter is allocated once, on its device, and filled piece by piece in place."""
+    device, needed = torch.device(device), weight_bytes(config, dtype)
+    free = available_bytes(device)
+    if free is not None and needed > free:
+        raise ValueError(
+            f"the weights need {needed / 1e9:.2f} GB in {str(dtype)[6:]}, but {device} has {free / 1e9:.2f} GB free: "
+            "choose a smaller model, a smaller dtype or another device"
+        )
+    with torch.device("meta"):
+        model = Transformer(config)
+    for piece in pieces(config):
+        owner, leaf = piece.ours.rsplit(".", 1)
+        module = model.get_submodule(owner)
+        weight = getattr(module, leaf)
+        if weight.is_meta:
+            weight = nn.Parameter(torch.empty(weight.shape, device=device, dtype=dtype), requires_grad=False)
+            setattr(module, leaf, weight)
+        fill(piece, weight[piece.start : piece.start + piece.shape[0]])
+    if config.tied:
+        model.head.weight = model.embed.weight
+    empty = [name for name, weight in model.named_parameters() if weight.is_meta]
+    assert not empty, f"the table above misses {empty}"
+    return model
+
+
+def pieces_of(model: Transformer) -> dict[str, torch.Tensor]:
+    """Their name -> a view of our parameter."""
+    found = {}
+    for piece in pieces(model.config):
+        found[piece.theirs] = model.get_parameter(piece.ours).data[piece.start : piece.start + piece.shape[0]]
+    return found
+
+
+def save_model(
+    source: Transformer | Fill, raw: dict, folder: str | Path, dtype: torch.dtype | None = None, shard_bytes: int = 2 << 30
+) -> list[Path]:
+    """Write config.json and weights in Hugging Face's layout, in shards of about `shard_bytes`; returns the files.
+
+    `source` is a model, or a function that fills one piece: then one shard is all that is ever in memory. `raw` is the
+    content of config.json. `dtype` None: the model's own. Each file appears whole or not at all.
+    """
+    from safetensors.torch import save_file
+
+    folder, config = Path(folder), Config.from_dict(raw)
+    if isinstance(source, Transformer):
+        views = pieces_of(source)
+        dtype, fill = dtype or source.embed.weight.dtype, lambda piece, out: out.copy_(views[piece.theirs])
+    else:
+        dtype, fill = dtype or torch.float32, source
+    shards, room = [[]], shard_bytes
+    for piece in pieces(config):
+        size = math.prod(piece.shape) * dtype.itemsize
+        if size > room and shards[-1]:
+            shards.append([])
+            room = shard_bytes
+        shards[-1].append(piece)
+        room -= size
+    folder.mkdir(parents=True, exist_ok=True)
+    names = ["model.safetensors"]
+    if len(shards) > 1:
+        names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+        (folder / "model.safetensors").unlink(missing_ok=True)  # it would hide the shards
+    for name, shard in zip(names, shards, strict=True):
+        tensors = {piece.theirs: torch.empty(piece.shape, dtype=dtype) for piece in shard}
+        for piece in shard:
+            fill(piece, tensors[piece.theirs])
+        save_file(tensors, folder / f"{name}.tmp", metadata={"format": "pt"})  # transformers insists on the format
+        os.replace(folder / f"{name}.tmp", folder / name)
+    if len(shards) > 1:
+        where = {piece.theirs: name for name, shard in zip(names, shards, strict=True) for piece in shard}
+        index = {"metadata": {"total_size": weight_bytes(config, dtype)}, "weight_map": where}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    raw = {key: value for key, value in raw.items() if key != "dtype"} | {"torch_dtype": str(dtype)[6:]}
+    (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
+    return [folder / name for name in names]
