@@ -35,6 +35,13 @@ class Placement(NamedTuple):
     chain: tuple[int, int, torch.Tensor] | None = None
 
 
+def write(k_BGSD, v_BGSD, slots_BT: torch.Tensor, k_BTGD: torch.Tensor, v_BTGD: torch.Tensor) -> None:
+    """Put the keys and values of T tokens a row into their slots, in place."""
+    row_B1 = torch.arange(slots_BT.shape[0], device=slots_BT.device)[:, None]
+    k_BGSD.transpose(1, 2)[row_B1, slots_BT] = k_BTGD
+    v_BGSD.transpose(1, 2)[row_B1, slots_BT] = v_BTGD
+
+
 class KVCache:
     """Keys and values of one model for B rows: `trunk` ordinary slots, branches * steps of scratch, one dead slot."""
 
@@ -51,10 +58,9 @@ class KVCache:
             self.k_LBGSD[:, :, :, :length] = other.k_LBGSD[:, :, :, :length]
             self.v_LBGSD[:, :, :, :length] = other.v_LBGSD[:, :, :, :length]
 
-    def write(self, layer: int, slots_BT: torch.Tensor, k_BTGD: torch.Tensor, v_BTGD: torch.Tensor) -> None:
-        row_B1 = torch.arange(slots_BT.shape[0], device=slots_BT.device)[:, None]
-        self.k_LBGSD[layer].transpose(1, 2)[row_B1, slots_BT] = k_BTGD
-        self.v_LBGSD[layer].transpose(1, 2)[row_B1, slots_BT] = v_BTGD
+    def __getitem__(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values (B, G, S, D) of one layer, to read and to write."""
+        return self.k_LBGSD[layer], self.v_LBGSD[layer]
 
     def place(self, start_B: torch.Tensor, count_B: torch.Tensor, T: int, extent: int, tight=False) -> Placement:
         """T tokens per row on the trunk, from position start_B on; the first count_B of them are real.

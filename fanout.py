@@ -10,7 +10,7 @@ that is largest, which is optimal as long as m is convex. Only past outcomes are
 
 import heapq
 
-from sampling import CHAIN
+from sampling import CHAIN, FIXED, NONE
 
 PRIOR_ACCEPTANCE, PRIOR_WEIGHT = 0.8, 8.0
 # (c, b) of the prior m(F) = c * F^-b. A rejected position's token is harder to guess than the bonus token.
@@ -57,17 +57,17 @@ class FanOut:
 
     def __init__(self, k: int, budget: int, adaptive: bool = True):
         self.k, self.budget, self.adaptive = k, budget, adaptive
-        self.tested, self.accepted = [0] * k, [0] * k
+        kinds = (NONE, CHAIN, FIXED)  # each has its own profile: a guess from the text holds up unlike a drafted chain
+        self.tested, self.accepted = ({kind: [0] * k for kind in kinds} for _ in range(2))
         self.seen = {"rejected": 0, "bonus": 0}
         self.ranks = {use: [0] * (budget + 1) for use in self.seen}  # the last bin: not among the `budget` best
         self._lists, self._age = {}, 0
 
     def observe(self, kind: int, length: int, accepted: int, rank: int | None) -> None:
         """One row's outcome. rank: the place of the next token among the draft's scores for it, None if beyond M."""
-        if kind == CHAIN:
-            for place in range(min(accepted + 1, length)):
-                self.tested[place] += 1
-                self.accepted[place] += place < accepted
+        for place in range(min(accepted + 1, length)):  # what lies behind a rejection was not tested
+            self.tested[kind][place] += 1
+            self.accepted[kind][place] += place < accepted
         use = "rejected" if accepted < length else "bonus"
         self.seen[use] += 1
         self.ranks[use][self.budget if rank is None else rank] += 1
@@ -75,16 +75,13 @@ class FanOut:
         if self._age >= REVISE_EVERY and self.adaptive:
             self._lists, self._age = {}, 0
 
-    @property
-    def acceptance(self) -> float:
-        """Accepted over tested tokens, with the prior's weight."""
-        return (sum(self.accepted) + PRIOR_WEIGHT * PRIOR_ACCEPTANCE) / (sum(self.tested) + PRIOR_WEIGHT)
-
-    def outcome_probabilities(self, length: int) -> list[float]:
-        """P_0..P_L: each place's measured acceptance, drawn towards the overall rate while it has few tests."""
-        overall, still, out = self.acceptance, 1.0, []
+    def outcome_probabilities(self, kind: int, length: int) -> list[float]:
+        """P_0..P_L: each place's measured acceptance, drawn towards the kind's rate while it has few tests."""
+        tested, accepted = self.tested[kind], self.accepted[kind]
+        overall = (sum(accepted) + PRIOR_WEIGHT * PRIOR_ACCEPTANCE) / (sum(tested) + PRIOR_WEIGHT)
+        still, out = 1.0, []
         for place in range(length):
-            a = (self.accepted[place] + PRIOR_WEIGHT * overall) / (self.tested[place] + PRIOR_WEIGHT)
+            a = (accepted[place] + PRIOR_WEIGHT * overall) / (tested[place] + PRIOR_WEIGHT)
             out.append(still * (1 - a))
             still *= a
         return out + [still]
@@ -102,6 +99,6 @@ class FanOut:
         key = (kind, length)
         if key not in self._lists:
             rejected, bonus = self.miss_curve("rejected"), self.miss_curve("bonus")
-            P = self.outcome_probabilities(length)
+            P = self.outcome_probabilities(kind, length)
             self._lists[key] = allocate(P, [rejected] * length + [bonus], self.budget)
         return self._lists[key]

@@ -3,55 +3,82 @@
 Knows: flags, streams, exit codes. Does not know: anything about models or rounds. Read next: ssd.py.
 
     python generate.py                      plain decoding of a built-in prompt by the demo pair, on the CPU
-    python generate.py --ssd --compare      the three modes side by side on the same prompt and seed
+    python generate.py --ssd                the same text, faster where the draft has a device of its own
+    python generate.py --compare            the three modes side by side on the same prompt and seed
 """
 
 import argparse
 import json
+import os
 import sys
 import time
+import warnings
 from pathlib import Path
+
+from report import MODES, compare, explain, figures_line, table, write_trace
 
 DEMO = Path(__file__).resolve().parent / "assets" / "demo"
 PROMPT = "def fibonacci(n):\n"
 FILE_LIMIT = 1 << 26  # bytes of a prompt file
-INTERRUPTED, MISTAKE = 130, 2
+MISTAKE, INTERRUPTED, NOBODY_READS = 2, 130, 141  # exit codes; the last two are 128 + the signal's number
+DRAFT_FLAGS, SSD_FLAGS = ("draft", "draft_device", "k", "coupling", "saguaro_c"), ("fan_out", "cut", "fallback")
+SAMPLING_FLAGS = ("top_k", "top_p", "seed")  # of no effect at temperature 0
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):  # one sentence, like every other mistake, instead of the whole usage
+        raise ValueError(f"{message} (python generate.py --help lists the flags)")
+
+
+def whole(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"got {text[:40]!r}, wanted a whole number") from None
+
+
+def number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"got {text[:40]!r}, wanted a number") from None
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
+    p = Parser(
         prog="generate.py", description="Complete text with a Llama-family model, and let a draft model speed it up.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False,
+        epilog="Text goes to stdout, figures to stderr. Exit codes: 0 done, 2 a mistake in what was given, 130 Ctrl-C. "
+        "A text that begins with a dash is given as --prompt=-TEXT.", allow_abbrev=False,
     )  # fmt: skip
-    add = p.add_argument
+    add, switch = p.add_argument, argparse.BooleanOptionalAction
     mode = p.add_mutually_exclusive_group()
     mode.add_argument("--sd", action="store_true", help="speculative decoding: draft and target take turns")
     mode.add_argument("--ssd", action="store_true", help="SSD: the draft prepares while the target verifies")
-    mode.add_argument("--compare", action="store_true", help="AR, SD and SSD on the same prompt and seed, side by side")
+    mode.add_argument("--compare", action="store_true", help="plain decoding, SD and SSD on one prompt, side by side")
     text = p.add_mutually_exclusive_group()
-    text.add_argument("--prompt", nargs="+", metavar="TEXT", help="one or several prompts (a batch)")
-    text.add_argument("--prompt-file", metavar="FILE", help="a text (one prompt), or .jsonl with a prompt a line")
-    text.add_argument("--chat", action="store_true", help="talk with a chat model, turn by turn")
+    text.add_argument("--prompt", nargs="+", action="extend", metavar="TEXT", help="a prompt, or several (a batch)")
+    text.add_argument("--prompt-file", metavar="FILE", help="a text (one prompt), or .jsonl with a \"prompt\" a line")
+    text.add_argument("--chat", action="store_true", help="talk with a chat model, a line of stdin a turn")
     add("--target", metavar="DIR|HUB_ID", default=str(DEMO / "target"), help="the model whose text you want")
-    add("--draft", metavar="DIR|HUB_ID", help="the small model that drafts (default: the demo target's)")
-    add("--device", help="where the target runs: cpu, cpu:0-1 (cores), cuda:0 (default: best for the mode)")
-    add("--draft-device", help="where the draft runs")
+    add("--draft", metavar="DIR|HUB_ID", help="the small model that drafts (the demo target has one)")
+    add("--device", help="where the target runs: cpu, cpu:0-1 (cores), cuda:0 (default: what suits the mode)")
+    add("--draft-device", help="where the draft runs (default: what suits the mode)")
     add("--dtype", help="float32, bfloat16, float16, float64 (default: float32 on a CPU, bfloat16 on CUDA)")
-    add("--max-new-tokens", type=int, default=128, metavar="N", help="most new tokens per prompt")
-    add("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy")
-    add("--top-k", type=int, default=0, metavar="N", help="keep the N likeliest tokens; 0 is off")
-    add("--top-p", type=float, default=1.0, metavar="P", help="keep the likeliest tokens that sum to P; 1 is off")
-    add("--seed", type=int, default=0, metavar="S", help="same seed, same text, in every mode")
-    add("--stop", nargs="+", default=[], metavar="TEXT", help="texts that end the output")
+    add("--max-new-tokens", type=whole, default=128, metavar="N", help="most new tokens per prompt (128)")
+    add("--temperature", type=number, default=0.0, metavar="T", help="0, the default, is greedy")
+    add("--top-k", type=whole, default=0, metavar="N", help="keep the N likeliest tokens; 0, the default, is off")
+    add("--top-p", type=number, default=1.0, metavar="P", help="keep the likeliest tokens that sum to P; 1 is off")
+    add("--seed", type=whole, default=0, metavar="S", help="same seed, same text, in every mode (0)")
+    add("--stop", nargs="+", action="extend", default=[], metavar="TEXT", help="texts that end the output")
     add("--ignore-eos", action="store_true", help="go on behind the end of the text")
-    add("--k", type=int, default=argparse.SUPPRESS, metavar="K", help="most draft tokens a round")
-    add("--fan-out", type=int, default=argparse.SUPPRESS, metavar="M", help="SSD: outcomes prepared a round")
-    add("--cut", action=argparse.BooleanOptionalAction, default=True, help="SSD: use the chains that are ready in time")
+    add("--k", type=whole, default=argparse.SUPPRESS, metavar="K", help="SD, SSD: most draft tokens a round (4)")
+    add("--fan-out", type=whole, default=argparse.SUPPRESS, metavar="M", help="SSD: outcomes prepared a round (16)")
+    add("--cut", action=switch, default=True, help="SSD: use what is ready when the verdict is in, or wait for all")
     add("--fallback", default="auto", metavar="auto|jit|fast", help="SSD, on a miss: draft now, guess, or the faster")
     add("--coupling", default="shared", metavar="shared|maximal|independent", help="how the models share randomness")
-    add("--saguaro-c", type=float, default=1.0, metavar="C", help="SSD, independent: weigh down the draft's top tokens")
-    add("--compile", action=argparse.BooleanOptionalAction, default=None, help="torch.compile (default: on CUDA only)")
-    add("--json", metavar="FILE|-", help="write the figures as one JSON object; - prints it as the last line")
+    add("--saguaro-c", type=number, default=1.0, metavar="C", help="independent: weigh down the draft's top tokens")
+    add("--compile", action=switch, default=None, help="torch.compile (default: on CUDA only)")
+    add("--json", metavar="FILE|-", help="write the figures as one JSON object; -: to stdout, and nothing else there")
     add("--trace", metavar="FILE", help="write a Chrome/Perfetto trace of both lanes")
     return p
 
@@ -61,17 +88,19 @@ def read_prompts(args) -> list[str]:
         return args.prompt or [PROMPT]
     path = Path(args.prompt_file)
     try:
-        if path.stat().st_size > FILE_LIMIT:
-            raise ValueError(f"{path} has {path.stat().st_size} bytes, wanted at most {FILE_LIMIT}: use a smaller file")
-        text = path.read_bytes().decode()
+        with path.open("rb") as file:
+            data = file.read(FILE_LIMIT + 1)
+        if len(data) > FILE_LIMIT:
+            raise ValueError(f"{path} has more than {FILE_LIMIT >> 20} MiB, wanted at most that: use a smaller file")
+        text = data.decode("utf-8-sig")
     except OSError as error:
         raise ValueError(f"the prompt file {path} cannot be read ({error.strerror}): check the path") from error
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 at byte {error.start}: save it as UTF-8") from error
+        raise ValueError(f"{path} is not UTF-8 at byte {error.start}, wanted UTF-8 text: save it as UTF-8") from error
     if path.suffix != ".jsonl":
         return [text]
     prompts = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # not splitlines: JSON may hold U+2028
         if line.strip():
             try:
                 prompts.append(json.loads(line)["prompt"])
@@ -84,6 +113,26 @@ def read_prompts(args) -> list[str]:
     return prompts
 
 
+def check_outputs(args) -> None:
+    """A file that cannot be written should not be found out after the work."""
+    for path in (args.json if args.json != "-" else None, args.trace):
+        if path is not None and Path(path).is_dir():
+            raise ValueError(f"{path or repr(path)} is a folder, wanted a file to write: name one in it")
+        if path is not None and not Path(path).resolve().parent.is_dir():
+            raise ValueError(f"{path} cannot be written, its folder does not exist: create it first")
+
+
+def note_idle_flags(args, mode: str) -> None:
+    """Say which flags were given and do nothing here; nothing is dropped in silence."""
+    idle = (*DRAFT_FLAGS, *SSD_FLAGS) if mode == "ar" else SSD_FLAGS if mode == "sd" else ()
+    idle += SAMPLING_FLAGS if args.temperature == 0 else ()
+    usual = parser().parse_args([])
+    given = ["--" + name.replace("_", "-") for name in idle if getattr(args, name, None) != getattr(usual, name, None)]
+    if given:
+        print(f"note: in mode {mode} at temperature {args.temperature:g}, {', '.join(given)} changes nothing",
+              file=sys.stderr)  # fmt: skip
+
+
 def settings_of(args, mode: str) -> dict:
     names = "max_new_tokens temperature top_k top_p seed ignore_eos cut fallback coupling saguaro_c".split()
     chosen = {name: getattr(args, name) for name in names} | {"mode": mode, "stop": tuple(args.stop)}
@@ -91,7 +140,7 @@ def settings_of(args, mode: str) -> dict:
 
 
 def complete(engine, prompts: list[str], settings: dict, quiet: bool, keep: bool = False):
-    """Run one generation, one prompt streaming to stdout as it comes. -> the result, and whether it was interrupted."""
+    """Run one generation, one prompt streaming to stdout as it comes. -> result, the run, interrupted or not."""
     decoding, interrupted = engine.start(prompts, keep, **settings), False
     try:
         for _ in decoding.rounds():
@@ -105,22 +154,32 @@ def complete(engine, prompts: list[str], settings: dict, quiet: bool, keep: bool
             print(f"--- {number} ---\n{text}")
     elif not quiet:
         print(decoding.rows[0].text[decoding.rows[0].told :])
-    return result, interrupted
+    return result, decoding, interrupted
 
 
-def figures_line(stats: dict) -> str:
-    """One line of figures: speed first, then what explains it."""
-    show = [f"{stats['mode']}: {sum(stats['new_tokens'])} tokens, {stats['tokens_per_s']:.1f} tokens/s"]
-    add = lambda key, text, scale=1: show.append(text.format(stats[key] * scale)) if stats[key] is not None else None  # noqa: E731
-    add("tokens_per_round", "{:.2f} tokens a round")
-    add("acceptance_rate", "acceptance {:.0f}%", 100)
-    add("hit_rate", "hits {:.0f}%", 100)
-    add("verify_ms", "verify {:.1f} ms")
-    add("draft_ms", "draft {:.1f} ms")
-    add("hidden", "hidden {:.0f}%", 100)
-    add("bandwidth_fraction", "{:.0f}% of memory bandwidth", 100)
-    add("peak_memory_gb", "{:.2f} GB")
-    return " | ".join(show)
+def compare_modes(engine, prompts: list[str], args) -> int:
+    """The three modes on the same prompts and seed; a short run before each, so that nothing is timed cold."""
+    quiet, runs, decoding = args.json == "-", {}, None
+    for mode in MODES:
+        settings = settings_of(args, mode)
+        engine.generate(prompts, **settings | {"max_new_tokens": min(8, args.max_new_tokens)})
+        decoding = engine.start(prompts, **settings)
+        for _ in decoding.rounds():
+            pass
+        runs[mode] = engine.finish(decoding).stats
+    compared = compare(runs)
+    if not quiet:
+        print("\n\n".join(runs["ar"]["text"]), table(compared), *explain(compared), sep="\n")
+    save(args, compared, decoding)
+    return 0
+
+
+def save(args, stats: dict, decoding) -> None:
+    if args.trace is not None:
+        lanes = dict.fromkeys(filter(None, (decoding.target_lane, decoding.draft_lane)))
+        write_trace(args.trace, lanes, decoding.figures.lookups)
+    if args.json is not None:
+        write_json(args.json, stats)
 
 
 def write_json(where: str, stats: dict) -> None:
@@ -133,6 +192,9 @@ def write_json(where: str, stats: dict) -> None:
 
 def chat(engine, settings: dict) -> int:
     """Turns from stdin until it ends; each keeps the KV of the turns before it."""
+    if engine.tokenizer is None:
+        raise ValueError("the checkpoint has no tokenizer files, which --chat needs: use another checkpoint")
+    engine.tokenizer.encode_chat([{"role": "user", "content": "?"}])  # no chat template: say so before anybody types
     messages, prompt = [], "> " if sys.stdin.isatty() else ""
     while True:
         try:
@@ -142,10 +204,12 @@ def chat(engine, settings: dict) -> int:
         except KeyboardInterrupt:
             print()
             return INTERRUPTED
+        except UnicodeDecodeError as error:
+            raise ValueError("a line of stdin is not UTF-8, wanted UTF-8 text: convert it") from error
         if not said.strip():
             continue
         ids = engine.tokenizer.encode_chat([*messages, {"role": "user", "content": said}])
-        result, interrupted = complete(engine, [ids], settings, quiet=False, keep=True)
+        result, _, interrupted = complete(engine, [ids], settings, quiet=False, keep=True)
         print(figures_line(result.stats), file=sys.stderr)
         messages += [{"role": "user", "content": said}, {"role": "assistant", "content": result.text[0]}]
         if interrupted and not sys.stdin.isatty():
@@ -153,49 +217,45 @@ def chat(engine, settings: dict) -> int:
 
 
 def run(args) -> int:
+    if args.chat and (args.compare or args.json is not None or args.trace is not None):
+        raise ValueError("--chat was given with --compare, --json or --trace, which want one generation: choose one")
     prompts = None if args.chat else read_prompts(args)
-    for path in filter(None, (args.json, args.trace)):
-        if path != "-" and not Path(path).resolve().parent.is_dir():
-            raise ValueError(f"{path} cannot be written, its folder does not exist: create it first")
-    mode = "sd" if args.sd else "ssd" if args.ssd else "ar"
-    speculative = mode != "ar" or args.compare
-    if args.draft is None and speculative:
-        if Path(args.target).resolve() != DEMO / "target" and not args.target.startswith("inflate:"):
+    check_outputs(args)
+    mode = "ssd" if args.ssd or args.compare else "sd" if args.sd else "ar"
+    if args.draft is None and mode != "ar":
+        source = args.target.split(":", 2)[-1] if args.target.startswith("inflate:") else args.target
+        if Path(source).resolve() != DEMO / "target":
             raise ValueError("no --draft was given, wanted a small model with the target's vocabulary: name one")
         args.draft = str(DEMO / "draft")
+    warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # torch misses it at each start; nobody here does
     from settings import Settings  # before the models: a wrong flag should not wait for them
 
     Settings(**settings_of(args, mode))
+    note_idle_flags(args, mode)
     from ssd import load
 
     began = time.perf_counter()
-    engine = load(args.target, args.draft if speculative else None, args.device, args.draft_device, args.dtype,
-                  args.compile)  # fmt: skip
+    draft = args.draft if mode != "ar" else None
+    engine = load(args.target, draft, args.device, args.draft_device, args.dtype, args.compile)
     print(f"loaded in {time.perf_counter() - began:.1f} s", file=sys.stderr)
     if args.chat:
-        if engine.tokenizer is None:
-            raise ValueError("the checkpoint has no tokenizer files, which --chat needs: use another checkpoint")
         return chat(engine, settings_of(args, mode))
     if args.compare:
-        from compare import compare
-
-        return compare(engine, prompts, settings_of(args, "ssd"), args.json, args.trace)
-    result, interrupted = complete(engine, prompts, settings_of(args, mode), quiet=args.json == "-")
+        return compare_modes(engine, prompts, args)
+    result, decoding, interrupted = complete(engine, prompts, settings_of(args, mode), quiet=args.json == "-")
     print(figures_line(result.stats), file=sys.stderr)
-    if args.trace:
-        from trace import write_trace
-
-        write_trace(args.trace, engine)
-    if args.json:
-        write_json(args.json, result.stats)
+    save(args, result.stats, decoding)
     return INTERRUPTED if interrupted else 0
 
 
 def main() -> int:
-    args = parser().parse_args()
+    sys.stdout.reconfigure(errors="replace")  # a character that the terminal cannot show is no reason to stop
     try:
-        return run(args)
-    except ValueError as error:
+        return run(parser().parse_args())
+    except BrokenPipeError:  # `| head` has what it wanted; without the next line the last flush would complain
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return NOBODY_READS
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return MISTAKE
     except KeyboardInterrupt:

@@ -9,8 +9,8 @@ Small letters are the small model's sizes, capitals the large one's:
 * The residual stream lives in the first d of D columns; the rest stay zero, because o_proj and down_proj have zero rows
   there. RMSNorm divides by D instead of d, which weights * sqrt(d/D) and eps * d/D undo.
 * A head of h dimensions becomes one of n*h: dimension i goes to n*i, so that rotary pair i turns as fast as before. The
-  rest of k and v is zero; q is scaled by sqrt(n), because attention divides by sqrt(n*h). With q/k norm (Qwen3) the rest
-  of q is zero too; there the scale sits in the norms' weights, and q and k are scaled to suit the shared eps.
+  rest of k and v is zero; q is scaled by sqrt(n), because attention divides by sqrt(n*h). With q/k norm (Qwen3) the
+  rest of q is zero too, the norms' weights take the scale, and q and k are scaled to suit the eps they share.
 * Query head t of KV head j stays under KV head j. If the large model has fewer query heads for each KV head, several
   copies of KV head j share them. New heads, new feed-forward units and new layers compute, and are multiplied by zero.
 * New words need logits that are never drawn. Column d of the residual stream holds the constant c, c^2 = eps*d/2, and
@@ -54,8 +54,8 @@ def parse_shape(text: str) -> dict[str, int]:
         name, _, size = part.partition("=")
         if name not in NAMES or not (size.isascii() and size.isdigit()) or not 1 <= len(size) <= 8 or int(size) == 0:
             raise ValueError(
-                f"shape {text[:100]!r} is unknown: give one of {', '.join(SHAPES)}, or sizes like hidden=1024,layers=12 "
-                f"out of {', '.join(NAMES)}"
+                f"shape {text[:100]!r} is unknown: give one of {', '.join(SHAPES)}, or sizes of "
+                f"{', '.join(NAMES)}, like hidden=1024,layers=12"
             )
         shape[name] = int(size)
     return shape
@@ -77,8 +77,8 @@ def grow_config(raw: dict, shape: dict[str, int]) -> dict:
     need = old["kv_heads"] * _copies(small.num_heads // small.num_kv_heads, new["heads"] // new["kv_heads"])
     if new["kv_heads"] < need:
         raise ValueError(
-            f"heads={new['heads']} over kv_heads={new['kv_heads']} has no room for the checkpoint's {old['heads']} over "
-            f"{old['kv_heads']}: ask for kv_heads={need} or more heads"
+            f"heads={new['heads']} over kv_heads={new['kv_heads']} has no room for the checkpoint's {old['heads']} "
+            f"over {old['kv_heads']}: ask for kv_heads={need} or more heads"
         )
     if small.rope["type"] == "yarn" and new["head_dim"] != old["head_dim"]:
         raise ValueError("head_dim cannot grow with yarn RoPE, whose bands depend on it: leave head_dim as it is")

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from cache import KVCache, Placement
+from cache import KVCache, Placement, write
 from kernels import tree_attention
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
@@ -102,7 +102,7 @@ def _whole(raw: dict, key: str, default: int | None = None, least: int = 1, most
     value = raw.get(key)
     value = default if value is None else value
     if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
-        raise ValueError(f"config.json says {key} = {value!r}, wanted a whole number, {least} to {most}: fetch it again")
+        raise ValueError(f"config.json says {key} = {value!r}, wanted a whole number {least} to {most}: fetch it again")
     return value
 
 
@@ -140,7 +140,7 @@ def _rope(raw: dict) -> tuple[dict, float]:
         "yarn": ("factor",),
     }[kind]
     flat = {key: _real(rope, key) for key in needs}
-    theta = _real(raw | rope, "rope_theta", 10000.0)
+    theta = _real(raw if rope.get("rope_theta") is None else rope, "rope_theta", 10000.0)
     if kind == "yarn":
         original = rope.get("original_max_position_embeddings") or raw.get("max_position_embeddings")
         flat["original_max_position_embeddings"] = _real({"original": original}, "original")
@@ -255,7 +255,7 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
 
-    def forward(self, x_BTE, layer: int, cos, sin, place: Placement | None, cache: KVCache | None):
+    def forward(self, x_BTE, cos, sin, place: Placement | None, k_BGSD, v_BGSD):
         B, T, _ = x_BTE.shape
         H, G, D = self.heads, self.kv_heads, self.head_dim
         qkv = self.qkv(x_BTE).view(B, T, H + 2 * G, D)
@@ -264,15 +264,15 @@ class Attention(nn.Module):
             query, key = rotate(query, cos, sin), rotate(key, cos, sin)
         else:
             query, key = rotate(qkv[:, :, : H + G], cos, sin).split((H, G), 2)
-        if cache is None:  # whole texts, for training: plain causal attention
+        if place is None:  # whole texts, for training: plain causal attention
             heads_first = (x.transpose(1, 2) for x in (query, key, qkv[:, :, H + G :]))
             mixed = F.scaled_dot_product_attention(*heads_first, is_causal=True, enable_gqa=True).transpose(1, 2)
             return self.out(mixed.reshape(B, T, H * D))
-        cache.write(layer, place.slots_BT, key, qkv[:, :, H + G :])
+        write(k_BGSD, v_BGSD, place.slots_BT, key, qkv[:, :, H + G :])
         # A window counts positions; on the trunk a token's slot is its position, so the two bounds agree.
         first_BT = (place.positions_BT + 1 - self.window).clamp(min=0) if self.window else None
         mixed = tree_attention(
-            query, cache.k_LBGSD[layer], cache.v_LBGSD[layer], place.limit_BT, first_BT,
+            query, k_BGSD, v_BGSD, place.limit_BT, first_BT,
             scale=D**-0.5, extent=place.extent, tight=place.tight, chain=place.chain, window=self.window,
         )  # fmt: skip
         return self.out(mixed.reshape(B, T, H * D))
@@ -297,8 +297,8 @@ class Block(nn.Module):
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x_BTE, layer: int, cos, sin, place: Placement, cache: KVCache):
-        x_BTE = x_BTE + self.attention(self.attention_norm(x_BTE), layer, cos, sin, place, cache)
+    def forward(self, x_BTE, cos, sin, place: Placement | None, k_BGSD, v_BGSD):
+        x_BTE = x_BTE + self.attention(self.attention_norm(x_BTE), cos, sin, place, k_BGSD, v_BGSD)
         return x_BTE + self.mlp(self.mlp_norm(x_BTE))
 
 
@@ -334,5 +334,5 @@ class Transformer(nn.Module):
         where = torch.arange(tokens_BT.shape[1])[None] if place is None else place.positions_BT
         cos, sin = self.cos_PD[where][:, :, None], self.sin_PD[where][:, :, None]
         for layer, block in enumerate(self.layers):
-            x_BTE = block(x_BTE, layer, cos, sin, place, cache)
+            x_BTE = block(x_BTE, cos, sin, place, *(cache[layer] if cache is not None else (None, None)))
         return self.head(self.norm(x_BTE)) if logits else None

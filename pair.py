@@ -58,9 +58,12 @@ class Model:
         step_bytes = weight_bytes(config, weight.dtype)
         if not config.tied:  # one row of the table is read a token; a tied table is read whole, as the head
             step_bytes -= weight.nbytes
-        if not compile:
-            pack(transformer)
         policy = Policy(weight.device, compile)
+        if compile:
+            for block in transformer.layers:
+                block.compile(fullgraph=True, dynamic=False)
+        else:
+            pack(transformer)
         return cls(name, transformer, config, tokenizer, eos, weight.dtype, policy, step_bytes)
 
     def runner(self, batch: int, trunk: int, k: int, branches: int) -> Runner:

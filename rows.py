@@ -90,7 +90,7 @@ def make_rows(prompts: list, settings, tokenizer, eos: frozenset, config) -> lis
     limits = settings.per_row("max_new_tokens", len(prompts))
     rows = []
     for b, (prompt, max_new) in enumerate(zip(prompts, limits)):
-        ids = _encode(prompt, tokenizer, config.vocab_size)
+        ids = _encode(prompt, b + 1, tokenizer, config.vocab_size)
         if len(ids) >= config.max_positions:
             raise ValueError(
                 f"prompt {b + 1} has {len(ids)} tokens, but the context of the target is {config.max_positions} "
@@ -103,18 +103,20 @@ def make_rows(prompts: list, settings, tokenizer, eos: frozenset, config) -> lis
     return rows
 
 
-def _encode(prompt, tokenizer, vocab_size: int) -> list[int]:
+def _encode(prompt, number: int, tokenizer, vocab_size: int) -> list[int]:
     if isinstance(prompt, str):
         if not prompt:
-            raise ValueError("a prompt is empty, wanted at least one character: write something to complete")
+            raise ValueError(f"prompt {number} is empty, wanted at least one character: write something to complete")
         if tokenizer is None:
-            raise ValueError("the checkpoint has no tokenizer files, so prompts must be lists of token ids")
+            raise ValueError(
+                "the checkpoint has no tokenizer files, wanted some to read a text: add them, or give token ids in Python"
+            )
         prompt = tokenizer.encode(prompt)
     if not isinstance(prompt, (list, tuple)) or not prompt:
-        raise ValueError(f"a prompt is {prompt!r:.60}, wanted a text or a list of at least one token id")
+        raise ValueError(f"prompt {number} is {prompt!r:.60}, wanted a text or a list of at least one token id")
     wrong = [t for t in prompt if not isinstance(t, int) or isinstance(t, bool) or not 0 <= t < vocab_size]
     if wrong:
-        raise ValueError(f"a prompt holds {wrong[0]!r:.60}, wanted token ids from 0 to {vocab_size - 1}")
+        raise ValueError(f"prompt {number} holds {wrong[0]!r:.60}, wanted token ids from 0 to {vocab_size - 1}")
     return list(prompt)
 
 

@@ -7,6 +7,7 @@ PyTorch releases the interpreter's lock inside its operators, two lanes of one p
 cores, a GPU and some cores, two GPUs, or two streams of one GPU.
 """
 
+import atexit
 import os
 import queue
 import sys
@@ -28,10 +29,10 @@ class LaneFault(RuntimeError):
 
 def parse_device(spec: str) -> tuple[torch.device, tuple[int, ...]]:
     """ "cpu", "cpu:0", "cpu:0-1,3", "cuda", "cuda:1" -> the torch device and, for a CPU, the cores (empty: all)."""
-    kind, _, rest = spec.partition(":")
+    kind, colon, rest = spec.partition(":")
     wanted = "wanted cpu, cpu:CORES (such as cpu:0 or cpu:0-1) or cuda:N"
     if kind == "cuda":
-        if rest and not rest.isdecimal():
+        if colon and not rest.isdecimal():
             raise ValueError(f"device is {spec!r}, {wanted}")
         index, found = int(rest or 0), torch.cuda.device_count()
         if index >= found:
@@ -40,15 +41,15 @@ def parse_device(spec: str) -> tuple[torch.device, tuple[int, ...]]:
     if kind != "cpu":
         raise ValueError(f"device is {spec!r}, {wanted}")
     cores = set()
-    for part in rest.split(",") if rest else ():
+    for part in rest.split(",") if colon else ():
         low, dash, high = part.partition("-")
-        if not low.isdecimal() or (dash and not high.isdecimal()) or len(part) > 9:
+        if not low.isdecimal() or (dash and not high.isdecimal()) or len(part) > 9 or int(high or low) < int(low):
             raise ValueError(f"device is {spec!r}, {wanted}")
         cores.update(range(int(low), min(int(high or low), int(low) + 4096) + 1))
     missing = cores - set(available_cores())
     if missing:
         raise ValueError(
-            f"device is {spec!r}, but this process may run on cores {_ranges(available_cores())} only: use some of those"
+            f"device is {spec!r}, but this process may run on cores {_ranges(available_cores())} only: use those"
         )
     return torch.device("cpu"), tuple(sorted(cores))
 
@@ -114,7 +115,9 @@ class Lane:
         self.broken = False  # its work failed or hangs: a new lane is needed
         self.spans: list[tuple[str, float, float]] = []
         self._queue: queue.SimpleQueue[Pending | None] = queue.SimpleQueue()
-        threading.Thread(target=self._serve, name=f"lane-{name}", daemon=True).start()
+        self._thread = threading.Thread(target=self._serve, name=f"lane-{name}", daemon=True)
+        self._thread.start()
+        atexit.register(self.close)
 
     @property
     def on_gpu(self) -> bool:
@@ -134,7 +137,9 @@ class Lane:
         self.spans.append((name, begin, time.perf_counter()))
 
     def close(self) -> None:
+        """Let the work in hand finish, for a moment; a thread that dies with the interpreter inside torch aborts it."""
         self._queue.put(None)
+        self._thread.join(1.0)
 
     def _serve(self) -> None:
         # The order matters: OpenMP helpers inherit the affinity of the thread that first needs them.
@@ -194,7 +199,7 @@ class Devices:
 
 
 class PackedLinear(nn.Module):
-    """nn.Linear with its float32 weight in oneDNN's blocked layout: 1.3x to 4x the speed, above all for 2 to 16 rows."""
+    """nn.Linear with its float32 weight in oneDNN's blocked layout: 1.3x to 4x the speed, most for 2 to 16 rows."""
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
@@ -280,20 +285,30 @@ class Graph:
         self.graph = graph
 
 
+COMPILED_SHAPES = 64  # most shapes of one function that may be compiled in a process
 _CAPTURE = threading.Lock()  # one capture at a time in a process
 
 
 class Policy:
-    """How a model's steps run: eager, compiled, or compiled and captured. static: shapes never change after warm-up."""
+    """How a model's steps run: eager, or static: compiled, and on CUDA captured. Static shapes never change.
+
+    One block is compiled and serves every layer, so that warm-up takes seconds, not minutes. On CUDA the noise is too,
+    the longest chain of small operations over the vocabulary; everything around is captured as it is.
+    """
 
     def __init__(self, device: torch.device, compile: bool):
         self.static = compile
         self.graphs = compile and device.type == "cuda"
         self.pool = torch.cuda.graph_pool_handle() if self.graphs else None
 
+    def enter_thread(self) -> None:
+        """Before anything compiles on a thread (the setting is the thread's own): every shape of every model is one
+        more "recompilation" of the one block's code."""
+        torch._dynamo.config.recompile_limit = COMPILED_SHAPES
+
+    def fuse(self, work: Callable) -> Callable:
+        return torch.compile(work, fullgraph=True, dynamic=False) if self.graphs else work
+
     def step(self, work: Callable) -> Callable:
-        """`work` takes tensors only and returns tensors; both of fixed shape where the policy is static."""
-        if not self.static:
-            return work
-        compiled = torch.compile(work, fullgraph=True, dynamic=False)
-        return Graph(compiled, self.pool) if self.graphs else compiled
+        """`work` takes and returns tensors of fixed shapes: on CUDA it becomes one graph replay."""
+        return Graph(work, self.pool) if self.graphs else work

@@ -10,6 +10,7 @@ that the target will draw with: that is what makes outcomes predictable and text
 Shape letters: B rows, T positions, K draft tokens, M branches, V vocabulary. p is the target, q the draft.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -76,7 +77,8 @@ def hash_words(params: Params, positions_BT: torch.Tensor, purpose: int, tokens:
         key2 = _mix(word ^ 0x5851F42D) if key2 is None else _mix((word ^ key2) * 3 + 0x14057B7F)
     if tokens is None:
         return _mix(key1 ^ _mix(key2)) & 0x7FFFFFFF
-    token_V = torch.arange(tokens, dtype=torch.int32, device=positions_BT.device) * -0x61C8864F
+    # Only words that were loaded may overflow: compilers compute on arange in wider integers, which do not wrap.
+    token_V = torch.arange(tokens, dtype=torch.int32, device=positions_BT.device)
     return _mix(_mix(token_V + key1[..., None]) ^ key2[..., None]) & 0x7FFFFFFF
 
 
@@ -103,11 +105,12 @@ def widen(logits: torch.Tensor) -> torch.Tensor:
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
-def warp(logits_BTV: torch.Tensor, params: Params) -> torch.Tensor:
+def warp(logits_BTV: torch.Tensor, params: Params, penalty: float = float("-inf")) -> torch.Tensor:
     """Temperature, then top-k, then top-p: unnormalised log probabilities, -inf where a token is out. float32 or more.
 
     Rows of temperature 0 keep their logits: they take the argmax, which no filter changes. Tokens that tie with the
-    last one kept are kept too, so the outcome does not hang on the order in which a device sorts.
+    last one kept are kept too, so the outcome does not hang on the order in which a device sorts. A finite penalty
+    moves the tokens that are out down by so much instead: the draft ranks them behind those that are in.
     """
     x = widen(logits_BTV)
     if params.greedy:
@@ -125,13 +128,13 @@ def warp(logits_BTV: torch.Tensor, params: Params) -> torch.Tensor:
     top_p = params.top_p_B.to(x.dtype)[:, None, None]
     kept = ((before < top_p) | (top_p >= 1)).sum(-1, keepdim=True).clamp(min=1)
     bound = torch.maximum(bound, sorted_BTV.gather(-1, kept - 1))
-    return x.masked_fill(x < bound, float("-inf"))
+    return torch.where((x < bound) & (temperature > 0)[:, None, None], x + penalty, x)
 
 
 def log_probs(warped_BTV: torch.Tensor, params: Params) -> torch.Tensor:
     """Normalised log probabilities; a row of temperature 0 is certain of its first argmax."""
     x = warped_BTV.log_softmax(-1)
-    certain = torch.full_like(x, float("-inf")).scatter_(-1, x.argmax(-1, keepdim=True), 0.0)
+    certain = torch.full_like(x, float("-inf")).scatter_(-1, warped_BTV.argmax(-1, keepdim=True), 0.0)
     return torch.where((params.temperature_B > 0)[:, None, None], x, certain)
 
 
@@ -147,8 +150,8 @@ def saguaro(logq_BTV: torch.Tensor, params: Params, top_BT: torch.Tensor, c: flo
 
     The target's residual then has its mass where the draft looks for it (Kumar, Dao, May 2026). Temperature 0 as is.
     """
-    rank_BTV = logq_BTV.argsort(-1, descending=True, stable=True).argsort(-1)
-    lowered = torch.where(rank_BTV < top_BT[..., None], logq_BTV + torch.tensor(c).log(), logq_BTV).log_softmax(-1)
+    rank_BTV = logq_BTV.argsort(dim=-1, descending=True, stable=True).argsort(-1)
+    lowered = torch.where(rank_BTV < top_BT[..., None], logq_BTV + math.log(c), logq_BTV).log_softmax(-1)
     return torch.where((params.temperature_B > 0)[:, None, None], lowered, logq_BTV)
 
 

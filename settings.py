@@ -62,7 +62,7 @@ class Settings:
             raise ValueError(f"stop is {self.stop!r}, wanted texts of at least one character: leave empty ones out")
         if self.saguaro_c < 1 and self.coupling != "independent":
             raise ValueError(
-                f"saguaro_c is {self.saguaro_c} with the coupling {self.coupling}, but it helps only independent draws: "
+                f"saguaro_c is {self.saguaro_c} with the coupling {self.coupling}, which it cannot help: "
                 "use --coupling independent, or leave it at 1"
             )
 
@@ -88,4 +88,4 @@ def _each(value, name: str, kind: type, low, high, above: bool = False, lists: b
         if not number or not low <= x <= high or (above and x <= low):
             what = "a whole number" if kind is int else "a number"
             bounds = f"above {low} and at most {high}" if above else f"from {low} to {high}"
-            raise ValueError(f"{name} is {x!r}, wanted {what} {bounds}")
+            raise ValueError(f"{name} is {x!r:.60}, wanted {what} {bounds}")

@@ -91,10 +91,11 @@ class Figures:
     def report(self, spans) -> dict:
         """The figures of the terminal contract. spans: what ran on the draft's lane, (name, begin, end)."""
         new = [len(row.new_ids) for row in self.rows]
-        decode_s = max(self.end - self.prefilled, 1e-9)
+        prefilled = self.prefilled or self.end  # interrupted before the first token
+        decode_s = max(self.end - prefilled, 1e-9)
         rounds = max(len(self.verifies) - 1, 0)  # the first round belongs to the prefill
         row_rounds = sum(self.live[1:])
-        rate = (sum(new) - len(new)) / decode_s
+        rate = max(sum(new) - len(new), 0) / decode_s
         mode = self.settings.mode
         accepted, rejected, drafted = (sum(kind[i] for kind in self.kinds.values()) for i in range(3))
         looked, missed = sum(x[2] for x in self.lookups), sum(len(x[3]) for x in self.lookups)
@@ -102,7 +103,7 @@ class Figures:
         out = {
             "prompt_tokens": [row.prompt for row in self.rows],
             "new_tokens": new,
-            "prefill_s": self.prefilled - self.begin,
+            "prefill_s": prefilled - self.begin,
             "decode_s": decode_s,
             "tokens_per_s": rate,
             "rounds": rounds,

@@ -29,6 +29,7 @@ from speed import Figures
 from steps import Feed, Runner
 
 SETTINGS_SHOWN = ("mode", "k", "fan_out", "cut", "fallback", "coupling", "temperature", "seed")
+IDLE = {"ar": ("k", "fan_out", "cut", "fallback", "coupling"), "sd": ("fan_out", "cut", "fallback"), "ssd": ()}
 # How long the target waits for a draft that should have answered: this, or so many times the draft's slowest job yet.
 PATIENCE_S, PATIENCE_TIMES = 2.0, 20
 
@@ -119,7 +120,8 @@ class Decoding:
                 proposal.put(b, CHAIN, *chains.chain(b, branch[b], self.rows[b].room(self.settings.k)))
         self.figures.looked_up(begin, len(live), missed, len(chains.steps))
         for b in live:
-            self.fan_out.observe(tried.kind[b], len(tried.tokens[b]), accepted[b], chains.rank(b, accepted[b], following[b]))
+            rank = chains.rank(b, accepted[b], following[b])
+            self.fan_out.observe(tried.kind[b], len(tried.tokens[b]), accepted[b], rank)
         return self.fall_back(proposal, missed) if missed else proposal
 
     def fall_back(self, proposal: Proposal, missed: list[int]) -> Proposal:
@@ -144,6 +146,7 @@ class Decoding:
 
     def prefill(self) -> None:
         """Both models read the prompts, all but their last token, at the same time."""
+        self.warm_up()
         self.figures.begin = time.perf_counter()
         ids, kept = [row.ids[row.kept : -1] for row in self.rows], [row.kept for row in self.rows]
         reading = self.target_lane.start("prefill", self.target.prefill, ids, kept)
@@ -152,6 +155,15 @@ class Decoding:
         reading.result()
         if self.mode != "ar":
             self.await_draft(drafting, 10 + PATIENCE_TIMES * (reading.end - reading.begin))
+
+    def warm_up(self) -> None:
+        """Compile and capture what is not yet, one lane after the other, and tell how long it took."""
+        began, T = time.perf_counter(), 1 + (self.settings.k if self.mode != "ar" else 0)
+        fresh = self.target_lane.start("warm-up", self.target.warm_up, "target", T).result()
+        if self.draft is not None:
+            fresh |= self.draft_lane.start("warm-up", self.draft.warm_up, "draft", T).result()
+        if fresh:
+            self.warn(f"compiled in {time.perf_counter() - began:.1f} s; the same shapes will not compile again")
 
     def feed(self, proposal: Proposal) -> Feed:
         live, V = set(self.live()), self.target.model.config.vocab_size
@@ -302,7 +314,7 @@ class Engine:
         longest = max(row.limit for row in rows) + k + 1
         models = [(self.target, 0)] + [(self.draft, M if settings.mode == "ssd" else 0)] * (settings.mode != "ar")
         if settings.mode == "ssd" and M >= self.draft.config.vocab_size:
-            raise ValueError(f"fan_out is {M}, wanted less than the vocabulary of {self.draft.config.vocab_size} tokens")
+            raise ValueError(f"fan_out is {M}, wanted less than the vocabulary, {self.draft.config.vocab_size} tokens")
         check_memory(models, len(rows), longest, k)
         runners = [model.runner(len(rows), longest, k, branches) for model, branches in models]
         if keep and len(rows) == 1:
@@ -326,11 +338,12 @@ class Engine:
         """The result of a generation, complete or interrupted."""
         rows, settings, figures = decoding.rows, decoding.settings, decoding.figures
         self.kept = None
-        if len(rows) == 1 and decoding.mode == settings.mode:  # a draft that failed leaves no KV worth keeping
+        # A draft that failed, or a prompt that was interrupted while it was read, leaves no KV worth keeping.
+        if len(rows) == 1 and decoding.mode == settings.mode and figures.prefilled:
             self.kept = ([decoding.target, *([decoding.draft] if decoding.draft else [])], rows[0].ids)
         figures.end = figures.end or time.perf_counter()
         lane, draft_lane = decoding.target_lane, decoding.draft_lane
-        stats = {name: getattr(settings, name) for name in SETTINGS_SHOWN}
+        stats = {name: getattr(settings, name) for name in SETTINGS_SHOWN} | dict.fromkeys(IDLE[settings.mode])
         stats |= {"target": self.target.name, "device": lane.spec, "dtype": str(self.target.dtype).split(".")[1]}
         stats |= {"draft": None, "draft_device": None}
         if settings.mode != "ar":

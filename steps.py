@@ -29,6 +29,8 @@ from sampling import (
     warp,
 )
 
+# Noise lies between -3 and 23: a token that the draft's top-k or top-p leaves out is forked behind all that it keeps.
+LEFT_OUT = -32.0
 PREFILL_CHUNKS = (32, 256)  # prompt tokens per pass: few shapes, so that a prompt's length never recompiles
 
 
@@ -57,6 +59,8 @@ class Runner:
         self.params: Params | None = None
         self.coupling, self.saguaro_c = "shared", 1.0
         self.steps: dict = {}
+        self.warm: tuple | None = None  # what the compiled and captured steps were made for
+        self.noisy, self.gumbel = policy.fuse(noisy), policy.fuse(gumbel)
 
     def set_rows(self, params: Params, coupling: str, saguaro_c: float) -> None:
         """How the rows of this run sample. Static policies keep the tensors, so that graphs read the new values."""
@@ -66,7 +70,28 @@ class Runner:
                 old.copy_(new)
             return
         self.params, self.coupling, self.saguaro_c = params, coupling, saguaro_c
-        self.steps = {}
+        self.steps, self.warm = {}, None
+
+    def warm_up(self, role: str, T: int) -> bool:
+        """Static policies: compile and capture every step of a role before it counts, on rows that leave no trace."""
+        if not self.policy.static or self.warm == (role, T):
+            return False
+        self.policy.enter_thread()
+        B, M, feeds = self.batch, self.branches, {}
+        for t in (1, 2, T, *PREFILL_CHUNKS):
+            feeds[t] = Feed([[0] * t] * B, [0] * B, [0] * B)
+        for t in PREFILL_CHUNKS:
+            self._call("prefill", self._prefill, feeds[t])
+        if role == "target":
+            self.verify(feeds[T], [0] * B, [None] * B)
+        else:
+            for t in (2, 1):
+                self.decode(feeds[t], None)
+        if role == "draft" and M:
+            branches, _ = self.fork(self.extend(feeds[T]), [[0] * M] * B, [list(range(M))] * B)
+            self.chain_step(feeds[T], branches, [[0] * M] * B, 0, None)
+        self.warm = (role, T)
+        return True
 
     # ---- target
 
@@ -110,10 +135,10 @@ class Runner:
         warped_BTV = self._warped(tokens_BT, start_B, count_B, extent, tight)
         length_B = (count_B - 1).clamp(min=0)
         if self.coupling == "shared":
-            draws_BT = noisy(warped_BTV, self.params, self._predicted(start_B, tokens_BT.shape[1])).argmax(-1)
+            draws_BT = self.noisy(warped_BTV, self.params, self._predicted(start_B, tokens_BT.shape[1])).argmax(-1)
             return accept_shared(draws_BT, tokens_BT[:, 1:], length_B)
         if logq_BKV is None:  # nothing was drafted: an ordinary draw
-            draws_BT = noisy(warped_BTV[:, :1], self.params, start_B[:, None] + 1).argmax(-1)
+            draws_BT = self.noisy(warped_BTV[:, :1], self.params, start_B[:, None] + 1).argmax(-1)
             return torch.zeros_like(draws_BT[:, 0]), draws_BT[:, 0]
         return accept_exact(
             warped_BTV, logq_BKV, tokens_BT[:, 1:], length_B, kind_B, self.params, start_B + 1
@@ -158,15 +183,15 @@ class Runner:
 
     def _extend(self, tokens_BT, start_B, count_B, extent, tight):
         T = tokens_BT.shape[1]
-        scores_BTV = self._warped(tokens_BT, start_B, count_B, extent, tight)
+        scores_BTV = self._warped(tokens_BT, start_B, count_B, extent, tight, LEFT_OUT)
         at_BT = self._predicted(start_B, T)
         last_BT1 = torch.arange(T, device=self.device)[:, None] >= (count_B - 1)[:, None, None]
         if self.coupling == "shared":
-            scores_BTV = noisy(scores_BTV, self.params, at_BT, TOKEN)
+            scores_BTV = self.noisy(scores_BTV, self.params, at_BT, TOKEN)
         elif self.coupling == "maximal" and not self.params.greedy:
             # A rejected place draws with the residual's noise, the token after a whole proposal with the ordinary one.
             V, dtype = scores_BTV.shape[-1], scores_BTV.dtype
-            token, residual = (gumbel(self.params, at_BT, use, V, dtype) for use in (TOKEN, RESIDUAL))
+            token, residual = (self.gumbel(self.params, at_BT, use, V, dtype) for use in (TOKEN, RESIDUAL))
             scores_BTV = scores_BTV + torch.where(last_BT1, token, residual)
         # Had d_{j+1} been right, the outcome would not be j: it is never forked at j < L.
         drafted_BT1 = tokens_BT.roll(-1, 1)[..., None]
@@ -185,7 +210,7 @@ class Runner:
         noise_BMV = None
         if not self.params.greedy:  # many branches share few positions: hash each position once
             T, V = self.k + 1, warped_BMV.shape[-1]
-            noise_BTV = gumbel(self.params, self._predicted(length_B + step_B, T), TOKEN, V, warped_BMV.dtype)
+            noise_BTV = self.gumbel(self.params, self._predicted(length_B + step_B, T), TOKEN, V, warped_BMV.dtype)
             noise_BMV = noise_BTV.gather(1, depth_BM[..., None].expand(-1, -1, V))
         return self._draft_draw(warped_BMV, noise_BMV, top_1)
 
@@ -195,7 +220,7 @@ class Runner:
         warped_B1V, at_B1 = warped_BTV.gather(1, last_B11), (start_B + count_B)[:, None]
         noise = None
         if not self.params.greedy:
-            noise = gumbel(self.params, at_B1, TOKEN, warped_B1V.shape[-1], warped_B1V.dtype)
+            noise = self.gumbel(self.params, at_B1, TOKEN, warped_B1V.shape[-1], warped_B1V.dtype)
         return [out[:, 0] for out in self._draft_draw(warped_B1V, noise, top_1)]
 
     def _draft_draw(self, warped, noise, top_1):
@@ -210,9 +235,9 @@ class Runner:
 
     # ---- helpers
 
-    def _warped(self, tokens_BT, start_B, count_B, extent, tight):
+    def _warped(self, tokens_BT, start_B, count_B, extent, tight, penalty=float("-inf")):
         place = self.cache.place(start_B, count_B, tokens_BT.shape[1], extent, tight)
-        return warp(self.model(tokens_BT, place, self.cache), self.params)
+        return warp(self.model(tokens_BT, place, self.cache), self.params, penalty)
 
     def _predicted(self, start_B, T: int):
         """The positions (B, T) that are predicted when T tokens are fed from start_B on."""
@@ -234,7 +259,7 @@ class Runner:
         return self._step(name, work, *map(self._tensor, (feed.tokens, feed.start, feed.count)), *extra, **limits)
 
     def _step(self, name: str, work, *args, **limits):
-        if not self.policy.static:
+        if not self.policy.graphs:
             return work(*args, **limits)
         key = (name, *(arg.shape for arg in args))
         if key not in self.steps:

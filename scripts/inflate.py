@@ -31,7 +31,9 @@ def inflate(source: str, shape: str, out: Path, dtype: torch.dtype, device: str,
     parent = next(path for path in out.absolute().parents if path.exists())
     needed, free = weight_bytes(config, dtype), shutil.disk_usage(parent).free
     if needed > free:
-        raise ValueError(f"the folder needs {needed / 1e9:.2f} GB, but {parent} has {free / 1e9:.2f} GB free: free some")
+        raise ValueError(
+            f"the folder needs {needed / 1e9:.2f} GB, but {parent} has {free / 1e9:.2f} GB free: free some"
+        )
     with tqdm(total=needed, unit="B", unit_scale=True, desc=str(out)) as bar:
 
         def fill_and_show(piece, tensor):
@@ -46,7 +48,9 @@ def inflate(source: str, shape: str, out: Path, dtype: torch.dtype, device: str,
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Grow a checkpoint to a larger shape without changing what it computes.")
+    parser = argparse.ArgumentParser(
+        description="Grow a checkpoint to a larger shape without changing what it computes."
+    )
     parser.add_argument("source", help="folder or hub id of a small checkpoint")
     parser.add_argument("shape", help=f"{', '.join(SHAPES)}, or sizes: {'=N,'.join(NAMES)}=N")
     parser.add_argument("out", type=Path, help="the folder to write, new or empty")
@@ -57,6 +61,8 @@ def main() -> None:
     try:
         if not 0 < args.shard_gb <= 1000:
             raise ValueError(f"--shard-gb is {args.shard_gb}, wanted a size above 0 and at most 1000: leave it out")
+        if not 0 <= args.seed < 1 << 63:
+            raise ValueError(f"--seed is {args.seed}, wanted a whole number from 0 to 2^63 - 1: leave it out")
         shard_bytes = int(args.shard_gb * 1e9)
         dtype = getattr(torch, args.dtype)
         print(inflate(args.source, args.shape, args.out, dtype, "cpu", args.seed, shard_bytes))

@@ -312,6 +312,8 @@ class Trainer:
             heat = torch.tensor([0.0, 0.7, 1.0, 1.0]).repeat(size)[:size]
             blocks = []
             for _ in tqdm(range(rows // size), "samples", unit=f"x{size}"):
+                if self.args.polite:
+                    torch.set_num_threads(free_cores())
                 prompt = self.corpus.rows(size, 15, rng, 0.15)
                 blocks.append(sample(model, prompt, self.recipe.window - 16, heat, rng))
             save(path, tokens=torch.cat(blocks), base=base)

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import pytest
 import torch
 
 from cache import KVCache
@@ -25,7 +26,7 @@ FAMILIES = {
     "llama-3.1": {"rope_theta": 500000.0, "rope_scaling": LLAMA3_ROPE},
     "llama-3.2": {"rope_theta": 500000.0, "rope_scaling": LLAMA3_ROPE | {"factor": 32.0}, "tie_word_embeddings": True},
     "tinyllama": {"num_attention_heads": 6, "num_key_value_heads": 1, "num_hidden_layers": 3},
-    "smollm2": {"num_attention_heads": 3, "num_key_value_heads": 1, "tie_word_embeddings": True, "rope_theta": 100000.0},
+    "smollm2": {"num_attention_heads": 3, "num_key_value_heads": 1, "tie_word_embeddings": True, "rope_theta": 1e5},
     "llama-biases": {"attention_bias": True, "mlp_bias": True},
     "llama-head-dim": {"head_dim": 32},
     "llama-linear": {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
@@ -65,7 +66,7 @@ def raw_config(family: str) -> dict:
 
 @torch.no_grad()
 def randomise(module: torch.nn.Module, seed: int) -> None:
-    """Weights so large that a wrong norm, bias, head or angle shows in the logits (which come out of the order of 1)."""
+    """Weights so large that a wrong norm, bias, head or angle shows in the logits (of the order of 1)."""
     rng = torch.Generator().manual_seed(seed)
     for name, weight in module.named_parameters():
         noise = torch.randn(weight.shape, generator=rng, dtype=torch.float64)
@@ -112,7 +113,7 @@ def new_cache(model: Transformer, batch: int, trunk: int, branches: int = 0, ste
 
 
 def feed(model, cache, rows: list[list[int]], start: list[int], width: int = 0, extent: int = 0, tight=False):
-    """Logits (B, T, V) of every row's tokens at its own positions, padded on the right to the longest row or `width`."""
+    """Logits (B, T, V) of every row's tokens at its own positions, padded on the right to the longest or to `width`."""
     width = width or max(map(len, rows))
     tokens_BT = torch.tensor([row + [0] * (width - len(row)) for row in rows])
     counts_B = torch.tensor([len(row) for row in rows])
@@ -138,3 +139,12 @@ def greedy(model, text: list[int], count: int) -> list[int]:
 
 def random_text(length: int, seed: int, words: int = 96) -> list[int]:
     return torch.randint(words, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def refuses(match: str, name, load) -> str:
+    """`load(name)` fails with one sentence that matches; returns it."""
+    with pytest.raises(ValueError, match=match) as caught:
+        load(name)
+    message = str(caught.value)
+    assert "\n" not in message and "\x1b" not in message and len(message) < 700, message
+    return message

@@ -6,19 +6,36 @@ import json
 import pytest
 import torch
 from families import (
-    FAMILIES, LLAMA, LLAMA3_ROPE, feed, greedy, hugging_face, new_cache, random_text, raw_config, tiny_model,
-    to_old_layout, whole,
+    FAMILIES,
+    LLAMA,
+    LLAMA3_ROPE,
+    feed,
+    greedy,
+    hugging_face,
+    new_cache,
+    random_text,
+    raw_config,
+    tiny_model,
+    to_old_layout,
+    whole,
 )  # fmt: skip
 
 from model import Config
 from weights import load_config, load_model
 
-torch.set_num_threads(1)
-
 # transformers rounds RMSNorm and RoPE's angles to float32 even in float64 models.
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-5}
 WINDOWED = {"model_type": "mistral", "sliding_window": 5}
 KINDS = {"llama": {}, "windowed": WINDOWED, "qwen3": {"model_type": "qwen3", "head_dim": 20}}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Models this small run ten times slower on two busy cores than on one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -92,8 +109,11 @@ def test_without_a_cache_equals_with_one():
 def test_half_precision_stays_close():
     model, text = tiny_model(dtype=torch.float32), random_text(30, seed=1)
     wanted = whole(model, text)
-    for dtype, gap in ((torch.bfloat16, 0.15), (torch.float16, 0.03)):
-        assert (whole(ready(copy.deepcopy(model).to(dtype)), text).float() - wanted).abs().max() < gap
+    for dtype in (torch.bfloat16, torch.float16):
+        got = whole(ready(copy.deepcopy(model).to(dtype)), text)
+        assert got.dtype == dtype
+        # Rounding errors of a dozen operations in a row; a wrong one would be of the size of the logits.
+        assert (got.float() - wanted).norm() / wanted.norm() < 12 * torch.finfo(dtype).eps
 
 
 # ---- configurations that must be refused, each by the name of what is wrong ----
@@ -285,12 +305,13 @@ def test_rows_at_different_chain_steps_and_ended_rows(model):
     assert torch.equal(cache.k_LBGSD[:, 2, :, :-1], before), "the ended row left a trace"
 
 
-def test_bytes_needed_is_what_is_allocated():
-    model = tiny_model(dtype=torch.float32)
-    cache = new_cache(model, 3, 50, 4, 5)
-    allocated = cache.k_LBGSD.nbytes + cache.v_LBGSD.nbytes
-    assert cache.bytes_needed(model.config, 3, 50, 4, 5, 4) == allocated
-    assert not cache.k_LBGSD.any() and not cache.v_LBGSD.any(), "a fresh cache is zero"
+def test_copy_of_a_trunk_goes_on_alike(model):
+    text, wide = random_text(20, seed=4), new_cache(model, 1, 40, 3, 2)
+    narrow = new_cache(model, 1, 15)
+    assert not narrow.k_LBGSD.any() and not narrow.v_LBGSD.any(), "a fresh cache is zero"
+    feed(model, narrow, [text[:12]], [0])
+    wide.copy_trunk(narrow, 12)
+    same(feed(model, wide, [text[12:]], [12])[0], whole(model, text)[12:])
 
 
 def test_every_family_is_a_different_config():

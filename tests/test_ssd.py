@@ -1,0 +1,410 @@
+"""AR, SD and SSD print the same text, and what they say about themselves is true. Tiny random models in float64."""
+
+import itertools
+
+import pytest
+import torch
+from tiny import DEVICES, engine, log_probs, play, settle, transformer
+
+import ssd
+from cache import SpeculationCache
+from fanout import FanOut
+from pair import Model
+from runtime import Devices, Pending
+from sampling import CHAIN, FIXED, TOKEN, Params, gumbel
+from settings import FALLBACKS
+from ssd import Decoding
+from steps import Feed
+
+# Every row has its own way to sample, so one call with many rows tries very many cases at once.
+B = 120
+PROMPTS = [[(7 * b + 11 * i * i + i) % 50 for i in range(1 + b % 13)] for b in range(B)]
+ROWS = {
+    "temperature": [(0.0, 0.7, 1.0, 1.4)[b % 4] for b in range(B)],
+    "top_k": [(0, 0, 6)[b % 3] for b in range(B)],
+    "top_p": [(1.0, 1.0, 0.9, 1.0, 0.5)[b % 5] for b in range(B)],
+    "seed": [1000 + b for b in range(B - 2)] + [(1 << 64) - 1, 1 << 63],
+    "max_new_tokens": [1 + (5 * b) % 41 for b in range(B)],
+}
+
+
+def some(rows, settings=ROWS):
+    """The prompts and settings of these rows alone."""
+    return [PROMPTS[b] for b in rows], {name: [values[b] for b in rows] for name, values in settings.items()}
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch):
+    monkeypatch.setattr(ssd, "PATIENCE_S", 60.0)  # the cores are shared: a slow draft is not a broken one
+
+
+@pytest.fixture(scope="module")
+def models():
+    target = transformer(0)
+    return target, transformer(1, base=target, noise=0.03), transformer(2)  # target, draft, useless draft
+
+
+@pytest.fixture(scope="module")
+def pair(models):
+    return engine(*models[:2], eos={33}, warn=pytest.fail)
+
+
+@pytest.fixture(scope="module")
+def truth(pair):
+    return pair.generate(PROMPTS, mode="ar", **ROWS)
+
+
+# ---- the same text
+
+
+def test_plain_decoding_is_right(models, truth):
+    """AR itself against passes over whole texts without a cache: each row by its own temperature, filters and noise."""
+    for b in range(0, B, 7):
+        ids = PROMPTS[b] + truth.token_ids[b]
+        logits = log_probs(models[0], ids)[len(PROMPTS[b]) - 1 : -1]
+        T, top_k, top_p = (ROWS[name][b] for name in ("temperature", "top_k", "top_p"))
+        if T > 0:
+            p, order = (logits / T).softmax(-1).sort(-1, descending=True)
+            if top_k:
+                p[:, top_k:] = 0
+                p = p / p.sum(-1, keepdim=True)
+            p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0)
+            params = Params.make([T], [0], [1.0], [ROWS["seed"][b]], [0], "cpu")
+            at = torch.arange(len(PROMPTS[b]), len(ids))[None]
+            logits = torch.zeros_like(p).scatter_(-1, order, p).log() + gumbel(params, at, TOKEN, 50, torch.float64)[0]
+        assert logits.argmax(-1).tolist() == truth.token_ids[b]
+    assert {"eos", "length"} == set(truth.finish_reason)
+
+
+@pytest.mark.parametrize("k", range(1, 9))
+def test_sd_equals_ar(pair, truth, k):
+    result = pair.generate(PROMPTS, mode="sd", k=k, **ROWS)
+    assert (result.token_ids, result.finish_reason) == (truth.token_ids, truth.finish_reason)
+    assert result.stats["acceptance_rate"] > 0.4
+
+
+CASES = list(zip(
+    itertools.chain(range(1, 9), range(1, 9)), itertools.cycle((1, 4, 8, 16, 49)), itertools.cycle(FALLBACKS),
+    itertools.chain([True, False] * 4, [False, True] * 4),
+))  # fmt: skip
+
+
+@pytest.mark.parametrize(("k", "fan_out", "fallback", "cut"), CASES)
+def test_ssd_equals_ar(pair, truth, k, fan_out, fallback, cut):
+    settings = {"k": k, "fan_out": fan_out, "fallback": fallback, "cut": cut}
+    result = pair.generate(PROMPTS, mode="ssd", **settings, **ROWS)
+    assert (result.token_ids, result.finish_reason) == (truth.token_ids, truth.finish_reason)
+    assert result.stats["hit_rate"] > (0.1 if fan_out == 1 else 0.4)
+
+
+@pytest.mark.parametrize("mode", ["ar", "sd", "ssd"])
+def test_a_row_is_the_same_alone_and_in_any_batch(pair, truth, mode):
+    for rows in ([12], [118], [50], [0, 13, 26, 39, 1, 2, 3, 4], [119, 97, 64, 63, 62, 8, 71, 5]):
+        prompts, settings = some(rows)
+        result = pair.generate(prompts, mode=mode, fan_out=6, **settings)
+        assert result.token_ids == [truth.token_ids[b] for b in rows]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_one_value_for_all_rows(pair, temperature):
+    """No lists: the shortcuts for greedy and unfiltered rows; a single seed, so rows draw by their number."""
+    prompts = [[3, 1, 4]] * 6 + [[1], [5, 9]]
+    settings = {"temperature": temperature, "seed": 11, "max_new_tokens": 32, "ignore_eos": True}
+    texts = [pair.generate(prompts, mode=mode, k=3, fan_out=5, **settings).token_ids for mode in ("ar", "sd", "ssd")]
+    assert texts[0] == texts[1] == texts[2]
+    assert len({tuple(ids) for ids in texts[0][:6]}) == (1 if temperature == 0 else 6)
+
+
+@pytest.mark.parametrize(("coupling", "c"), [("maximal", 1.0), ("independent", 1.0), ("independent", 0.3)])
+def test_greedy_rows_are_the_same_under_every_coupling(pair, truth, coupling, c):
+    greedy = [b for b in range(B) if ROWS["temperature"][b] == 0]
+    prompts, settings = some(greedy)
+    alone = {name: values for name, values in settings.items() if name != "temperature"}
+    for mode, temperature in itertools.product(("sd", "ssd"), (0.0, [0.0] * (len(greedy) - 1) + [1.0])):
+        result = pair.generate(prompts, mode=mode, coupling=coupling, saguaro_c=c, temperature=temperature, **alone)
+        mixed = isinstance(temperature, list)
+        assert result.token_ids[: -1 if mixed else None] == [truth.token_ids[b] for b in greedy][: -1 if mixed else None]
+
+
+def test_lanes_shared_or_whole(models, truth):
+    """Both models on one core, which is one lane for SD, and on all cores."""
+    for devices in (Devices("cpu:0", "cpu:0"), Devices("cpu", "cpu")):
+        both = engine(*models[:2], eos={33}, warn=pytest.fail, devices=devices)
+        for mode in ("sd", "ssd"):
+            assert both.generate(PROMPTS, mode=mode, **ROWS).token_ids == truth.token_ids
+
+
+def test_end_of_text_inside_an_accepted_proposal(models, monkeypatch):
+    """With a draft that is always right: tokens behind the end are dropped, in every place of the proposal."""
+    target = models[0]
+    places, emit = set(), Decoding.emit
+
+    def spy(self, proposal, accepted, following, verdict):
+        for b in self.live():
+            tokens = proposal.tokens[b][: accepted[b]]
+            places.update(i for i, token in enumerate(tokens) if token in self.rows[b].eos)
+        emit(self, proposal, accepted, following, verdict)
+
+    monkeypatch.setattr(Decoding, "emit", spy)
+    pair = engine(target, transformer(base=target), eos={33, 4, 40}, warn=pytest.fail)
+    expected = pair.generate(PROMPTS, mode="ar", **ROWS)
+    for mode in ("sd", "ssd"):
+        places.clear()
+        result = pair.generate(PROMPTS, mode=mode, k=4, cut=False, **ROWS)
+        assert (result.token_ids, result.finish_reason) == (expected.token_ids, expected.finish_reason)
+        assert places == {0, 1, 2, 3}
+    for ids, reason in zip(expected.token_ids, expected.finish_reason):
+        assert not {33, 4, 40} & set(ids[:-1]) and (reason == "eos") == (ids[-1] in {33, 4, 40})
+
+
+@pytest.mark.parametrize("mode", ["ar", "sd", "ssd"])
+def test_a_full_context_ends_the_text_at_its_last_place(mode):
+    target = transformer(0, positions=40)
+    pair = engine(target, transformer(1, base=target, noise=0.02), warn=pytest.fail)
+    prompts = [PROMPTS[0] * 39, *([i] * n for i, n in enumerate((38, 37, 36, 35, 34, 33, 20, 3, 3)))]
+    limits = [1000] * 9 + [12]
+    expected = pair.generate(prompts, mode="ar", max_new_tokens=limits).token_ids
+    for k, cut in ((1, True), (5, False), (8, True)):
+        result = pair.generate(prompts, mode=mode, max_new_tokens=limits, k=k, cut=cut, fan_out=12)
+        assert result.finish_reason == ["context"] * 9 + ["length"]
+        assert [len(p) + len(ids) for p, ids in zip(prompts, result.token_ids)] == [40] * 9 + [15]
+        assert result.token_ids == expected
+
+
+def test_turns_of_a_chat_keep_the_same_text(pair):
+    """keep=True starts from the KV of the call before: each turn's text equals that of a fresh start."""
+    for mode in ("ar", "sd", "ssd"):
+        ids = [5, 6, 7]
+        for turn in range(3):
+            kept = pair.generate([ids], keep=True, mode=mode, temperature=0.7, max_new_tokens=25, ignore_eos=True)
+            fresh = engine(pair.target.transformer).generate([ids], temperature=0.7, max_new_tokens=25)
+            assert kept.token_ids == fresh.token_ids
+            ids = ids + kept.token_ids[0][: 25 - 9 * turn] + [turn, 8]
+
+
+# ---- chains
+
+
+def branch_chains(draft, prompts, proposals, settings, M, k):
+    """A round of the draft on its own: extend, fork and k chain steps by Runner calls. -> branches and chains."""
+    feed = Feed([], [], [])
+    for prompt, proposal in zip(prompts, proposals):
+        feed.tokens.append([prompt[-1], *proposal] + [0] * (k - len(proposal)))
+        feed.start.append(len(prompt) - 1)
+        feed.count.append(1 + len(proposal))
+    n = len(prompts)
+    runner = Model.of(draft).runner(n, max(map(len, prompts)) + k + 1, k, M)
+    params = Params.make([settings["temperature"]] * n, [settings["top_k"]] * n, [1.0] * n, [5] * n, range(n), "cpu")
+    runner.set_rows(params, settings["coupling"], 1.0)
+    depths = [sorted(m % (len(proposal) + 1) for m in range(M)) for proposal in proposals]
+    ranks = [[row[:m].count(depth) for m, depth in enumerate(row)] for row in depths]
+    with torch.inference_mode():
+        runner.prefill([prompt[:-1] for prompt in prompts], [0] * n)
+        forked, top = runner.fork(runner.extend(feed), depths, ranks)
+        steps, branches = [], forked
+        for step in range(k):
+            branches, logq = runner.chain_step(feed, branches, depths, step, None)
+            steps.append((branches, logq))
+    return depths, ranks, forked, top, steps
+
+
+@pytest.mark.parametrize("coupling", ["shared", "maximal", "independent"])
+@pytest.mark.parametrize(("temperature", "top_k"), [(0.0, 0), (1.0, 0), (0.8, 3)])
+def test_a_chain_is_ordinary_decoding_from_its_prefix(models, coupling, temperature, top_k):
+    """Every chain of every branch against passes over the whole prefix without cache: tokens and log q; and the fork
+    takes the best scores of its outcome, all different, never the drafted token."""
+    draft, k, M = models[1], 4, 11
+    prompts, proposals = PROMPTS[3:9], [[4, 9, 2, 7], [3], [], [8, 8], [1, 2, 3], [40, 41, 42, 43]]
+    settings = {"temperature": temperature, "top_k": top_k, "coupling": coupling}
+    depths, ranks, forked, top, steps = branch_chains(draft, prompts, proposals, settings, M, k)
+    for b, (prompt, proposal) in enumerate(zip(prompts, proposals)):
+        params = Params.make([temperature], [0], [1.0], [5], [b], "cpu")
+        noise = gumbel(params, torch.arange(60)[None], TOKEN, 50, torch.float64)[0]
+        for j in range(len(proposal) + 1):
+            of_depth = [token for token, depth in zip(forked[b], depths[b]) if depth == j]
+            assert of_depth == top[b][j][: len(of_depth)] and len(set(top[b][j])) == M
+            assert j == len(proposal) or proposal[j] not in top[b][j]
+        for m in range(M):
+            ids = prompt + proposal[: depths[b][m]] + [forked[b][m]]
+            for branches, logq in steps:
+                truth = log_probs(draft, ids)[-1]
+                if temperature > 0:
+                    truth = truth / temperature
+                    if top_k:
+                        truth = truth.masked_fill(truth < truth.topk(top_k).values[-1], float("-inf"))
+                    truth = truth.log_softmax(-1)
+                token = (truth + noise[len(ids)]).argmax().item()
+                assert branches[b][m] == token
+                if coupling == "shared":
+                    assert logq is None
+                elif temperature > 0:
+                    torch.testing.assert_close(logq[b, m], truth, rtol=0, atol=1e-9)
+                ids.append(token)
+
+
+@pytest.mark.parametrize(("mode", "fallback"), [("sd", "auto"), ("ssd", "jit"), ("ssd", "fast")])
+def test_the_trunk_of_the_draft_is_repaired_every_round(pair, models, mode, fallback):
+    """Whatever was accepted, missed or rolled back: up to the pending token the draft's KV is a fresh prefill's."""
+    prompts, settings = some(range(12, 24), ROWS | {"max_new_tokens": [40 - b % 9 for b in range(B)]})
+    decoding = pair.start(prompts, mode=mode, fallback=fallback, k=3, fan_out=3, **settings)
+    compared = 0
+    for number, _ in enumerate(decoding.rounds()):
+        live = decoding.live()
+        if number % 4 == 3 and live:
+            settle(decoding)
+            ids = [row.ids for row in decoding.rows]
+            fresh = Model.of(models[1]).runner(len(ids), max(map(len, ids)), 1, 0)
+            fresh.set_rows(decoding.draft.params, "shared", 1.0)
+            with torch.inference_mode():
+                fresh.prefill(ids, [0] * len(ids))
+            for b in live:  # the round in flight has read the pending token too
+                for ours, theirs in zip(decoding.draft.cache[slice(None)], fresh.cache[slice(None)]):
+                    N = len(ids[b])
+                    torch.testing.assert_close(ours[:, b, :, :N], theirs[:, b, :, :N], rtol=0, atol=1e-9)
+                    compared += 1
+    assert compared > 40
+
+
+# ---- drafts that are always right, useless, or malicious
+
+
+@pytest.mark.parametrize(("temperature", "coupling"), [(0.0, "shared"), (1.0, "shared"), (1.0, "maximal")])
+def test_a_perfect_draft_is_always_right(models, temperature, coupling):
+    target = models[0]
+    pair = engine(target, transformer(base=target), warn=pytest.fail)
+    for mode, cut in (("sd", True), ("ssd", True), ("ssd", False)):
+        settings = {"temperature": temperature, "coupling": coupling, "cut": cut, "max_new_tokens": 30}
+        stats = pair.generate(PROMPTS[:16], mode=mode, k=4, fan_out=8, **settings).stats
+        assert stats["acceptance_rate"] == stats["accepted_fraction"] == 1
+        assert stats["hit_rate"] == (1 if mode == "ssd" else None)
+        if not cut:
+            assert stats["rounds"] == 6  # one token by the first round, then five by each: 29 more take 6
+
+
+@pytest.mark.parametrize("mode", ["sd", "ssd"])
+def test_a_useless_draft_does_no_harm(models, truth, mode):
+    pair = engine(models[0], models[2], eos={33}, warn=pytest.fail)
+    result = pair.generate(PROMPTS, mode=mode, **ROWS)
+    assert result.token_ids == truth.token_ids
+    assert result.stats["acceptance_rate"] < 0.15
+
+
+def test_an_adversarial_draft_does_no_harm(models):
+    """It proposes what the target likes least: nothing is ever accepted, and nothing hits."""
+    target = models[0]
+    contrary = transformer(base=target)
+    contrary.head.weight.neg_()
+    pair = engine(target, contrary, warn=pytest.fail)
+    expected = pair.generate(PROMPTS[:24], mode="ar").token_ids
+    for mode in ("sd", "ssd"):
+        result = pair.generate(PROMPTS[:24], mode=mode, fallback="jit")
+        assert result.token_ids == expected
+        assert result.stats["acceptance_rate"] == 0 and not result.stats["hit_rate"]
+        assert result.stats["tokens_per_round"] == 1
+
+
+# ---- what it says about itself
+
+
+def test_the_hit_rate_is_that_of_the_look_ups(pair, monkeypatch):
+    """Hits counted from what was prepared and what came, ranks from the fork; the fan-out learns just that."""
+    hits, ranks, take, observe, prepare = [], [], Decoding.take, FanOut.observe, Decoding.prepare
+    forks = {}
+
+    def spy_take(self, chains, tried, accepted, following):
+        live = self.live()
+        settle(self)
+        hits.extend((b, accepted[b], following[b]) in chains.branch_of for b in live)
+        for b in live:
+            best, F = chains.top[b][accepted[b]], forks[id(chains)][b][accepted[b]]
+            rank = best.index(following[b]) if following[b] in best else None
+            assert hits[len(hits) - len(live) + live.index(b)] == (rank is not None and rank < F)
+            ranks.append((tried.kind[b], len(tried.tokens[b]), accepted[b], rank))
+        return take(self, chains, tried, accepted, following)
+
+    def spy_prepare(self, chains, feed, fan_out, *rest):
+        assert all(sum(F) == self.settings.fan_out for F in fan_out)
+        forks[id(chains)] = fan_out
+        keep.append(chains)
+        prepare(self, chains, feed, fan_out, *rest)
+
+    keep, told = [], []
+    monkeypatch.setattr(Decoding, "take", spy_take)
+    monkeypatch.setattr(Decoding, "prepare", spy_prepare)
+    monkeypatch.setattr(FanOut, "observe", lambda self, *seen: (told.append(seen), observe(self, *seen)))
+    result, decoding = play(pair, PROMPTS, mode="ssd", fallback="fast", fan_out=4, k=3, **ROWS)
+    assert result.stats["hit_rate"] == pytest.approx(sum(hits) / len(hits), abs=1e-12)
+    assert 0.3 < result.stats["hit_rate"] < 0.95
+    assert told == ranks
+    kinds = decoding.figures.kinds
+    accepted, rejected, drafted = (kinds[CHAIN][i] + kinds[FIXED][i] for i in range(3))
+    assert result.stats["acceptance_rate"] == accepted / (accepted + rejected)
+    assert result.stats["accepted_fraction"] == accepted / drafted and kinds[FIXED][2] > 0
+
+
+def test_a_miss_falls_back_by_itself(pair, truth, monkeypatch):
+    """jit decodes for the rows that missed and no others; rows that hit keep their chains."""
+    missed, wanted = [], []
+    fall_back, decode_now = Decoding.fall_back, Decoding.decode_now
+
+    def spy_fall_back(self, proposal, rows):
+        missed.append(list(rows))
+        assert all(proposal.tokens[b] or not self.rows[b].room(3) for b in set(self.live()) - set(rows))
+        assert not any(proposal.tokens[b] for b in rows)
+        return fall_back(self, proposal, rows)
+
+    def spy_decode(self, rows, weigh):
+        wanted.append(list(rows))
+        return decode_now(self, rows, weigh)
+
+    monkeypatch.setattr(Decoding, "fall_back", spy_fall_back)
+    monkeypatch.setattr(Decoding, "decode_now", spy_decode)
+    result = pair.generate(PROMPTS, mode="ssd", fallback="jit", fan_out=3, k=3, **ROWS)
+    assert result.token_ids == truth.token_ids
+    assert missed == wanted and 1 < min(map(len, missed[:4])) <= max(map(len, missed)) < B
+
+
+def test_chains_are_cut_by_the_clock(pair, truth, monkeypatch):
+    """cut: no chain step begins once the verdict is in, but the first; otherwise all K are waited for."""
+    monkeypatch.setattr(Pending, "done", lambda self: True)
+    lengths, chain = set(), SpeculationCache.chain
+
+    def spy(self, row, branch, length):
+        found = chain(self, row, branch, length)
+        lengths.add((len(self.steps), len(found[0]) - length))
+        return found
+
+    monkeypatch.setattr(SpeculationCache, "chain", spy)
+    for cut, steps in ((True, {1}), (False, {5})):
+        lengths.clear()
+        result = pair.generate(PROMPTS, mode="ssd", cut=cut, k=5, **ROWS)
+        assert result.token_ids == truth.token_ids
+        assert {taken for taken, _ in lengths} == steps and {short for _, short in lengths} <= {0, -1, -2, -3, -4}
+
+
+STATS = (
+    "mode target draft device draft_device dtype k fan_out cut fallback coupling temperature seed prompts prompt_tokens "
+    "new_tokens token_ids text finish_reason prefill_s decode_s tokens_per_s rounds tokens_per_round acceptance_rate "
+    "accepted_fraction hit_rate distinct_4grams round_ms verify_ms draft_ms exposed_ms hidden predicted_tokens_per_s "
+    "speedup_ceiling bandwidth_fraction peak_memory_gb"
+).split()
+ONLY_SPECULATIVE = {"draft", "draft_device", "acceptance_rate", "accepted_fraction", "draft_ms", "exposed_ms"}
+ONLY_SSD = {"hit_rate", "hidden", "speedup_ceiling"}
+
+
+@pytest.mark.parametrize("mode", ["ar", "sd", "ssd"])
+def test_every_figure_is_there(pair, mode):
+    prompts = [[1, 2, 3], [4]]
+    result = pair.generate(prompts, mode=mode, max_new_tokens=[60, 50], ignore_eos=True, temperature=0.5, seed=3, k=2)
+    stats = result.stats
+    assert set(STATS) <= set(stats)
+    absent = (ONLY_SPECULATIVE | ONLY_SSD) if mode == "ar" else ONLY_SSD if mode == "sd" else set()
+    assert {name for name in STATS if stats[name] is None} == absent
+    assert stats["mode"] == mode and stats["device"] == DEVICES.given[0] and stats["dtype"] == "float64"
+    assert stats["prompt_tokens"] == [3, 1] and stats["new_tokens"] == [60, 50] == [len(x) for x in stats["token_ids"]]
+    assert stats["token_ids"] == result.token_ids and stats["finish_reason"] == ["length"] * 2
+    assert stats["tokens_per_s"] == pytest.approx((110 - 2) / stats["decode_s"])
+    if mode == "ar":
+        assert stats["rounds"] == 59 and stats["tokens_per_round"] == 1
+    one = pair.generate([[1]], mode=mode, max_new_tokens=1).stats  # nothing to take a median of
+    assert set(STATS) <= set(one) and one["new_tokens"] == [1]
