@@ -113,6 +113,7 @@ class Lane:
         self.threads = len(self.cores) or len(available_cores())
         self.stream = torch.cuda.Stream(self.device, priority=-1 if high_priority else 0) if self.on_gpu else None
         self.broken = False  # its work failed or hangs: a new lane is needed
+        self.error: BaseException | None = None  # what its work raised last
         self.spans: list[tuple[str, float, float]] = []
         self._queue: queue.SimpleQueue[Pending | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._serve, name=f"lane-{name}", daemon=True)
@@ -150,6 +151,7 @@ class Lane:
         with torch.inference_mode(), torch.cuda.stream(self.stream):
             while (pending := self._queue.get()) is not None:
                 pending.run()
+                self.error = pending.error or self.error
                 self.spans.append((pending.name, pending.begin, pending.end))
 
 
@@ -189,7 +191,7 @@ class Devices:
 
     def _lane(self, spec: str, role: str) -> Lane:
         lane = self._lanes.get((spec, role))
-        if lane is None or lane.broken:
+        if lane is None or lane.broken or lane.error:
             lane = self._lanes[spec, role] = Lane(spec, role, high_priority=role == "target")
         lane.spans.clear()
         return lane

@@ -171,7 +171,7 @@ class Figures:
             share, rate(hit) if hit else tokens, rate(missed) if missed else tokens, t_hit, t_miss
         )
         steps = [end - begin for name, begin, end in spans if name == "chain step"]
-        if steps:
+        if steps and self.lookups:  # none where the draft failed at once
             k, a = self.settings.k, self.acceptance(CHAIN, 0.8)
             length = median(lookup[4] for lookup in self.lookups)
             gain = expected_tokens(a, length) / expected_tokens(a, k)

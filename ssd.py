@@ -32,6 +32,8 @@ SETTINGS_SHOWN = ("mode", "k", "fan_out", "cut", "fallback", "coupling", "temper
 IDLE = {"ar": ("k", "fan_out", "cut", "fallback", "coupling"), "sd": ("fan_out", "cut", "fallback"), "ssd": ()}
 # How long the target waits for a draft that should have answered: this, or so many times the draft's slowest job yet.
 PATIENCE_S, PATIENCE_TIMES = 2.0, 20
+# The same for its first passes, which may still fetch weights from memory or disk, or compile.
+PREFILL_PATIENCE_S, WARM_UP_PATIENCE_S = 10.0, 600.0
 
 
 @dataclass
@@ -113,6 +115,8 @@ class Decoding:
             return proposal
         if not self.settings.cut:
             self.await_draft(chains.work, self.patience())
+            if self.mode != "ssd":
+                return proposal
         for b in live:
             if branch[b] is None:
                 missed.append(b)
@@ -154,14 +158,16 @@ class Decoding:
             drafting = self.draft_lane.start("prefill", self.draft.prefill, ids, kept)
         reading.result()
         if self.mode != "ar":
-            self.await_draft(drafting, 10 + PATIENCE_TIMES * (reading.end - reading.begin))
+            self.await_draft(drafting, PREFILL_PATIENCE_S + PATIENCE_TIMES * (reading.end - reading.begin))
 
     def warm_up(self) -> None:
         """Compile and capture what is not yet, one lane after the other, and tell how long it took."""
         began, T = time.perf_counter(), 1 + (self.settings.k if self.mode != "ar" else 0)
         fresh = self.target_lane.start("warm-up", self.target.warm_up, "target", T).result()
         if self.draft is not None:
-            fresh |= self.draft_lane.start("warm-up", self.draft.warm_up, "draft", T).result()
+            work = self.draft_lane.start("warm-up", self.draft.warm_up, "draft", T)
+            fresh |= bool(self.await_draft(work, WARM_UP_PATIENCE_S))
+            self.slowest_draft_s = 0.0  # compiling says nothing about later jobs
         if fresh:
             self.warn(f"compiled in {time.perf_counter() - began:.1f} s; the same shapes will not compile again")
 
@@ -239,8 +245,8 @@ class Decoding:
     def answered(self, event, chains: SpeculationCache) -> bool:
         if not event.wait(self.patience()):
             self.lose_draft(f"it did not answer within {self.patience():.3g} s")
-        elif chains.error is not None:
-            self.lose_draft(str(chains.error) or type(chains.error).__name__)
+        elif error := chains.error or self.draft_lane.error:  # a chain step of the round before may have failed late
+            self.lose_draft(str(error) or type(error).__name__)
         return self.mode == "ssd"
 
     def await_draft(self, work: Pending, limit_s: float):
@@ -255,6 +261,8 @@ class Decoding:
         if self.mode != "ar":
             self.mode = "ar"
             self.draft_lane.broken = True
+            if self.target_lane is self.draft_lane:  # they took turns; the target must not wait behind a draft that hangs
+                self.target_lane = Lane(self.draft_lane.spec, "target")
             self.warn(f"the draft failed ({why}): the target goes on alone, the text stays right")
 
 

@@ -42,12 +42,16 @@ Encoder = Callable[[str, bool], list[int]]  # (text without added tokens, nothin
 Model = tuple[Encoder, dict[int, bytes], bool]  # bytes by id; decoded text opens with a space that is no part of it
 
 
+class TokenizerError(ValueError):
+    """One sentence for the user: what there was, what was wanted, what to do."""
+
+
 def _read(path: Path) -> bytes | None:
     """Content of a file, None where there is none. ValueError when it is larger than any real tokenizer file."""
     if not path.is_file():  # false for devices and pipes too, which may have no end
         return None
     if path.stat().st_size > MAX_FILE_BYTES:
-        raise ValueError(f"{path} has over {MAX_FILE_BYTES >> 20} MiB, the limit for a tokenizer file: replace it")
+        raise TokenizerError(f"{path} has over {MAX_FILE_BYTES >> 20} MiB, the limit for a tokenizer file: replace it")
     return path.read_bytes()
 
 
@@ -57,9 +61,9 @@ def _read_json(path: Path) -> dict:
     try:
         value = {} if data is None else json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error}): download it again") from error
+        raise TokenizerError(f"{path} is not valid JSON ({error}): download it again") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a JSON {type(value).__name__}, wanted an object: download it again")
+        raise TokenizerError(f"{path} holds a JSON {type(value).__name__}, wanted an object: download it again")
     return value
 
 
@@ -69,7 +73,7 @@ def read_eos_ids(folder: Path) -> tuple[int, ...]:
         value = _read_json(path).get("eos_token_id")
         ids = value if isinstance(value, list) else [] if value is None else [value]
         if not all(type(id) is int and 0 <= id < MAX_TOKEN_ID for id in ids):
-            raise ValueError(f"{path}: got eos_token_id {str(value):.80}, wanted a token id or a list: correct it")
+            raise TokenizerError(f"{path}: got eos_token_id {str(value):.80}, wanted a token id or a list: correct it")
         if ids:
             return tuple(dict.fromkeys(ids))
     return ()
@@ -139,9 +143,9 @@ def _piece_bytes(piece: str, is_byte: bool) -> bytes:
     return bytes([int(piece[3:5], 16)]) if is_byte else piece.replace("▁", " ").encode()  # a byte is spelt <0x0A>
 
 
-def _unsupported(part: str, got: object, wanted: str) -> ValueError:
+def _unsupported(part: str, got: object, wanted: str) -> TokenizerError:
     got = json.dumps(got, ensure_ascii=False)[:200]
-    return ValueError(f"tokenizer.json: got {part} {got}, wanted {wanted}: use a checkpoint with such a tokenizer")
+    return TokenizerError(f"tokenizer.json: got {part} {got}, wanted {wanted}: use a checkpoint with such a tokenizer")
 
 
 def _byte_level(model: dict, normalizers: list[dict], splitters: list[dict], merged: list[str]) -> Model:
@@ -240,7 +244,7 @@ def render_chat(template: str, variables: dict) -> str:
     for 10 GB ({{ 'x' * 10**10 }}), so it runs in a child process with limits (0.1 s, once per turn of a chat).
     """
     if len(template) > MAX_TEMPLATE_CHARS:
-        raise ValueError(f"got a chat template of {len(template)} characters, wanted {MAX_TEMPLATE_CHARS}: replace it")
+        raise TokenizerError(f"got a chat template of {len(template)} characters, wanted {MAX_TEMPLATE_CHARS}: replace it")
     job = json.dumps([template, variables]).encode()
     try:
         child = subprocess.run([sys.executable, __file__], input=job, capture_output=True, timeout=CHAT_SECONDS)
@@ -248,7 +252,7 @@ def render_chat(template: str, variables: dict) -> str:
     except subprocess.TimeoutExpired:
         text, error = "", f"it was not done after {CHAT_SECONDS} s"
     if error:
-        raise ValueError(f"the chat template failed ({error}): check the messages, or use a plain prompt")
+        raise TokenizerError(f"the chat template failed ({error}): check the messages, or use a plain prompt")
     return text
 
 
@@ -308,13 +312,12 @@ class Tokenizer:
         self._encode, tokens, self._drops_space = model
         self._added, self._before, self._names, self._template = added, before, names, template
         longest_first = sorted(added.values(), key=lambda token: -len(token["content"]))
-        space = {True: r"\s*", False: ""}  # some tokens swallow the white space beside them
-        found = [space[t["lstrip"]] + re.escape(t["content"]) + space[t["rstrip"]] for t in longest_first]
-        self._cut = re.compile(f"({'|'.join(found) or '(?!)'})")  # (?!) is found nowhere
+        found = "|".join(re.escape(token["content"]) for token in longest_first)
+        self._cut = re.compile(f"({found or '(?!)'})")  # (?!) is found nowhere
         self._tokens = tokens | {token["id"]: token["content"].encode() for token in longest_first}
         self._hidden = {token["id"] for token in longest_first if token["special"]}
         if not all(type(id) is int and 0 <= id < MAX_TOKEN_ID for id in self._tokens):
-            raise ValueError(f"the tokenizer has ids outside 0..{MAX_TOKEN_ID - 1}: download its files again")
+            raise TokenizerError(f"the tokenizer has ids outside 0..{MAX_TOKEN_ID - 1}: download its files again")
         self.vocab_size = max(self._tokens) + 1
         ids = {kind: added[name]["id"] for kind, name in names.items() if name in added}
         self.bos_id = ids.get("bos_token", before[0] if before else None)
@@ -326,11 +329,11 @@ class Tokenizer:
         Special tokens written in the text become those tokens, as in the reference. ValueError for a lone surrogate.
         """
         if re.search("[\ud800-\udfff]", text):  # Python's picture of a byte that is not UTF-8
-            raise ValueError("got a text with a byte that is not UTF-8, wanted UTF-8: convert it")
+            raise TokenizerError("got a text with a byte that is not UTF-8, wanted UTF-8: convert it")
         ids = list(self._before) if bos else []
         for place, part in enumerate(self._cut.split(text)):  # text, token, text, token, ..., text
             if place % 2:
-                ids.append((self._added.get(part) or self._added[part.strip()])["id"])
+                ids.append(self._added[part]["id"])
             elif part:
                 ids += self._encode(part, place == 0)
         return ids
@@ -351,7 +354,7 @@ class Tokenizer:
     def encode_chat(self, messages: list[dict]) -> list[int]:
         """Ids of [{"role": "user", "content": "..."}, ...] up to the answer; BOS is the template's. ValueError: no."""
         if not self._template:
-            raise ValueError("this checkpoint has no chat template: use one trained to chat, or a plain prompt")
+            raise TokenizerError("this checkpoint has no chat template: use one trained to chat, or a plain prompt")
         messages = [{key: value for key, value in message.items() if value is not None} for message in messages]
         variables = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": True}
         return self.encode(render_chat(self._template, self._names | variables), bos=False)
@@ -377,7 +380,7 @@ def _load(folder: Path) -> Tokenizer | None:
     if spec:
         model, found, before = _from_json(spec)
         entries += found
-    elif re.fullmatch(rb"([A-Za-z0-9+/]+=* \d+\s+)+", data):
+    elif re.fullmatch(rb"(?:[A-Za-z0-9+/]+=* \d+\s+)*", data):
         model, found = _from_ranks(data)
         names, entries = {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"} | names, found + entries
     else:
@@ -385,10 +388,10 @@ def _load(folder: Path) -> Tokenizer | None:
         names, entries = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"} | names, found + entries
     added = {}
     for entry in entries:  # of two for one text, the later
-        if entry.get("single_word"):
-            raise _unsupported("added token", entry, "single_word false")
-        token = {"special": False, "lstrip": False, "rstrip": False} | entry
-        added[token["content"]] = token | {"special": token["special"] or token["content"] in names.values()}
+        if any(entry.get(flag) for flag in ("single_word", "lstrip", "rstrip")):
+            raise _unsupported("added token", entry, "one without single_word, lstrip and rstrip")
+        special = entry.get("special", False) or entry["content"] in names.values()
+        added[entry["content"]] = entry | {"special": special}
     if not spec:
         bos = added.get(names["bos_token"]) if config.get("add_bos_token", True) else None
         before = [bos["id"]] if bos else []
@@ -403,11 +406,11 @@ def load_tokenizer(folder: Path) -> Tokenizer | None:
     """The tokenizer of a checkpoint's folder; None where it has no tokenizer files. ValueError: they cannot be used."""
     try:
         return _load(Path(folder))
+    except TokenizerError:
+        raise
     except Exception as error:  # a file that is not what it should be fails in many ways, each of them here
-        if type(error) is ValueError:
-            raise
         what = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise ValueError(f"the tokenizer files in {folder} are damaged ({what}): download them again") from error
+        raise TokenizerError(f"the tokenizer files in {folder} are damaged ({what}): download them again") from error
 
 
 if __name__ == "__main__":  # the child process of render_chat

@@ -29,6 +29,11 @@ def make(rows=1, temperature=1.0, top_k=0, top_p=1.0, seed=11, row=None) -> Para
     return Params.make(*each, list(range(rows)) if row is None else row, "cpu")
 
 
+def pick(params: Params, rows) -> Params:
+    """The parameters of some of the rows."""
+    return Params(*(x[rows] for x in params[:5]), params.greedy, params.filtered)
+
+
 def chi_square(counts, law) -> float:
     """The p-value of counts under a law, 0 if the impossible happened; cells expected less than 5 times are one."""
     counts, law = np.asarray(counts, float).ravel(), np.asarray(law, float).ravel()

@@ -9,10 +9,24 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
+from laws import INF, MANY, WAYS, chi_square, law_of, make, one_thread, pick  # noqa: F401
 
 import sampling
-from laws import INF, MANY, WAYS, chi_square, law_of, make, naive_warp, one_thread, pick
-from sampling import ACCEPT,CHAIN,FIXED,NONE,RESIDUAL,TOKEN,Params,accept_exact,accept_shared,gumbel,hash_words,log_probs,noisy,saguaro,uniform,warp
+from sampling import (
+    ACCEPT,
+    CHAIN,
+    FIXED,
+    NONE,
+    RESIDUAL,
+    TOKEN,
+    Params,
+    accept_exact,
+    accept_shared,
+    log_probs,
+    noisy,
+    saguaro,
+    warp,
+)
 
 # ---- acceptance, enumerated
 
@@ -106,7 +120,7 @@ def pairs_of_laws(V: int) -> tuple[torch.Tensor, torch.Tensor, list[float]]:
     q += [flat, p[0], [0, 0, 0.2, 0.3, 0.5], [0, 0.6, 0.3, 0, 0.1], [0.9, 0.1, 0, 0, 0], q[1], eye[2], eye[1], eye[0]]
     logits, logq, temperature = torch.tensor(np.array(p)).log(), torch.tensor(np.array(q)).log(), [1.0] * len(p)
     ways = [(1.0, 2, 1.0), (0.7, 0, 0.6), (1.5, 3, 0.8), (0.0, 0, 1.0), (0.0, 2, 0.5)]
-    raw_target, raw_draft = (3 * torch.randn(2, len(ways), 1, V, generator=torch.Generator().manual_seed(6)).double())
+    raw_target, raw_draft = 3 * torch.tensor(rng.standard_normal((2, len(ways), 1, V)))
     params = make(len(ways), *map(list, zip(*ways)))
     logits = torch.cat((logits, warp(raw_target, params)[:, 0]))
     logq = torch.cat((logq, log_probs(warp(raw_draft, params), params)[:, 0]))
@@ -179,16 +193,17 @@ def test_an_impossible_token_never_passes(monkeypatch, kind):
     noise.u_BK, noise.by_purpose = torch.zeros(2, 1), dict.fromkeys((TOKEN, RESIDUAL), torch.zeros(2, 3))
     warped = torch.tensor([[[0.0, -INF, 0.0]] * 2, [[0.0, 0.0, -INF]] * 2])
     logq, tokens = torch.full((2, 1, 3), 1 / 3).log(), torch.tensor([[1], [1]])
-    accepted, following = accept_exact(warped, logq, tokens, torch.ones(2).long(), torch.full((2,), kind), make(2), 0)
+    accepted, following = accept_exact(
+        warped, logq, tokens, torch.ones(2).long(), torch.full((2,), kind), make(2), torch.ones(2)
+    )
     assert accepted.tolist() == [0, 1] and following[0] != 1  # the second one is possible: u = 0 lets it pass
 
 
 # ---- acceptance with the real noise, end to end
 
 V, K, N = 4, 2, 3
-_rng = torch.Generator().manual_seed(8)
-TARGET_VV = torch.randn(V, V, generator=_rng)  # logits of the token that follows each token
-DRAFT_VV = TARGET_VV + 1.2 * torch.randn(V, V, generator=_rng)
+TARGET_VV, DRIFT_VV = torch.randn(2, V, V, generator=torch.Generator().manual_seed(8))
+DRAFT_VV = TARGET_VV + 1.2 * DRIFT_VV  # logits of the token that follows each token
 
 
 def chain(c: float = 1.0, table_VV: torch.Tensor = DRAFT_VV):
@@ -245,9 +260,9 @@ def garbage(params, last_B1, start_B):
 def write(params: Params, propose, coupling: str = "maximal") -> torch.Tensor:
     """Texts (B, N) behind a prompt of one token 0 at position 0, round by round, as the loop in ssd.py does it."""
     B = len(params.row_B)
-    text, size_B = torch.zeros(B, N + 2, dtype=torch.int64), torch.ones(B, dtype=torch.int64)  # the last column is a bin
-    while (size_B <= N).any():
-        last_B1 = text.gather(1, (size_B[:, None] - 1).clamp(max=N + 1))
+    text_BN, row_B, size_B = torch.zeros(B, 1 + N + K, dtype=torch.int64), torch.arange(B), torch.ones(B).long()
+    while len(row_B):
+        last_B1 = text_BN[row_B, size_B - 1][:, None]
         tokens_BK, logq_BKV, length_B, kind_B = propose(params, last_B1, size_B)
         warped = warp(TARGET_VV[torch.cat((last_B1, tokens_BK.clamp(0, V - 1)), 1)], params)
         if coupling == "shared":
@@ -255,12 +270,13 @@ def write(params: Params, propose, coupling: str = "maximal") -> torch.Tensor:
             accepted_B, next_B = accept_shared(draws, tokens_BK, length_B)
         else:
             accepted_B, next_B = accept_exact(warped, logq_BKV, tokens_BK, length_B, kind_B, params, size_B)
-        for i in range(K + 1):
-            token_B = torch.where(i < accepted_B, tokens_BK[:, min(i, K - 1)], next_B)
-            column_B = torch.where(i <= accepted_B, size_B + i, N + 1).clamp(max=N + 1)
-            text.scatter_(1, column_B[:, None], token_B[:, None])
-        size_B += accepted_B + 1
-    return text[:, 1 : N + 1]
+        for i in range(K):
+            text_BN[row_B, size_B + i] = tokens_BK[:, i]  # what was rejected is overwritten, now or next round
+        size_B = size_B + accepted_B + 1
+        text_BN[row_B, size_B - 1] = next_B
+        live = size_B <= N
+        params, row_B, size_B = pick(params, live), row_B[live], size_B[live]
+    return text_BN[:, 1 : N + 1]
 
 
 def text_law(way=WAYS["plain"]) -> np.ndarray:
@@ -289,8 +305,7 @@ def test_texts_have_the_joint_law_of_the_target(name):
 def test_rows_of_a_mixed_batch_keep_their_own_laws(name):
     ways = [WAYS[way] for way in ("plain", "cool", "top-k", "top-p", "both", "greedy", "greedy, filtered")]
     params = make(MANY, *([way[i] for way in ways] * (MANY // len(ways) + 1) for i in range(3)))
-    params = Params(*(x[:MANY] for x in params[:5]), params.greedy, params.filtered)
-    # The proposals go by row % 5 and row % 6: with 7 ways every combination occurs.
+    params = pick(params, slice(MANY))  # proposals go by row % 5 and row % 6: with 7 ways every combination occurs
     text = write(params, PROPOSALS[name])
     for i, way in enumerate(ways):
         counts, law = text_counts(text[i :: len(ways)]), text_law(way)
@@ -308,7 +323,8 @@ def test_the_test_notices_a_residual_drawn_with_the_tokens_noise(monkeypatch):
 
 
 def test_shared_texts_are_the_targets_own():
-    for params in (make(20_000), make(20_000, [0.0, 0.7, 1.0, 1.3] * 5000, [0, 2, 0, 3] * 5000, [1, 1, 0.6, 0.9] * 5000)):
+    ways = ([0.0, 0.7, 1.0, 1.3] * 5000, [0, 2, 0, 3] * 5000, [1, 1, 0.6, 0.9] * 5000)
+    for params in (make(20_000), make(20_000, *ways)):
         plain = write(params, nothing, "shared")
         for name, propose in PROPOSALS.items():
             assert torch.equal(write(params, propose, "shared"), plain), name

@@ -216,14 +216,6 @@ def test_ids_in_any_order_merges_as_text_and_missing_bytes(corpus, texts, tmp_pa
     assert ours.encode("a👍b") == reference.encode("a👍b")
 
 
-def test_white_space_that_added_tokens_swallow(corpus, texts, tmp_path):
-    made = train(corpus, [split(QWEN_PATTERN)], [], size=400)
-    made.add_tokens([tokenizers.AddedToken("<l>", lstrip=True), tokenizers.AddedToken("<r>", rstrip=True)])
-    made.add_tokens([tokenizers.AddedToken("<l><r>", special=True)])
-    ours, reference = save(made, tmp_path)
-    agree(ours, reference.encode, with_special(texts, ["<l>", "<r>", " <l><r> ", " \n<r>\n "]))
-
-
 # ---- Llama 3's tokenizer.model
 
 
@@ -404,7 +396,8 @@ def test_vocabulary_difference(llama3, qwen, pieces, tmp_path):
     spec["added_tokens"].append({"id": 700, "content": "<other>", "special": True})
     (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
     assert vocabulary_difference(a, load_tokenizer(tmp_path)) == (700, a.token_bytes(700), b"<other>")
-    assert vocabulary_difference(a, b)[0] == 1000, "the first special token"
+    id, ours, theirs = vocabulary_difference(a, b)
+    assert all(a.token_bytes(n) == b.token_bytes(n) for n in range(id)) and a.token_bytes(id) == ours != theirs
     assert vocabulary_difference(a, load_tokenizer(pieces))[0] == 0
 
 
@@ -493,7 +486,7 @@ def test_chat_that_its_template_rejects(llama3, tmp_path):
 @pytest.mark.parametrize("template", [
     "{{ ''.__class__.__mro__[1].__subclasses__() }}",
     "{{ cycler.__init__.__globals__.os.popen('touch pwned').read() }}",
-    "{{ raise_exception.__globals__ }}",
+    "{{ raise_exception.__globals__['json'].decoder }}",
     "{{ messages.append(1) }}",
     "{% include '/etc/passwd' %}",
     "{{ 'x' * 10**10 }}",
@@ -590,6 +583,7 @@ def test_large_files(tmp_path, monkeypatch):
     ("model", {"type": "BPE", "vocab": {"a": 1 << 62}, "merges": []}, "ids outside"),
     ("model", {"type": "BPE", "vocab": {}, "merges": []}, "damaged"),
     ("added_tokens", [{"id": 9, "content": "x", "single_word": True}], "single_word"),
+    ("added_tokens", [{"id": 9, "content": "x", "rstrip": True}], "rstrip"),
     ("added_tokens", [{"id": "9", "content": "x"}], "ids outside"),
 ])  # fmt: skip
 def test_what_is_not_supported_is_named(llama3, tmp_path, part, value, says):
