@@ -217,19 +217,19 @@ def _attend_trunk(
     """Trunk slots begin..end-1, a tile of SLOTS at a time, each row masked to what it sees."""
     for start in range(begin, end, SLOTS):
         slot_S = start + tl.arange(0, SLOTS)
-        k_SD_tile = _load_rows(k_SD, slot_S * cache_s, slot_S < end, D, BLOCK_D)
         seen_QS = slot_S[None, :] < limit_Q[:, None]
-        if HAS_FIRST:
+        used_S = slot_S < end
+        if HAS_FIRST:  # windows far apart leave slots between them that no row sees
             seen_QS = seen_QS & (slot_S[None, :] >= first_Q[:, None])
-        score_QS = tl.dot(query_QD, tl.trans(k_SD_tile), input_precision="ieee") * scale
+            used_S = tl.max(seen_QS.to(tl.int32), 0) > 0
+        k_tile_SD = _load_rows(k_SD, slot_S * cache_s, slot_S < end, D, BLOCK_D)
+        score_QS = tl.dot(query_QD, tl.trans(k_tile_SD), input_precision="ieee") * scale
         score_QS = tl.where(seen_QS, score_QS, float("-inf"))
         higher_Q = tl.maximum(best_Q, tl.max(score_QS, 1))
         p_QS, keep_Q = tl.exp2(score_QS - higher_Q[:, None]), tl.exp2(best_Q - higher_Q)
         best_Q, total_Q = higher_Q, total_Q * keep_Q + tl.sum(p_QS, 1)
-        v_SD_tile = _load_rows(v_SD, slot_S * cache_s, slot_S < end, D, BLOCK_D)
-        if HAS_FIRST:  # windows far apart leave slots between them that no row sees
-            v_SD_tile = tl.where(tl.max(seen_QS.to(tl.int32), 0)[:, None] > 0, v_SD_tile, 0.0)
-        mixed_QD = tl.dot(p_QS.to(v_SD_tile.dtype), v_SD_tile, mixed_QD * keep_Q[:, None], input_precision="ieee")
+        v_tile_SD = _load_rows(v_SD, slot_S * cache_s, used_S, D, BLOCK_D)
+        mixed_QD = tl.dot(p_QS.to(v_tile_SD.dtype), v_tile_SD, mixed_QD * keep_Q[:, None], input_precision="ieee")
     return best_Q, total_Q, mixed_QD
 
 

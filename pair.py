@@ -66,15 +66,15 @@ class Model:
             pack(transformer)
         return cls(name, transformer, config, tokenizer, eos, weight.dtype, policy, step_bytes)
 
-    def runner(self, batch: int, trunk: int, k: int, branches: int) -> Runner:
+    def runner(self, batch: int, trunk: int, k: int, branches: int, vocab: int | None = None) -> Runner:
         """A runner with room for `trunk` tokens a row. A static one is kept: its graphs belong to its buffers."""
         if not self.policy.static:
-            return Runner(self.transformer, batch, trunk, k, branches, self.policy)
+            return Runner(self.transformer, batch, trunk, k, branches, self.policy, vocab)
         trunk = -(-trunk // TRUNK_STEP) * TRUNK_STEP
-        key = (batch, trunk, k, branches)
+        key = (batch, trunk, k, branches, vocab)
         if key not in self.runners:
             self.runners.clear()  # one set of buffers at a time
-            self.runners[key] = Runner(self.transformer, batch, trunk, k, branches, self.policy)
+            self.runners[key] = Runner(self.transformer, batch, trunk, k, branches, self.policy, vocab)
         return self.runners[key]
 
 

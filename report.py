@@ -51,8 +51,8 @@ def compare(runs: dict[str, dict]) -> dict:
     """Ratios between the modes' figures. `ceiling`: hiding all drafting, with the tokens a round that SSD reached."""
     ar, sd, ssd = (runs[mode] for mode in MODES)
     for run in runs.values():
-        run["over_ar"] = run["tokens_per_s"] / ar["tokens_per_s"]
-        run["over_sd"] = run["tokens_per_s"] / sd["tokens_per_s"]
+        for name, base in (("over_ar", ar), ("over_sd", sd)):  # a text of one token has no rate
+            run[name] = run["tokens_per_s"] / base["tokens_per_s"] if base["tokens_per_s"] else None
         run["ceiling"] = None
     if all((sd["draft_ms"], sd["verify_ms"], sd["tokens_per_round"], ssd["tokens_per_round"])):
         ssd["ceiling"] = (1 + sd["draft_ms"] / sd["verify_ms"]) * ssd["tokens_per_round"] / sd["tokens_per_round"]

@@ -321,10 +321,11 @@ class Engine:
         k, M = (settings.k, settings.fan_out) if settings.mode != "ar" else (0, 0)
         longest = max(row.limit for row in rows) + k + 1
         models = [(self.target, 0)] + [(self.draft, M if settings.mode == "ssd" else 0)] * (settings.mode != "ar")
-        if settings.mode == "ssd" and M >= self.draft.config.vocab_size:
-            raise ValueError(f"fan_out is {M}, wanted less than the vocabulary, {self.draft.config.vocab_size} tokens")
+        V = self.target.config.vocab_size
+        if settings.mode == "ssd" and M >= (common := min(V, self.draft.config.vocab_size)):
+            raise ValueError(f"fan_out is {M}, wanted less than the vocabulary, {common} tokens")
         check_memory(models, len(rows), longest, k)
-        runners = [model.runner(len(rows), longest, k, branches) for model, branches in models]
+        runners = [model.runner(len(rows), longest, k, branches, V) for model, branches in models]
         if keep and len(rows) == 1:
             self.reuse(rows[0], runners)
         for runner in runners:

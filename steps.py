@@ -12,6 +12,7 @@ Shape letters: B rows, T positions fed, K draft tokens, M branches, V vocabulary
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from cache import KVCache
 from model import Transformer
@@ -46,11 +47,15 @@ class Feed:
 class Runner:
     """A model, its KV cache and B rows, on one lane. Methods run on that lane's thread; lists in, lists out.
 
-    k is the most draft tokens a round; branches 0 for a model that only verifies; coupling as in sampling.COUPLINGS.
+    k is the most draft tokens a round; branches 0 for a model that only verifies; coupling as in sampling.COUPLINGS;
+    vocab the target's vocabulary, where a draft's embedding is padded to another size.
     """
 
-    def __init__(self, model: Transformer, batch: int, trunk: int, k: int, branches: int, policy: Policy):
+    def __init__(
+        self, model: Transformer, batch: int, trunk: int, k: int, branches: int, policy: Policy, vocab: int | None = None
+    ):
         weight = model.embed.weight
+        self.vocab = vocab or model.config.vocab_size
         self.model, self.k, self.branches, self.policy = model, k, branches, policy
         self.device, self.batch = weight.device, batch
         self.cache = KVCache(model.config, batch, trunk, branches, k, device=weight.device, dtype=weight.dtype)
@@ -128,7 +133,7 @@ class Runner:
 
     def _prefill(self, tokens_BT, start_B, count_B, extent, tight):
         place = self.cache.place(start_B, count_B, tokens_BT.shape[1], extent, tight)
-        self.model(tokens_BT, place, self.cache, logits=False)
+        self._logits(tokens_BT, place, False)
         return start_B
 
     def _verify(self, tokens_BT, start_B, count_B, kind_B, logq_BKV=None, *, extent, tight):
@@ -206,7 +211,7 @@ class Runner:
 
     def _chain(self, tokens_BM, length_B, depth_BM, step_B, live_B, top_1, extent, tight, steps):
         place = self.cache.place_chain(length_B, depth_BM, step_B, live_B.bool(), extent, tight, steps)
-        warped_BMV = warp(self.model(tokens_BM, place, self.cache), self.params)
+        warped_BMV = warp(self._logits(tokens_BM, place), self.params)
         noise_BMV = None
         if not self.params.greedy:  # many branches share few positions: hash each position once
             T, V = self.k + 1, warped_BMV.shape[-1]
@@ -237,7 +242,15 @@ class Runner:
 
     def _warped(self, tokens_BT, start_B, count_B, extent, tight, penalty=float("-inf")):
         place = self.cache.place(start_B, count_B, tokens_BT.shape[1], extent, tight)
-        return warp(self.model(tokens_BT, place, self.cache), self.params, penalty)
+        return warp(self._logits(tokens_BT, place), self.params, penalty)
+
+    def _logits(self, tokens_BT, place, logits: bool = True):
+        """The model's logits over the target's vocabulary: tokens that a draft does not know have probability 0."""
+        own = self.model.config.vocab_size
+        if self.vocab == own:
+            return self.model(tokens_BT, place, self.cache, logits)
+        out = self.model(tokens_BT.clamp(max=own - 1), place, self.cache, logits)
+        return F.pad(out, (0, self.vocab - own), value=float("-inf")) if logits else None
 
     def _predicted(self, start_B, T: int):
         """The positions (B, T) that are predicted when T tokens are fed from start_B on."""

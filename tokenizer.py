@@ -3,12 +3,12 @@
 Knows: byte-level BPE from tokenizer.json (Llama 3, Qwen, SmolLM2) and Llama 3's own tokenizer.model (base64 and rank);
 sentencepiece's tokenizer.model (Llama 2, TinyLlama, Mistral) and the tokenizer.json made from one; special tokens, BOS,
 EOS, streaming, chat templates. tokenizer.json wins where both exist. What is in a file decides, never a folder's name,
-and what is not supported is refused: a tokenizer that is nearly right makes a model speak gibberish.
+and what is not supported is refused: a tokenizer that is nearly right makes a model speak gibberish. The reference is
+transformers 5 (AutoTokenizer), but a tokenizer.model alone is encoded as its authors do: text that opens with a space
+keeps it, BOS is on unless tokenizer_config.json has "add_bos_token": false, and text behind a special token opens with
+"▁" unless it has "legacy": false. (transformers 5 drops that space, and takes both flags for false where they lack.)
 
-The reference is transformers 5 (AutoTokenizer), which the tests compare with, but for one case: a tokenizer.model alone
-is encoded as its authors do. So text that opens with a space keeps it (transformers 5 drops it), BOS is on unless
-tokenizer_config.json has "add_bos_token": false, and text behind a special token opens with "▁" unless it has
-"legacy": false. Does not know: models, devices, tensors. Read next: ssd.py.
+Does not know: models, devices, tensors. Read next: ssd.py.
 """
 
 import base64
@@ -19,15 +19,13 @@ import subprocess
 import sys
 import unicodedata
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 
-# tiktoken, sentencepiece, regex and jinja2 are imported where they are used: no checkpoint needs all four.
-
 MAX_FILE_BYTES = 64 << 20  # the largest tokenizer.json in use (Gemma's) has 33 MB
 MAX_TOKEN_ID = 1 << 24  # no loop here gets longer because a file made up an id
-MAX_TEMPLATE_CHARS, MAX_CHAT_CHARS = 256 << 10, 8 << 20  # real templates stay below 20,000
-CHAT_SECONDS, CHAT_MEMORY_BYTES = 10, 512 << 20
+MAX_TEMPLATE_CHARS, MAX_CHAT_CHARS, CHAT_BYTES, CHAT_SECONDS = 256 << 10, 8 << 20, 512 << 20, 10
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 LLAMA3_PATTERN = (  # tokenizer.model holds ranks only; its split pattern and special tokens were published as code
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
@@ -48,23 +46,18 @@ class TokenizerError(ValueError):
 
 def _read(path: Path) -> bytes | None:
     """Content of a file, None where there is none. ValueError when it is larger than any real tokenizer file."""
-    if not path.is_file():  # false for devices and pipes too, which may have no end
-        return None
-    if path.stat().st_size > MAX_FILE_BYTES:
+    if path.is_file() and path.stat().st_size > MAX_FILE_BYTES:
         raise TokenizerError(f"{path} has over {MAX_FILE_BYTES >> 20} MiB, the limit for a tokenizer file: replace it")
-    return path.read_bytes()
+    return path.read_bytes() if path.is_file() else None  # devices and pipes, which may have no end, are no files
 
 
 def _read_json(path: Path) -> dict:
     """A JSON object from a file, {} where there is no file. ValueError when it holds anything else."""
     data = _read(path)
     try:
-        value = {} if data is None else json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise TokenizerError(f"{path} is not valid JSON ({error}): download it again") from error
-    if not isinstance(value, dict):
-        raise TokenizerError(f"{path} holds a JSON {type(value).__name__}, wanted an object: download it again")
-    return value
+        return {} if data is None else {**json.loads(data)}
+    except (ValueError, TypeError, RecursionError) as error:
+        raise TokenizerError(f"{path} is not a JSON object ({error}): download it again") from error
 
 
 def read_eos_ids(folder: Path) -> tuple[int, ...]:
@@ -79,14 +72,15 @@ def read_eos_ids(folder: Path) -> tuple[int, ...]:
     return ()
 
 
-def _bpe(id_of: dict[bytes, int], merged: list[bytes], lacking: Callable[[bytes], list[int]], ignore_merges: bool,
-         patterns: list[str | None], prepare: Callable[[str, bool], str]) -> Encoder:  # fmt: skip
+def _bpe(id_of: dict[bytes, int], merged: list[bytes], patterns: list[str | None], ignore_merges: bool,
+         lacking: Callable[[bytes], list[int]] = lambda token: [],
+         prepare: Callable[[str, bool], str] = lambda text, first: text) -> Encoder:  # fmt: skip
     """Byte-pair encoding by tiktoken: prepare the text, split it by pattern after pattern, merge each piece's bytes.
 
-    tiktoken merges the neighbours whose union has the lowest rank, so a rank is a place in `merged`, the order of merges.
-    Ids need not follow it (special tokens may come first), nor exist (`lacking` tells what to write instead).
+    tiktoken merges the neighbours whose union has the lowest rank, so `merged` is in the order of merges. Ids need not
+    follow that order (special tokens may come first), nor exist (`lacking` tells what to write instead).
     """
-    import regex
+    import regex  # here and below, what only some checkpoints need is imported where it is used
     import tiktoken
 
     ranked = list(dict.fromkeys([bytes([byte]) for byte in range(256)] + merged))
@@ -116,11 +110,9 @@ def _bpe(id_of: dict[bytes, int], merged: list[bytes], lacking: Callable[[bytes]
 
 def _from_ranks(data: bytes) -> tuple[Model, list[dict]]:
     """Llama 3's tokenizer.model, lines of a token in base64 and its rank, which is its id; and its added tokens."""
-    lines = [line.split() for line in data.splitlines()]
-    tokens = {int(rank): base64.b64decode(token, validate=True) for token, rank in lines}
+    tokens = {int(rank): base64.b64decode(token, validate=True) for token, rank in map(bytes.split, data.splitlines())}
     id_of = {token: id for id, token in tokens.items()}
-    merged = [tokens[id] for id in sorted(tokens)]
-    encode = _bpe(id_of, merged, lambda token: [], True, [LLAMA3_PATTERN], lambda text, first: text)
+    encode = _bpe(id_of, [tokens[id] for id in sorted(tokens)], [LLAMA3_PATTERN], ignore_merges=True)
     special = enumerate(LLAMA3_SPECIAL, max(tokens) + 1)
     return (encode, tokens, False), [{"id": id, "content": f"<|{name}|>", "special": True} for id, name in special]
 
@@ -129,14 +121,13 @@ def _from_pieces(data: bytes, legacy: bool) -> tuple[Model, list[dict]]:
     """sentencepiece's tokenizer.model, and its control tokens. `legacy`: "▁" opens text behind one of those, too."""
     import sentencepiece
 
-    model = sentencepiece.SentencePieceProcessor(model_proto=data)
+    sp = sentencepiece.SentencePieceProcessor(model_proto=data)
     # Protobuf messages add up: these four bytes, appended, say normalizer_spec { add_dummy_prefix: false }.
-    later = model if legacy else sentencepiece.SentencePieceProcessor(model_proto=data + b"\x1a\x02\x18\x00")
-    pieces = [model.id_to_piece(id) for id in range(len(model))]
-    tokens = {id: _piece_bytes(piece, model.is_byte(id)) for id, piece in enumerate(pieces)}
-    control = [id for id in tokens if model.is_control(id) or model.is_unknown(id)]
-    added = [{"id": id, "content": pieces[id], "special": True} for id in control]
-    return (lambda text, first: (model if first else later).encode(text), tokens, model.normalize("a") == "▁a"), added
+    later = sp if legacy else sentencepiece.SentencePieceProcessor(model_proto=data + b"\x1a\x02\x18\x00")
+    pieces = [sp.id_to_piece(id) for id in range(len(sp))]
+    tokens = {id: _piece_bytes(piece, sp.is_byte(id)) for id, piece in enumerate(pieces)}
+    added = [{"id": n, "content": pieces[n], "special": True} for n in tokens if sp.is_control(n) or sp.is_unknown(n)]
+    return (lambda text, first: (sp if first else later).encode(text), tokens, sp.normalize("a") == "▁a"), added
 
 
 def _piece_bytes(piece: str, is_byte: bool) -> bytes:
@@ -144,8 +135,7 @@ def _piece_bytes(piece: str, is_byte: bool) -> bytes:
 
 
 def _unsupported(part: str, got: object, wanted: str) -> TokenizerError:
-    got = json.dumps(got, ensure_ascii=False)[:200]
-    return TokenizerError(f"tokenizer.json: got {part} {got}, wanted {wanted}: use a checkpoint with such a tokenizer")
+    return TokenizerError(f"tokenizer: got {part} {json.dumps(got)[:200]}, wanted {wanted}: use another checkpoint")
 
 
 def _byte_level(model: dict, normalizers: list[dict], splitters: list[dict], merged: list[str]) -> Model:
@@ -171,8 +161,8 @@ def _byte_level(model: dict, normalizers: list[dict], splitters: list[dict], mer
     tokens = {id: token.translate(alphabet).encode("latin-1", "backslashreplace") for token, id in vocab.items()}
     # A byte that the vocabulary lacks becomes its unknown token or, without one, nothing: so the reference does.
     unknown = [vocab[model["unk_token"]]] if model.get("unk_token") in vocab else []
-    encode = _bpe({token: id for id, token in tokens.items()}, [tokens[vocab[token]] for token in merged],
-                  lambda token: unknown, bool(model.get("ignore_merges")), patterns,
+    encode = _bpe({token: id for id, token in tokens.items()}, [tokens[vocab[token]] for token in merged], patterns,
+                  bool(model.get("ignore_merges")), lambda token: unknown,
                   lambda text, first: unicodedata.normalize("NFC", text) if normalizers else text)  # fmt: skip
     return encode, tokens, False
 
@@ -204,13 +194,13 @@ def _character_level(model: dict, normalizers: list[dict], splitters: list[dict]
     characters = [piece for piece in vocab if len(piece) == 1]
     beginnings = [char.encode()[:end] for char in characters for end in range(2, len(char.encode()))]
     id_of = {piece.encode(): vocab[piece] for piece in [*characters, *merged]}
-    encode = _bpe(id_of, beginnings + list(id_of), lambda token: [byte_ids[byte] for byte in token], False, [], prepare)
+    encode = _bpe(id_of, beginnings + list(id_of), [], False, lambda token: [byte_ids[byte] for byte in token], prepare)
     tokens = {id: _piece_bytes(piece, piece.startswith("<0x") and id in byte_ids) for piece, id in vocab.items()}
     return encode, tokens, scheme != "never"
 
 
-def _from_json(spec: dict) -> tuple[Model, list[dict], list[int]]:
-    """tokenizer.json: its model, its added tokens, and the ids that its post_processor puts before a text (BOS)."""
+def _from_json(spec: dict) -> tuple[Model, list[int]]:
+    """tokenizer.json: its model, and the ids that its post_processor puts before a text (BOS)."""
 
     def nodes(part: str, inner: str) -> list[dict]:
         node = spec.get(part)
@@ -233,22 +223,21 @@ def _from_json(spec: dict) -> tuple[Model, list[dict], list[int]]:
                 raise _unsupported("post_processor", node, "one that adds BOS before the text, and nothing after it")
     pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in spec["model"]["merges"])  # str: older
     build = _byte_level if byte_level else _character_level
-    model = build(spec["model"], normalizers, splitters, [left + right for left, right in pairs])
-    return model, spec.get("added_tokens", []), bos
+    return build(spec["model"], normalizers, splitters, [left + right for left, right in pairs]), bos
 
 
 def render_chat(template: str, variables: dict) -> str:
     """The text of a chat, from its jinja2 template. ValueError when the template fails or exceeds a limit.
 
-    A template is a stranger's program. jinja2's sandbox keeps it from Python, but not from looping for ever or asking
-    for 10 GB ({{ 'x' * 10**10 }}), so it runs in a child process with limits (0.1 s, once per turn of a chat).
+    A template is a stranger's program. jinja2's sandbox keeps it from Python, not from looping for ever or asking for
+    10 GB ({{ 'x' * 10**10 }}): so it runs in a child process with limits (0.1 s, once per turn of a chat).
     """
     if len(template) > MAX_TEMPLATE_CHARS:
-        raise TokenizerError(f"got a chat template of {len(template)} characters, wanted {MAX_TEMPLATE_CHARS}: replace it")
+        raise TokenizerError(f"the chat template has over {MAX_TEMPLATE_CHARS} characters, the limit: replace it")
     job = json.dumps([template, variables]).encode()
     try:
         child = subprocess.run([sys.executable, __file__], input=job, capture_output=True, timeout=CHAT_SECONDS)
-        text, error = json.loads(child.stdout or '["", "it ran out of time or memory"]')
+        text, error = json.loads(child.stdout or '["", "it died; is jinja2 installed?"]')
     except subprocess.TimeoutExpired:
         text, error = "", f"it was not done after {CHAT_SECONDS} s"
     if error:
@@ -258,25 +247,25 @@ def render_chat(template: str, variables: dict) -> str:
 
 def _render_in_child() -> tuple[str, str]:
     """Text and error of the job that render_chat wrote to stdin."""
-    import jinja2.debug  # noqa: F401  jinja2 imports it when a template fails
-    import jinja2.sandbox
+    from jinja2 import TemplateError, debug, sandbox  # noqa: F401  jinja2 needs debug when a template fails
 
     def raise_exception(message: str) -> None:
-        raise jinja2.TemplateError(message)
+        raise TemplateError(message)
 
     template, variables = json.load(sys.stdin)
-    sandbox = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    sandbox.add_extension("jinja2.ext.loopcontrols")
-    sandbox.filters["tojson"] = lambda value, **options: json.dumps(value, **{"ensure_ascii": False} | options)
-    sandbox.globals |= {"raise_exception": raise_exception, "strftime_now": datetime.now().strftime}
-    sandbox.from_string("{{ 'x' }}").render()  # all that jinja2 opens late is opened now: soon no file can be
+    environment = sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    environment.add_extension("jinja2.ext.loopcontrols")
+    environment.filters["tojson"] = lambda value, **options: json.dumps(value, **{"ensure_ascii": False} | options)
+    environment.globals |= {"raise_exception": raise_exception, "strftime_now": datetime.now().strftime}
+    environment.from_string("{{ 'x' }}").render()  # what jinja2 opens late is opened now: soon no file can be
     if sys.platform != "win32":  # there, only the time is limited
         import resource
 
-        for name, most in {"AS": CHAT_MEMORY_BYTES, "CPU": CHAT_SECONDS, "FSIZE": 0, "NOFILE": 0}.items():
-            resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (most, most))
+        for name, most in {"AS": CHAT_BYTES, "CPU": CHAT_SECONDS, "FSIZE": 0, "NOFILE": 0}.items():
+            with suppress(ValueError):  # macOS knows no limit on memory
+                resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (most, most))
     try:
-        text = sandbox.from_string(template).render(variables)
+        text = environment.from_string(template).render(variables)
     except Exception as error:  # whatever a stranger's program may raise is reported, in one line
         return "", " ".join(f"{type(error).__name__}: {error}".split())[:300]
     return (text, "") if len(text) <= MAX_CHAT_CHARS else ("", f"it wrote {len(text)} characters")
@@ -311,11 +300,10 @@ class Tokenizer:
                  eos_ids: tuple[int, ...], template: str | None):  # fmt: skip
         self._encode, tokens, self._drops_space = model
         self._added, self._before, self._names, self._template = added, before, names, template
-        longest_first = sorted(added.values(), key=lambda token: -len(token["content"]))
-        found = "|".join(re.escape(token["content"]) for token in longest_first)
-        self._cut = re.compile(f"({found or '(?!)'})")  # (?!) is found nowhere
-        self._tokens = tokens | {token["id"]: token["content"].encode() for token in longest_first}
-        self._hidden = {token["id"] for token in longest_first if token["special"]}
+        longest_first = sorted(filter(None, added), key=len, reverse=True)
+        self._cut = re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")  # (?!) is found nowhere
+        self._tokens = tokens | {token["id"]: name.encode() for name, token in added.items()}
+        self._hidden = {token["id"] for token in added.values() if token["special"]}
         if not all(type(id) is int and 0 <= id < MAX_TOKEN_ID for id in self._tokens):
             raise TokenizerError(f"the tokenizer has ids outside 0..{MAX_TOKEN_ID - 1}: download its files again")
         self.vocab_size = max(self._tokens) + 1
@@ -352,8 +340,8 @@ class Tokenizer:
         return self._tokens.get(id, b"")
 
     def encode_chat(self, messages: list[dict]) -> list[int]:
-        """Ids of [{"role": "user", "content": "..."}, ...] up to the answer; BOS is the template's. ValueError: no."""
-        if not self._template:
+        """Ids of [{"role": "user", "content": ...}, ...] up to the answer. ValueError when the chat template fails."""
+        if not isinstance(self._template, str):
             raise TokenizerError("this checkpoint has no chat template: use one trained to chat, or a plain prompt")
         messages = [{key: value for key, value in message.items() if value is not None} for message in messages]
         variables = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": True}
@@ -362,10 +350,8 @@ class Tokenizer:
 
 def vocabulary_difference(a: Tokenizer, b: Tokenizer) -> tuple[int, bytes, bytes] | None:
     """The first id, below both sizes, that means different tokens, with its bytes in a and in b; None without one."""
-    for id in range(min(a.vocab_size, b.vocab_size)):
-        if a.token_bytes(id) != b.token_bytes(id):
-            return id, a.token_bytes(id), b.token_bytes(id)
-    return None
+    id = next((id for id in range(min(a.vocab_size, b.vocab_size)) if a.token_bytes(id) != b.token_bytes(id)), None)
+    return None if id is None else (id, a.token_bytes(id), b.token_bytes(id))
 
 
 def _load(folder: Path) -> Tokenizer | None:
@@ -378,8 +364,8 @@ def _load(folder: Path) -> Tokenizer | None:
     entries = [{"id": id, "content": token} for token, id in _read_json(folder / "added_tokens.json").items()]
     entries += [token | {"id": int(id)} for id, token in config.get("added_tokens_decoder", {}).items()]
     if spec:
-        model, found, before = _from_json(spec)
-        entries += found
+        model, before = _from_json(spec)
+        entries += spec.get("added_tokens", [])
     elif re.fullmatch(rb"(?:[A-Za-z0-9+/]+=* \d+\s+)*", data):
         model, found = _from_ranks(data)
         names, entries = {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"} | names, found + entries
@@ -390,20 +376,17 @@ def _load(folder: Path) -> Tokenizer | None:
     for entry in entries:  # of two for one text, the later
         if any(entry.get(flag) for flag in ("single_word", "lstrip", "rstrip")):
             raise _unsupported("added token", entry, "one without single_word, lstrip and rstrip")
-        special = entry.get("special", False) or entry["content"] in names.values()
-        added[entry["content"]] = entry | {"special": special}
+        added[entry["content"]] = entry | {"special": entry.get("special") or entry["content"] in names.values()}
     if not spec:
-        bos = added.get(names["bos_token"]) if config.get("add_bos_token", True) else None
-        before = [bos["id"]] if bos else []
-    jinja = _read(folder / "chat_template.jinja")
-    template = jinja.decode() if jinja else config.get("chat_template")
+        before = [added[bos]["id"] for bos in {names["bos_token"]} & added.keys() if config.get("add_bos_token", True)]
+    template = (_read(folder / "chat_template.jinja") or b"").decode() or config.get("chat_template")
     if isinstance(template, list):  # of named ones
         template = {each["name"]: each["template"] for each in template}.get("default")
     return Tokenizer(model, added, before, names, read_eos_ids(folder), template)
 
 
 def load_tokenizer(folder: Path) -> Tokenizer | None:
-    """The tokenizer of a checkpoint's folder; None where it has no tokenizer files. ValueError: they cannot be used."""
+    """The tokenizer of a checkpoint's folder; None where it has no tokenizer files. ValueError: they are of no use."""
     try:
         return _load(Path(folder))
     except TokenizerError:

@@ -1,6 +1,6 @@
-"""A tiny checkpoint pair on disk, for every test that goes through files: random weights, a real tokenizer, a chat template.
+"""Tiny checkpoints on disk, for every test that goes through files: a real tokenizer, a chat template, few weights.
 
-The target's text is noise, with many bytes that are no whole character: what a terminal program must cope with.
+`demo` is random: its text is noise, with many bytes that are no whole character. `scripted` always says SCRIPT.
 """
 
 import json
@@ -9,17 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 
-WORDS = 400
-CONTEXT = 320
+WORDS, CONTEXT = 400, 320
 SHAPE = {
     "model_type": "llama", "vocab_size": WORDS, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": CONTEXT, "eos_token_id": 2,
 }  # fmt: skip
-CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}<assistant>"
 SENTENCES = (
     "def fibonacci(n):", "    return n if n < 2 else fibonacci(n - 1) + fibonacci(n - 2)", "class Tree(object):",
     "for number, line in enumerate(lines, 1):", "print('naïve café ☕')", "import os, sys", "raise ValueError(message)",
 )  # fmt: skip
+SCRIPT = "return café ☕ line"  # é and ☕ are not in the vocabulary: two and three tokens of one byte each
 
 
 def write_tokenizer(folder: Path) -> None:
@@ -36,33 +36,64 @@ def write_tokenizer(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": CHAT}))
 
 
-def write_checkpoint(folder: Path, seed: int, noise: float = 0.0, tokenizer: Path | None = None, **changes) -> Path:
-    """Random weights of `seed`, plus noise of another seed: a draft that is often, not always, right."""
-    from model import Config, Transformer
-    from weights import save_model
-
-    raw = SHAPE | changes
-    model = Transformer(Config.from_dict(raw)).requires_grad_(False)
-    for own, scale in ((seed, 1.0), (seed + 1, noise)):
-        rng = torch.Generator().manual_seed(own)
-        for weight in model.parameters():
-            if weight.ndim == 2:
-                fresh = torch.randn(weight.shape, generator=rng) * weight.shape[1] ** -0.5
-                weight.copy_(fresh if own == seed else weight + scale * fresh)
-    model.head.weight.mul_(6.0)  # a sharp distribution, as a trained model has
-    save_model(model, raw, folder)
-    if tokenizer is None:
-        write_tokenizer(folder)
-    else:
-        for path in tokenizer.glob("tokenizer*"):
-            (folder / path.name).write_bytes(path.read_bytes())
+def copy_tokenizer(source: Path, folder: Path) -> Path:
+    for path in source.glob("tokenizer*"):
+        (folder / path.name).write_bytes(path.read_bytes())
     return folder
 
 
+def write_random(folder: Path, noise: float = 0.0) -> Path:
+    """Random weights, always the same, plus noise: with a little, a draft that is often, not always, right."""
+    from model import Config, Transformer
+    from weights import save_model
+
+    model = Transformer(Config.from_dict(SHAPE)).requires_grad_(False)
+    rng, other = (torch.Generator().manual_seed(seed) for seed in (0, 1))
+    for weight in model.parameters():
+        if weight.ndim == 2:
+            own, more = (torch.randn(weight.shape, generator=g) for g in (rng, other))
+            weight.copy_((own + noise * more) * weight.shape[1] ** -0.5)
+    model.head.weight.mul_(6.0)  # a distribution as sharp as a trained model's
+    save_model(model, SHAPE, folder)
+    return folder
+
+
+def write_scripted(folder: Path, tokenizer: Path) -> Path:
+    """A model without attention whose next token depends on the last one: whatever it reads, it answers SCRIPT, EOS."""
+    from model import Config, Transformer
+    from tokenizer import load_tokenizer
+    from weights import save_model
+
+    model = Transformer(Config.from_dict(SHAPE)).requires_grad_(False)
+    for name, weight in model.named_parameters():
+        weight.fill_(1.0 if "norm" in name else 0.0)
+    said = [*load_tokenizer(tokenizer).encode(SCRIPT, bos=False), SHAPE["eos_token_id"]]
+    assert len(set(said)) == len(said) < SHAPE["hidden_size"], said
+    model.embed.weight[:, 0] = 1.0
+    for place, token in enumerate(said):
+        model.head.weight[token, place] = 1.0
+        if place < len(said) - 1:
+            model.embed.weight[token, [0, place + 1]] = torch.tensor([0.0, 1.0])
+    save_model(model, SHAPE, folder)
+    return copy_tokenizer(tokenizer, folder)
+
+
 @pytest.fixture(scope="session")
-def demo(tmp_path_factory) -> Path:
-    """A folder laid out as assets/demo is: target/ and draft/."""
-    root = tmp_path_factory.mktemp("demo")
-    write_checkpoint(root / "target", seed=0)
-    write_checkpoint(root / "draft", seed=0, noise=0.1, tokenizer=root / "target")
+def root(tmp_path_factory) -> Path:
+    """A folder with assets/demo/target and /draft, as this repository has, and assets/scripted."""
+    root = tmp_path_factory.mktemp("checkpoints")
+    target = write_random(root / "assets" / "demo" / "target")
+    write_tokenizer(target)
+    copy_tokenizer(target, write_random(root / "assets" / "demo" / "draft", noise=0.1))
+    write_scripted(root / "assets" / "scripted", target)
     return root
+
+
+@pytest.fixture(scope="session")
+def demo(root) -> Path:
+    return root / "assets" / "demo"
+
+
+@pytest.fixture(scope="session")
+def scripted(root) -> Path:
+    return root / "assets" / "scripted"

@@ -46,24 +46,6 @@ def test_accept_shared_equals_the_naive_loop():
             assert (accepted[b], following[b]) == (j, draws[b, j])
 
 
-class Noise:
-    """Stands in for the real noise, so that the accept rule can be taken apart; remembers the positions asked for."""
-
-    def __init__(self, monkeypatch):
-        self.u_BK, self.by_purpose, self.tested_BK, self.drawn_B1 = None, {}, None, None
-        monkeypatch.setattr(sampling, "uniform", self.uniform)
-        monkeypatch.setattr(sampling, "gumbel", self.gumbel)
-
-    def uniform(self, params, positions_BT, purpose, dtype):
-        assert purpose == ACCEPT
-        self.tested_BK = positions_BT
-        return self.u_BK
-
-    def gumbel(self, params, positions_BT, purpose, tokens, dtype):
-        self.drawn_B1 = positions_BT
-        return self.by_purpose[purpose][:, None]
-
-
 def bisect(low: torch.Tensor, high: torch.Tensor, holds) -> torch.Tensor:
     """The point up to which holds(x) is true, to the last digit."""
     for _ in range(70):
@@ -71,43 +53,6 @@ def bisect(low: torch.Tensor, high: torch.Tensor, holds) -> torch.Tensor:
         yes = holds(middle)
         low, high = torch.where(yes, middle, low), torch.where(yes, high, middle)
     return low
-
-
-def accept_probability(noise: Noise, run, place: int, rows: int, K: int) -> torch.Tensor:
-    """The probability (rows,) with which the draft token at `place` passes, those before it having passed."""
-
-    def passes(u_B):
-        noise.u_BK = torch.full((rows, K), 2.0**-32, dtype=torch.float64)
-        noise.u_BK[:, place] = u_B
-        return run()[0] > place
-
-    noise.by_purpose = dict.fromkeys((TOKEN, RESIDUAL), torch.zeros(rows, noise.V, dtype=torch.float64))
-    zero = torch.zeros(rows, dtype=torch.float64)
-    always = passes(zero + 1 - 2.0**-53)
-    return torch.where(always, 1.0, bisect(zero, zero + 1, passes))
-
-
-def next_law(noise: Noise, run, purpose: int, rows: int) -> torch.Tensor:
-    """The law (rows, V) of the next token, read back from how much noise makes one token win over another.
-
-    run(repeat) accepts with every row repeated; the noise of the wrong purpose pulls hard towards token 0.
-    """
-    V = noise.V
-    eye_V2 = torch.eye(V, dtype=torch.float64).repeat(rows, 1)  # row b, token t at b * V + t
-    wrong = {TOKEN: RESIDUAL, RESIDUAL: TOKEN}[purpose]
-    noise.by_purpose = {wrong: 1e9 * torch.eye(V, dtype=torch.float64)[:1].expand(rows * V, V)}
-
-    def wins(x_B):  # of token t with noise x against the reference with 0, everybody else far behind
-        noise.by_purpose[purpose] = torch.where(eye_V2 > 0, x_B[:, None], against)
-        return run(V)[1] == torch.arange(V).repeat(rows)
-
-    against = torch.zeros(rows * V, V, dtype=torch.float64)
-    possible = wins(torch.full((rows * V,), 1e6, dtype=torch.float64)).view(rows, V)
-    reference = possible.int().argmax(1).repeat_interleave(V)
-    against = torch.full_like(against, -1e6).scatter_(1, reference[:, None], 0.0)
-    need = bisect(*(torch.full((rows * V,), x, dtype=torch.float64) for x in (-60.0, 60.0)), lambda x: ~wins(x))
-    odds = torch.where(reference == torch.arange(V).repeat(rows), 0.0, -need).exp().view(rows, V) * possible
-    return odds / odds.sum(1, keepdim=True)
 
 
 def pairs_of_laws(V: int) -> tuple[torch.Tensor, torch.Tensor, list[float]]:
@@ -127,76 +72,131 @@ def pairs_of_laws(V: int) -> tuple[torch.Tensor, torch.Tensor, list[float]]:
     return logits, logq, temperature + [way[0] for way in ways]
 
 
-@pytest.mark.parametrize("place", [0, 2])
-@pytest.mark.parametrize("kind", [CHAIN, FIXED, NONE])
-def test_the_accept_rule_is_exact_by_enumeration(monkeypatch, kind, place):
-    """Sum over the draft's token and the uniform, analytically: what is emitted at `place` has the target's law."""
-    V, K = 5, 3
-    logits_CV, logq_CV, temperature = pairs_of_laws(V)
-    C = len(logits_CV)
-    greedy_C1 = torch.tensor(temperature)[:, None] == 0
-    p_CV = torch.where(greedy_C1, torch.eye(V)[logits_CV.argmax(-1)].double(), logits_CV.softmax(-1))
-    # Rows are (case, draft token). The other places hold p = q, so that token 0 passes there.
-    rows, case, drafted = C * V, torch.arange(C).repeat_interleave(V), torch.arange(V).repeat(C)
-    warped = torch.full((rows, K + 1, V), 0.0, dtype=torch.float64)
-    warped[:, :, 0] += 1e-3  # at temperature 0 too
-    logq = log_probs(warped[:, :K], make(1))
-    logq[greedy_C1[case, 0]] = torch.tensor([0.0] + [-INF] * (V - 1)).double()
-    warped[:, place], logq[:, place] = logits_CV[case], logq_CV[case]
-    tokens = torch.zeros(rows, K, dtype=torch.int64)
-    tokens[:, place] = drafted
-    length = torch.full((rows,), place if kind == NONE else K)
-    if kind == FIXED:  # tokens before the place pass with p = 1, and q means nothing
-        warped[:, :place, 1:], logq = -INF, torch.full_like(logq, float("nan"))
-    start, kinds = 100 + torch.arange(rows), torch.full((rows,), CHAIN if kind == NONE else kind)
-    params = make(rows, [temperature[c] for c in case.tolist()])
-    noise = Noise(monkeypatch)
-    noise.V = V
+class Stage:
+    """accept_exact with noise of our choosing. Its rows are (case, draft token at `place`), C * V of them.
 
-    def run(repeat=1):
-        wide = [x.repeat_interleave(repeat, 0) for x in (warped, logq, tokens, length, kinds, *params[:5], start)]
-        noise.u_BK = noise.u_BK.repeat_interleave(rows * repeat // len(noise.u_BK), 0)
-        out = accept_exact(*wide[:5], Params(*wide[5:10], False, False), wide[10])
-        assert torch.equal(noise.tested_BK, wide[10][:, None] + torch.arange(K))
-        assert torch.equal(noise.drawn_B1[:, 0], wide[10] + out[0])
+    At the other places the two laws are equal, so that token 0 passes there whatever the uniform.
+    """
+
+    V, K = 5, 3
+
+    def __init__(self, monkeypatch, kind: int, place: int):
+        V, K, self.place = self.V, self.K, place
+        logits_CV, self.logq_CV, temperature = pairs_of_laws(V)
+        self.C = len(logits_CV)
+        greedy_C = torch.tensor(temperature) == 0
+        certain_CV = torch.eye(V)[logits_CV.argmax(-1)].double()
+        self.p_CV = torch.where(greedy_C[:, None], certain_CV, logits_CV.softmax(-1))
+        self.rows = self.C * V
+        self.case, self.drafted = torch.arange(self.C).repeat_interleave(V), torch.arange(V).repeat(self.C)
+        warped = torch.zeros(self.rows, K + 1, V, dtype=torch.float64)
+        warped[..., 0] = 1e-3  # token 0 is the likeliest, for temperature 0
+        params = make(self.rows, [temperature[c] for c in self.case.tolist()])
+        logq = log_probs(warped[:, :K], params)
+        warped[:, place], logq[:, place] = logits_CV[self.case], self.logq_CV[self.case]
+        if kind == FIXED:  # to pass for sure takes p = 1; q means nothing
+            warped[:, :place, 1:], logq = -INF, torch.full_like(logq, float("nan"))
+        tokens = torch.zeros(self.rows, K, dtype=torch.int64)
+        tokens[:, place] = self.drafted
+        length = torch.full((self.rows,), place if kind == NONE else K)
+        kinds = torch.full((self.rows,), CHAIN if kind == NONE else kind)
+        self.inputs = (warped, logq, tokens, length, kinds, *params[:5], 100 + torch.arange(self.rows))
+        monkeypatch.setattr(sampling, "uniform", self.uniform)
+        monkeypatch.setattr(sampling, "gumbel", self.gumbel)
+
+    def uniform(self, params, positions_BT, purpose, dtype):
+        assert purpose == ACCEPT and torch.equal(positions_BT, self.start_B[:, None] + torch.arange(self.K))
+        u_BK = torch.full(positions_BT.shape, 2.0**-32, dtype=torch.float64)
+        u_BK[:, self.place] = self.u_B
+        return u_BK
+
+    def gumbel(self, params, positions_BT, purpose, tokens, dtype):
+        self.drawn_at = positions_BT[:, 0]
+        return self.noise[purpose][:, None]
+
+    def run(self, u_B, noise: dict, repeat: int = 1):
+        """Accept with these uniforms at `place` and this noise {purpose: (rows, V)}, every row `repeat` times."""
+        *inputs, self.start_B = (x.repeat_interleave(repeat, 0) for x in self.inputs)
+        self.u_B, self.noise = u_B.repeat_interleave(repeat), noise
+        out = accept_exact(*inputs[:5], Params(*inputs[5:], False, False), self.start_B)
+        assert torch.equal(self.drawn_at, self.start_B + out[0])
         return out
 
-    def settle(u):  # the uniforms that let the places before pass
-        noise.u_BK = torch.full((rows, K), 2.0**-32, dtype=torch.float64)
-        noise.u_BK[:, place] = u
+    def accept_probability(self) -> torch.Tensor:
+        """The probability (rows,) with which the draft token passes, those before it having passed."""
+        silent = dict.fromkeys((TOKEN, RESIDUAL), torch.zeros(self.rows, self.V, dtype=torch.float64))
+        passes = lambda u_B: self.run(u_B, silent)[0] > self.place  # noqa: E731
+        zero = torch.zeros(self.rows, dtype=torch.float64)
+        return torch.where(passes(zero + 1 - 2.0**-53), 1.0, bisect(zero, zero + 1, passes))
 
-    if kind == NONE:  # past the proposal's end, whatever lies in its buffers
-        settle(torch.ones(rows))
-        law = next_law(noise, run, TOKEN, rows)
-        assert (law - p_CV[case]).abs().max() < 1e-12
-        return
-    passing = accept_probability(noise, run, place, rows, K)
-    settle((1 + passing) / 2)
-    residual = next_law(noise, run, RESIDUAL, rows)
-    emitted = passing[:, None] * torch.eye(V)[drafted] + torch.where(
-        passing[:, None] < 1, (1 - passing[:, None]) * residual, 0.0
-    )
-    if kind == CHAIN:
-        q_CV = logq_CV.exp()
-        weighed = torch.where(q_CV.flatten()[:, None] > 0, q_CV.flatten()[:, None] * emitted, 0.0)
-        assert (weighed.view(C, V, V).sum(1) - p_CV).abs().max() < 1e-12
-        overlap = torch.minimum(p_CV, q_CV).sum(1)  # accepted as often as theory allows
-        assert ((q_CV * passing.view(C, V)).sum(1) - overlap).abs().max() < 1e-12
-    else:
-        assert (emitted - p_CV[case]).abs().max() < 1e-12
-        assert (passing.view(C, V) - p_CV).abs().max() < 1e-12
+    def next_law(self, u_B, purpose: int) -> torch.Tensor:
+        """The law (rows, V) of the next token, read back from how much noise lets a token win against another one.
+
+        The noise of the wrong purpose pulls hard towards token 0.
+        """
+        rows, V = self.rows * self.V, self.V  # row b and the token that is pushed
+        pushed = torch.arange(V).repeat(self.rows)
+        full = lambda x: torch.full((rows,), x, dtype=torch.float64)  # noqa: E731
+        wrong = {TOKEN: RESIDUAL, RESIDUAL: TOKEN}[purpose]
+        pull = 1e9 * torch.eye(V, dtype=torch.float64)[:1].expand(rows, V)
+
+        def wins(push_B, others_BV):
+            noise = others_BV.scatter(1, pushed[:, None], push_B[:, None])
+            return self.run(u_B, {purpose: noise, wrong: pull}, V)[1] == pushed
+
+        possible = wins(full(1e6), torch.zeros(rows, V).double()).view(-1, V)
+        reference = possible.int().argmax(1).repeat_interleave(V)
+        others = torch.full((rows, V), -1e6).double().scatter_(1, reference[:, None], 0.0)
+        need = bisect(full(-60.0), full(60.0), lambda push: ~wins(push, others))
+        odds = torch.where(reference == pushed, 0.0, -need).exp().view(-1, V) * possible
+        return odds / odds.sum(1, keepdim=True)
+
+
+@pytest.mark.parametrize("place", [0, 2])
+def test_chains_are_exact_by_enumeration(monkeypatch, place):
+    """Sum over the draft's token and the uniform, analytically: what is emitted at `place` has the target's law."""
+    stage = Stage(monkeypatch, CHAIN, place)
+    C, V, q_CV = stage.C, stage.V, stage.logq_CV.exp()
+    emitted, passing = emission(stage)
+    # What q never draws has no weight, and no residual either.
+    emitted_CVV = torch.where(q_CV[..., None] > 0, q_CV[..., None] * emitted.view(C, V, V), 0.0)
+    assert (emitted_CVV.sum(1) - stage.p_CV).abs().max() < 1e-12
+    overlap = torch.minimum(stage.p_CV, q_CV).sum(1)  # accepted as often as theory allows
+    assert ((q_CV * passing.view(C, V)).sum(1) - overlap).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("place", [0, 2])
+def test_fixed_tokens_are_exact_by_enumeration(monkeypatch, place):
+    stage = Stage(monkeypatch, FIXED, place)
+    emitted, passing = emission(stage)
+    assert (emitted - stage.p_CV[stage.case]).abs().max() < 1e-12
+    assert (passing.view(stage.C, stage.V) - stage.p_CV).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("place", [0, 2])
+def test_the_token_behind_a_proposal_is_exact_by_enumeration(monkeypatch, place):
+    """A proposal ends at `place`, or was none; whatever lies in its buffers from there on counts for nothing."""
+    stage = Stage(monkeypatch, NONE, place)
+    law = stage.next_law(torch.zeros(stage.rows), TOKEN)
+    assert (law - stage.p_CV[stage.case]).abs().max() < 1e-12
+
+
+def emission(stage: Stage) -> tuple[torch.Tensor, torch.Tensor]:
+    """The law (rows, V) of the token emitted at `place` for every draft token, and how often that one passes."""
+    passing = stage.accept_probability()
+    residual = stage.next_law((1 + passing) / 2, RESIDUAL)
+    rejected = torch.where(passing[:, None] < 1, (1 - passing[:, None]) * residual, 0.0)
+    return passing[:, None] * torch.eye(stage.V)[stage.drafted] + rejected, passing
 
 
 @pytest.mark.parametrize("kind", [CHAIN, FIXED])
 def test_an_impossible_token_never_passes(monkeypatch, kind):
-    noise = Noise(monkeypatch)
-    noise.u_BK, noise.by_purpose = torch.zeros(2, 1), dict.fromkeys((TOKEN, RESIDUAL), torch.zeros(2, 3))
+    monkeypatch.setattr(sampling, "uniform", lambda *args, **more: torch.zeros(2, 1))  # smaller than it ever gets
+    monkeypatch.setattr(sampling, "gumbel", lambda *args: torch.zeros(2, 1, 3))
     warped = torch.tensor([[[0.0, -INF, 0.0]] * 2, [[0.0, 0.0, -INF]] * 2])
-    logq, tokens = torch.full((2, 1, 3), 1 / 3).log(), torch.tensor([[1], [1]])
-    accepted, following = accept_exact(
-        warped, logq, tokens, torch.ones(2).long(), torch.full((2,), kind), make(2), torch.ones(2)
-    )
-    assert accepted.tolist() == [0, 1] and following[0] != 1  # the second one is possible: u = 0 lets it pass
+    logq, tokens, one_B = torch.full((2, 1, 3), 1 / 3).log(), torch.tensor([[1], [1]]), torch.ones(2).long()
+    accepted, following = accept_exact(warped, logq, tokens, one_B, kind * one_B, make(2), one_B)
+    assert accepted.tolist() == [0, 1] and following[0] != 1  # in the second row it is possible
 
 
 # ---- acceptance with the real noise, end to end

@@ -28,6 +28,15 @@ ROOT = Path(__file__).parent.parent
 BROKEN_INTERPRETER = "this Triton's interpreter cannot loop with this numpy (seen: 3.6 with 2.4): kernel not tested"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Tensors this small take several times longer on two busy cores than on one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @dataclass(frozen=True)
 class Case:
     """One call. kind: "rows" (limits of their own), "verify" (consecutive, some padded), "chain" (branches)."""
@@ -332,7 +341,7 @@ def check_nan_is_not_hidden() -> None:
 
 
 def check_odd_inputs() -> None:
-    """int32 limits, limits that are not contiguous, and a limit past the extent, which the extent cuts as in the twin."""
+    """int32 limits, limits that are not contiguous, a limit past the extent, which the extent cuts as in the twin."""
     case = Case("chain", 2, 3, 1, 2, 32, 200, steps=2)
     (query, k, v, limit, first), options = build(case, torch.float32)
     want = fused(query, k, v, limit, first, **options)

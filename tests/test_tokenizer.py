@@ -1,7 +1,7 @@
 """tokenizer.py against its references: transformers, tokenizers and sentencepiece, on tokenizers trained here.
 
-Every tokenizer is tiny but of a real kind: Llama 3's and Qwen's split patterns, SmolLM2's digits, Llama 2's sentencepiece.
-What differs between tokenizers shows on odd text, so the texts are source code, many scripts, emoji and odd white space.
+Every tokenizer is tiny but of a real kind: Llama 3's and Qwen's patterns, SmolLM2's digits, Llama 2's sentencepiece.
+Tokenizers differ on odd text, so the texts are source code, many scripts, emoji and odd white space.
 """
 
 import base64
@@ -32,11 +32,12 @@ SCRIPTS = [
     "키스의 고유조건은 입술끼리 만나야 하고 특별한 기술은 필요치 않다.",
 ]
 ODD = [
-    "", " ", "  ", "\n", "\n\n\n\n", "\r\n", " \r\n \r\n", "\t", "\t\t if x:\t# tab", "a\u00a0b \u00a0 c", "trailing   ",
-    "  two  spaces  ", "a\u2003b\u3000c\u200bd", "\x00\x01\x1b[0m\x7f", "\u2028\u2029\x85", "x\n \n  \n   y", "▁x ▁ y▁", "<0x0A>",
-    "👩‍👩‍👧‍👦 👍🏽 🇩🇪🏳️‍🌈 ☕️", "e\u0301 A\u030a o\u0308\u0304 \u1100\u1161\u11a8 ﬁ Ⅷ ½ ²", "I'LL we'Ve don'T 'S 'ſ l'été", "1 12 123 1234 12345",
-    "1.000,5 3e-10 0xFF ٣٤٥ १२३ ⅫⅣ", "aaaaaaaaaaaaaaaaaaaaaaaa", "=" * 70, "!?!?...——“”", "a" + " " * 100 + "b", "\U0001f9a4\U00010348\u0dc6",
-    "\ufeffBOM", "def f(x):\n\treturn  x+1\n\n\n\n# end  \n", "हि\u200dन्दी", "مَرْحَبًا",
+    "", " ", "  ", "\n", "\n\n\n\n", "\r\n", " \r\n \r\n", "\t", "\t\t if x:\t# tab", "a\u00a0b \u00a0 c", "trailing  ",
+    "  two  spaces  ", "a\u2003b\u3000c\u200bd", "\x00\x01\x1b[0m\x7f", "\u2028\u2029\x85", "x\n \n  \n   y", "▁x ▁ y▁",
+    "👩‍👩‍👧‍👦 👍🏽 🇩🇪🏳️‍🌈 ☕️", "e\u0301 A\u030a o\u0308\u0304 \u1100\u1161\u11a8 ﬁ Ⅷ ½ ²", "1 12 123 1234 12345",
+    "I'LL we'Ve don'T 'S 'ſ l'été", "1.000,5 3e-10 0xFF ٣٤٥ १२३ ⅫⅣ", "a" * 24, "=" * 70, "!?!?...——“”", "<0x0A>",
+    "a" + " " * 100 + "b", "\U0001f9a4\U00010348\u0dc6", "\ufeffBOM", "def f(x):\n\treturn  x+1\n\n\n\n# end  \n",
+    "हि\u200dन्दी", "مَرْحَبًا",
 ]  # fmt: skip
 
 
@@ -92,11 +93,16 @@ def train(corpus, pre, special, size=1000, normalizer=None, add_prefix_space=Fal
     pre_tokenizers = tokenizers.pre_tokenizers
     made = tokenizers.Tokenizer(tokenizers.models.BPE())
     made.normalizer = normalizer
-    made.pre_tokenizer = pre_tokenizers.Sequence([*pre, pre_tokenizers.ByteLevel(add_prefix_space, use_regex=use_regex)])
+    last = pre_tokenizers.ByteLevel(add_prefix_space, use_regex=use_regex)
+    made.pre_tokenizer = pre_tokenizers.Sequence([*pre, last])
     made.decoder = tokenizers.decoders.ByteLevel()
-    made.train_from_iterator(corpus, tokenizers.trainers.BpeTrainer(
-        vocab_size=size, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False,
-    ))  # fmt: skip
+    options = {
+        "vocab_size": size,
+        "special_tokens": special,
+        "initial_alphabet": last.alphabet(),
+        "show_progress": False,
+    }
+    made.train_from_iterator(corpus, tokenizers.trainers.BpeTrainer(**options))
     return made
 
 
@@ -246,7 +252,7 @@ def test_llama3_ranks(llama3, texts, tmp_path):
 
 @pytest.fixture(scope="module")
 def pieces(corpus, tmp_path_factory):
-    """A folder with a sentencepiece model made like Llama 2's: BPE, bytes for unknown characters, text left as it is."""
+    """A folder with a sentencepiece model like Llama 2's: BPE, bytes for unknown characters, text left as it is."""
     folder = tmp_path_factory.mktemp("pieces")
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(corpus), model_prefix=str(folder / "tokenizer"), vocab_size=800, model_type="bpe",
@@ -448,7 +454,10 @@ You are helpful.<|im_end|>
 CHATS = [
     [{"role": "user", "content": "Hi"}],
     [{"role": "system", "content": " Be brief. "}, {"role": "user", "content": "Wer bist Du? 👩‍👧\n\n  x"}],
-    [{"role": "user", "content": "a <b> & 'c'"}, {"role": "assistant", "content": "ok\n"}, {"role": "user", "content": "日本"}],
+    [
+        {"role": role, "content": text}
+        for role, text in (("user", "a <b> & 'c'"), ("assistant", "ok\n"), ("user", "日本"))
+    ],
     [{"role": "user", "content": "x", "extra": {"ü": ["<a>", 1, None]}, "name": None}],
 ]
 
@@ -527,23 +536,23 @@ def test_no_tokenizer(tmp_path):
 
 
 @pytest.mark.parametrize("name, data, says", [
-    ("tokenizer.json", b"{", "tokenizer.json is not valid JSON"),
-    ("tokenizer.json", b"\xff\xfe{}", "not valid JSON"),
-    ("tokenizer.json", b"", "not valid JSON"),
-    ("tokenizer.json", b"[" * 200_000, "not valid JSON"),
-    ("tokenizer.json", b"[]", "holds a JSON list, wanted an object"),
+    ("tokenizer.json", b"{", "tokenizer.json is not a JSON object"),
+    ("tokenizer.json", b"\xff\xfe{}", "not a JSON object"),
+    ("tokenizer.json", b"", "not a JSON object"),
+    ("tokenizer.json", b"[" * 200_000, "not a JSON object"),
+    ("tokenizer.json", b"[]", "not a JSON object"),
     ("tokenizer.json", b'{"model": {"type": "BPE"}}', "wanted BPE, byte-level or with byte_fallback"),
     ("tokenizer.json", b'{"model": 3}', "damaged"),
     ("tokenizer.model", b"", "damaged"),
     ("tokenizer.model", b"\x0a\x05hello", "damaged"),
     ("tokenizer.model", b"aGk= 1\naGk 2\n", "damaged"),
-    ("tokenizer_config.json", b"nope", "tokenizer_config.json is not valid JSON"),
+    ("tokenizer_config.json", b"nope", "tokenizer_config.json is not a JSON object"),
     ("tokenizer_config.json", b'{"added_tokens_decoder": {"5": 6}}', "damaged"),
     ("added_tokens.json", b'{"<x>": "5"}', "ids outside"),
     ("added_tokens.json", b'{"<x>": 4611686018427387904}', "ids outside"),
-    ("special_tokens_map.json", b"7", "holds a JSON int"),
+    ("special_tokens_map.json", b"7", "not a JSON object"),
     ("chat_template.jinja", b"\xff", "damaged"),
-    ("generation_config.json", b"{}}", "generation_config.json is not valid JSON"),
+    ("generation_config.json", b"{}}", "generation_config.json is not a JSON object"),
 ])  # fmt: skip
 def test_damaged_files(llama3, tmp_path, name, data, says):
     if name != "tokenizer.model":
@@ -564,14 +573,14 @@ def test_large_files(tmp_path, monkeypatch):
 @pytest.mark.parametrize("part, value, says", [
     ("normalizer", {"type": "NFKC"}, "normalizer .*NFKC.* wanted NFC or none"),
     ("normalizer", {"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "Lowercase"}]}, "Lowercase"),
-    ("pre_tokenizer", {"type": "Sequence", "pretokenizers": [{"type": "Whitespace"}, {"type": "ByteLevel"}]}, "Whitespace"),
+    ("pre_tokenizer", {"type": "Sequence", "pretokenizers": [{"type": "Whitespace"}, {"type": "ByteLevel"}]}, "Whites"),
     ("pre_tokenizer", {"type": "Sequence", "pretokenizers": [
         {"type": "Split", "pattern": {"Regex": "a"}, "behavior": "MergedWithNext", "invert": False},
         {"type": "ByteLevel", "add_prefix_space": False}]}, "MergedWithNext"),
     ("pre_tokenizer", {"type": "Sequence", "pretokenizers": [
         {"type": "Split", "pattern": {"Regex": "("}, "behavior": "Isolated", "invert": False},
         {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]}, "damaged .error: missing"),
-    ("pre_tokenizer", {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": True}, "byte_fallback"),
+    ("pre_tokenizer", {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first"}, "with byte_fallback"),
     ("post_processor", {"type": "BertProcessing", "sep": ["a", 1], "cls": ["b", 2]}, "BertProcessing"),
     ("post_processor", {"type": "TemplateProcessing", "special_tokens": {}, "single": [
         {"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "</s>", "type_id": 0}}]}, "nothing after it"),

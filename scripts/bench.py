@@ -1,0 +1,403 @@
+"""Speed, overlap and predictability, measured on this machine against what one would use instead.
+
+Knows: what is compared with what, and the tables. Does not know: how cells are timed (measure.py), how an engine is
+called (peers.py). Read next: PARTS and the functions it names, then measure.py.
+
+    python scripts/bench.py --quick                                          under 3 minutes on 2 cores
+    python scripts/bench.py --only plain,overlap --prompts P.jsonl --out results/cpu.json
+    python scripts/bench.py --show results/cpu.json                          the tables again, from the file alone
+
+Everything is float32 and, but for the part `predict`, greedy. One repeat runs every cell of a comparison once on the
+same prompts, in an order that turns round each time; a ratio is the median of the repeats' own ratios. Its interval
+comes from order statistics: 95% or a little more from 6 repeats on, with fewer simply the lowest and the highest.
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
+
+from measure import Bench, Cell, interval, ratio  # noqa: E402
+from peers import DTYPE, NGRAM  # noqa: E402
+
+from generate import DEMO  # noqa: E402
+from runtime import available_cores  # noqa: E402
+
+MISTAKE = 2
+DRAFT_STEP_SHARE = 0.25  # of a verification, for the pair on which SSD is to show what it can
+# Shapes that the draft is grown to in search of that share; the target beside it is the first of Effort.sizes.
+DRAFT_SHAPES = (
+    "hidden=384,layers=2,heads=8,kv_heads=2,ffn=1024",
+    "hidden=384,layers=4,heads=8,kv_heads=2,ffn=1024",
+    "hidden=512,layers=4,heads=8,kv_heads=2,ffn=1408",
+    "hidden=512,layers=6,heads=8,kv_heads=2,ffn=1408",
+    "hidden=640,layers=6,heads=8,kv_heads=2,ffn=1792",
+)
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much is measured. `sizes` are shapes of inflation.py that the target is grown to."""
+
+    sizes: tuple[str, ...] = ("60m", "200m")
+    batches: tuple[int, ...] = (1, 8)
+    repeats: int = 7
+    pairs: int = 24
+    new_tokens: int = 128
+    sweep_prompts: int = 3
+    sweep_tokens: int = 64
+    ks: tuple[int, ...] = (1, 2, 3, 4, 5)  # overlap
+    fan_outs: tuple[int, ...] = (4, 8, 16, 24)
+    assisted_ks: tuple[int, ...] = (1, 2, 3, 4, 6, 8)
+    assisted_fan_outs: tuple[int, ...] = (8, 24)
+    thresholds: tuple[float, ...] = (0.0, 0.4)  # 0.4 is transformers' default
+    lookup_ks: tuple[int, ...] = (2, 4, 8)
+    quarter: bool = True  # overlap also on a pair whose draft step is a quarter of a verification
+    temperatures: tuple[float, ...] = (0.0, 0.7, 1.0)
+    budgets: tuple[int, ...] = (4, 8, 16, 24, 32)
+    predict_k: int = 4
+    predict_batch: int = 8
+    predict_batches: int = 4
+
+
+FULL = Effort()
+QUICK = Effort(
+    sizes=(), batches=(1, 8), repeats=5, pairs=6, new_tokens=48, sweep_prompts=1, sweep_tokens=24, ks=(1, 2, 4),
+    fan_outs=(4, 8), assisted_ks=(2, 4), assisted_fan_outs=(8,), thresholds=(0.0,), lookup_ks=(4,), quarter=False,
+    temperatures=(0.0, 1.0), budgets=(8, 24), predict_batch=4, predict_batches=1,
+)  # fmt: skip
+
+
+# ---- the parts
+
+
+def plain(bench: Bench) -> dict:
+    """Plain decoding: ours against transformers' generate."""
+    e, out = bench.effort, {"models": {}, "cells": [], "ratios": []}
+    for shape in (None, *e.sizes):
+        model, target = shape or bench.label, bench.grown("target", shape)
+        with bench.workers() as ask:
+            out["models"][model] = ceiling = bench.ceiling(ask, target)
+            texts = []
+            for batch in e.batches:
+                cells = []
+                for device in bench.devices:
+                    for peer in ("ar", "transformers")[: 2 if bench.theirs else 1]:
+                        cells.append(Cell(f"{peer} {device}", peer, {"target": target, "device": device}))
+                bench.time(ask, f"plain {model} batch {batch}", cells, e.repeats, e.new_tokens, batch)
+                for cell in cells:
+                    record = cell.record(model=model, batch=batch)
+                    most = ceiling["steps_per_s"][cell.how["device"]] * batch
+                    out["cells"].append(record | {"of_bandwidth": record["tokens_per_s"]["median"] / most})
+                for mine, theirs in zip(cells[::2], cells[1::2]) if bench.theirs else ():
+                    labels = {"model": model, "batch": batch, "device": mine.how["device"]}
+                    out["ratios"].append(labels | ratio(mine, theirs))
+                texts.append(bench.same_text(ask, cells[0], cells[1:]))
+            ceiling["texts"] = texts
+    return out
+
+
+def overlap(bench: Bench) -> dict:
+    """AR, SD and SSD where target and draft have a core each, and SD and AR with both cores for each model."""
+    if bench.both is None:
+        raise ValueError("the part overlap needs two cores, this process may use one: leave it out with --only")
+    e, out = bench.effort, {"models": {}, "cells": [], "ratios": [], "sweeps": []}
+    pairs = [(bench.label, bench.grown("target", None), bench.grown("draft", None))]
+    if e.quarter:
+        pairs.append(quarter_pair(bench, out))
+    for model, target, draft in pairs:
+        with bench.workers() as ask:
+            pair, what, ceiling = {"target": target, "draft": draft}, f"overlap {model}", bench.ceiling(ask, target)
+            on_one = pair | {"device": bench.one, "draft_device": bench.one}
+            on_both = pair | {"device": bench.both, "draft_device": bench.both}
+            apart = pair | {"device": bench.one, "draft_device": bench.other}
+            sd, rows = bench.best(ask, what, [Cell("SD", "sd", on_one | {"k": k}) for k in e.ks])
+            sd_both, more = bench.best(ask, what, [Cell("SD both cores", "sd", on_both | {"k": k}) for k in e.ks])
+            grid = [{"k": k, "fan_out": M} for k in e.ks for M in e.fan_outs]
+            ssd, most = bench.best(ask, what, [Cell("SSD", "ssd", apart | place) for place in grid])
+            out["sweeps"] += [{"model": model, **row} for row in rows + more + most]
+            sd_same = Cell("SD at SSD's K", "sd", on_one | {"k": ssd.how["k"]})
+            ar = Cell("AR", "ar", {"target": target, "device": bench.one})
+            ar_both = Cell("AR both cores", "ar", {"target": target, "device": bench.both})
+            cells = [ar, sd, sd_same, ssd, ar_both, sd_both]
+            bench.time(ask, what, cells, e.pairs, e.new_tokens)
+            against = ((ssd, sd), (ssd, sd_same), (ssd, ar), (sd, ar), (sd_both, ar_both), (ssd, sd_both))
+            ratios = [{"model": model, **ratio(a, b)} for a, b in against]
+            out["ratios"] += ratios
+            records = {cell.name: cell.record(model=model) for cell in cells}
+            out["cells"] += records.values()
+            ceiling["texts"] = [bench.same_text(ask, ar, cells[1:])]
+            out["models"][model] = ceiling | judge(records["SSD"], records["SD at SSD's K"], ratios)
+    return out
+
+
+def quarter_pair(bench: Bench, out: dict) -> tuple[str, str, str]:
+    """The target grown to the first size, and the draft grown until its step is about a quarter of a verification."""
+    target, k = bench.grown("target", bench.effort.sizes[0]), 2
+    tried = []
+    for shape in DRAFT_SHAPES:
+        how = {"target": target, "draft": bench.grown("draft", shape), "device": bench.one, "draft_device": bench.one}
+        with bench.workers() as ask:
+            cell = Cell("SD", "sd", how | {"k": k})
+            bench.time(ask, f"draft {shape}", [cell], 2, bench.effort.sweep_tokens)
+        record = cell.record()
+        tried.append({"draft": shape, "step_over_verify": record["draft_ms"] / k / record["verify_ms"]})
+    chosen = min(tried, key=lambda row: abs(row["step_over_verify"] - DRAFT_STEP_SHARE))
+    out["draft_shapes"] = {"tried": tried, "chosen": chosen}
+    return f"{bench.effort.sizes[0]} / grown draft", target, bench.grown("draft", chosen["draft"])
+
+
+def judge(ssd: dict, sd: dict, ratios: list[dict]) -> dict:
+    """The ceiling of SSD over SD at the same K, algorithm.md section 7, with the rounds as long as they came out."""
+    most = (1 + sd["draft_ms"] / sd["verify_ms"]) * ssd["tokens_per_round"] / sd["tokens_per_round"]
+    got = next(r["median"] for r in ratios if (r["of"], r["to"]) == (ssd["name"], sd["name"]))
+    return {
+        "ssd_over_sd_ceiling": most,
+        "share_of_ceiling": got / most,
+        "hit_round_over_verify": ssd.get("hit_round_over_verify"),
+        "hidden": ssd["hidden"],
+        "draft_step_over_verify": sd["draft_ms"] / sd["k"] / sd["verify_ms"],
+    }
+
+
+def predict(bench: Bench) -> dict:
+    """Acceptance, hits and tokens a round. Chains are waited for and misses drafted anew: nothing hangs on timing."""
+    e, target, draft = bench.effort, bench.grown("target", None), bench.grown("draft", None)
+    out = {"models": {}, "cells": []}
+    fixed = {"k": e.predict_k, "cut": False, "fallback": "jit", "seed": 0}
+    with bench.workers() as ask:
+        out["models"][bench.label] = bench.ceiling(ask, target)
+        for temperature in e.temperatures:
+            for coupling in ("shared", "maximal", "independent") if temperature else ("shared",):
+                for M in e.budgets:
+                    device = bench.both or bench.one
+                    how = {"target": target, "draft": draft, "device": device, "draft_device": device, **fixed}
+                    how |= {"fan_out": M, "temperature": temperature, "coupling": coupling}
+                    cell = Cell(f"predict T={temperature} {coupling} M={M}", "ssd", how)
+                    for number in range(e.predict_batches):
+                        cell.runs.append(bench.run(ask, cell, bench.batch(number, e.predict_batch), e.new_tokens))
+                    out["cells"].append(pooled(cell, bench.label, any_coupling=not temperature))
+                    bench.say(f"{cell.name}: hits {out['cells'][-1]['hit_rate']:.3f}")
+    return out
+
+
+def pooled(cell: Cell, model: str, any_coupling: bool) -> dict:
+    """Rates over all runs of a cell, from counts; at temperature 0 the couplings are one and the same."""
+    counts = [run["stats"]["counts"] for run in cell.runs]
+    share = lambda a, b, of: sum(c[a] for c in of) / max(1, sum(c[b] for c in of))  # noqa: E731
+    record = cell.record(model=model) | ({"coupling": "any"} if any_coupling else {})
+    for key in ("tokens_per_s", "end_to_end_tokens_per_s", "predicted_tokens_per_s"):
+        del record[key]  # timing is beside the point here
+    return record | {
+        "acceptance_rate": share("accepted", "tested", counts),
+        "hit_rate": share("hits", "lookups", counts),
+        "hit_rates": interval([share("hits", "lookups", [c]) for c in counts]),
+        "tokens_per_round": share("emitted", "row_rounds", counts),
+        "lookups": sum(c["lookups"] for c in counts),
+    }
+
+
+def assisted(bench: Bench) -> dict:
+    """SD and SSD against transformers' assisted generation, with equal cores in total and a K of its own for each."""
+    e, out = bench.effort, {"models": {}, "cells": [], "ratios": [], "sweeps": []}
+    for shape in (None, *e.sizes[-1:]):
+        model, target, draft = shape or bench.label, bench.grown("target", shape), bench.grown("draft", None)
+        with bench.workers() as ask:
+            ceiling, pair = bench.ceiling(ask, target), {"target": target, "draft": draft}
+            taking_turns = [pair | {"device": d, "draft_device": d} for d in bench.devices]
+            alone = [{"target": target, "device": d} for d in bench.devices]
+            apart = pair | {"device": bench.one, "draft_device": bench.other}
+            plans = {
+                "sd": [how | {"k": k} for how in taking_turns for k in e.assisted_ks],
+                "ssd": [apart | {"k": k, "fan_out": M} for k in e.assisted_ks for M in e.assisted_fan_outs],
+                NGRAM: [how | {"k": k} for how in alone for k in e.lookup_ks],
+                "ar": alone,
+            }
+            if bench.theirs:
+                plans["transformers"] = alone
+                plans["transformers assisted"] = [how | {"draft": draft, "k": k, "threshold": t} for how in alone
+                                                  for k in e.assisted_ks for t in e.thresholds]  # fmt: skip
+                plans["transformers lookup"] = [how | {"k": k} for how in alone for k in e.lookup_ks]
+            what, cells = f"assisted {model}", []
+            for peer, hows in plans.items():
+                cell, sweep = bench.best(ask, what, [Cell(peer, peer, how) for how in hows])
+                out["sweeps"] += [{"model": model, **row} for row in sweep]
+                cells += [cell] if cell else []
+            bench.time(ask, what, cells, e.repeats, e.new_tokens)
+            by = {cell.peer: cell for cell in cells}
+            against = [to for to in ("transformers assisted", "transformers lookup", "transformers", "ar") if to in by]
+            for mine in ("ssd", "sd", NGRAM):
+                out["ratios"] += [{"model": model, **ratio(by[mine], by[to])} for to in against if mine in by]
+            out["cells"] += [cell.record(model=model) for cell in cells]
+            out["models"][model] = ceiling | {"texts": [bench.same_text(ask, by["ar"], cells)]}
+    return out
+
+
+PARTS = {"plain": plain, "overlap": overlap, "predict": predict, "assisted": assisted}
+
+
+# ---- tables, from the results alone
+
+TOKENS = ("tokens/s", "tokens_per_s", "{:.1f}")
+PLACE = (("K", "k", "{}"), ("M", "fan_out", "{}"), ("target on", "device", "{}"), ("draft on", "draft_device", "{}"))
+TEXT = (
+    ("acceptance", "acceptance_rate", "{:.3f}"), ("hits", "hit_rate", "{:.3f}"),
+    ("tokens a round", "tokens_per_round", "{:.2f}"), ("distinct 4-grams", "distinct_4grams", "{:.2f}"),
+)  # fmt: skip
+TIMES = tuple((f"{name} ms", f"{name}_ms", "{:.2f}") for name in ("verify", "round", "draft", "exposed"))
+CELLS = {
+    "plain": (("model", "model", "{}"), ("batch", "batch", "{}"), ("peer", "name", "{}"), TOKENS,
+              ("of the read bandwidth", "of_bandwidth", "{:.0%}")),
+    "overlap": (("pair", "model", "{}"), ("mode", "name", "{}"), *PLACE, TOKENS, *TEXT, *TIMES,
+                ("hidden", "hidden", "{:.2f}"), ("hit round / verify", "hit_round_over_verify", "{:.2f}")),
+    "predict": (("temperature", "temperature", "{}"), ("coupling", "coupling", "{}"), ("K", "k", "{}"),
+                ("M", "fan_out", "{}"), *TEXT, ("row rounds", "lookups", "{}")),
+    "assisted": (("pair", "model", "{}"), ("peer", "name", "{}"), *PLACE, ("threshold", "threshold", "{}"), TOKENS,
+                 *TEXT),
+}  # fmt: skip
+RATIOS = (("pair", "model", "{}"), ("batch", "batch", "{}"), ("of", "of", "{}"), ("to", "to", "{}"),
+          ("ratio", "", "{:.2f}"), ("repeats", "n", "{}"), ("coverage", "coverage", "{:.0%}"))  # fmt: skip
+JUDGED = (("SSD / SD at most", "ssd_over_sd_ceiling", "{:.2f}"), ("share of it reached", "share_of_ceiling", "{:.0%}"),
+          ("hidden on hits", "hidden", "{:.0%}"), ("round on a hit / verification", "hit_round_over_verify", "{:.2f}"),
+          ("draft step / verification", "draft_step_over_verify", "{:.2f}"))  # fmt: skip
+
+
+def shown(record: dict, key: str, form: str) -> str:
+    """A figure, or a median with its interval; nothing where there is none."""
+    value = record.get(key) if key else record
+    if isinstance(value, dict):
+        middle, low, high = (form.format(value[key]) for key in ("median", "low", "high"))
+        return f"{middle} [{low}, {high}]"
+    return "" if value is None else form.format(value)
+
+
+def table(records: list[dict], columns) -> list[str]:
+    """A Markdown table; a column that nothing fills is left out."""
+    rows = [[shown(record, key, form) for _, key, form in columns] for record in records]
+    used = [i for i in range(len(columns)) if any(row[i] for row in rows)]
+    lines = [[columns[i][0] for i in used], ["---"] * len(used), *([row[i] for i in used] for row in rows)]
+    return ["| " + " | ".join(line) + " |" for line in lines] + [""]
+
+
+def render(results: dict) -> str:
+    env = results["environment"]
+    lines = [", ".join(f"{key} {value}" for key, value in env.items())]
+    lines += [f"{name} is left out: {why}" for name, why in results["skipped"].items()]
+    for part, found in results["parts"].items():
+        lines += ["", f"## {part}", ""]
+        for model, facts in found["models"].items():
+            for device, speed in facts["read_bytes_per_s"].items():
+                steps = f"{facts['steps_per_s'][device]:.1f} steps/s of {facts['step_bytes'] / 1e6:.0f} MB"
+                lines.append(f"Ceiling of {model} on {device}: {speed / 1e9:.1f} GB/s read, at most {steps}.")
+            judged = [f"{label} {shown(facts, key, form)}" for label, key, form in JUDGED if facts.get(key) is not None]
+            lines += [f"{model}: {', '.join(judged)}."] if judged else []
+            for text in facts.get("texts", ()):
+                lines.append(f"{text['texts']} texts compared: {text['near_ties']} near-ties, {text['differ']} differ.")
+        lines += ["", *table(found["cells"], CELLS[part])]
+        if found.get("ratios"):
+            lines += table(found["ratios"], RATIOS)
+    return "\n".join(lines)
+
+
+def headline(results: dict) -> dict:
+    """The ratios that are claimed, by name; texts_differ counts texts that should be the same and are not."""
+    out, differ = {}, 0
+    for part, found in results["parts"].items():
+        for r in found.get("ratios", ()):
+            batch = f" batch {r['batch']}" if "batch" in r else ""
+            out[f"{part} {r['model']}{batch}: {r['of']} / {r['to']}"] = round(r["median"], 3)
+        for model, facts in found["models"].items():
+            out |= {f"{part} {model}: {label}": round(facts[key], 3) for label, key, _ in JUDGED if facts.get(key)}
+            differ += sum(text["differ"] for text in facts.get("texts", ()))
+    for cell in results["parts"].get("predict", {}).get("cells", ()):
+        out[f"hits T={cell['temperature']} {cell['coupling']} M={cell['fan_out']}"] = round(cell["hit_rate"], 3)
+    return out | {"texts_differ": differ}
+
+
+# ---- the program
+
+
+def environment() -> dict:
+    """Where the numbers come from, without names of hosts or people."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    describe = ["git", "describe", "--always", "--dirty"]
+    git = subprocess.run(describe, cwd=ROOT, capture_output=True, text=True, check=False)
+    packages = {}
+    for name in ("torch", "transformers"):
+        try:
+            packages[name] = version(name)
+        except PackageNotFoundError:
+            packages[name] = None
+    return {
+        "cpu": cpu, "cores": len(available_cores()), "python": platform.python_version(), **packages, "dtype": DTYPE,
+        "commit": git.stdout.strip() or None, "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+        "load_average_before": round(os.getloadavg()[0], 2),
+    }  # fmt: skip
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(prog="bench.py", description=__doc__.splitlines()[0], allow_abbrev=False)
+    add = p.add_argument
+    add("--only", metavar="PART[,PART]", default=",".join(PARTS), help=f"some of {', '.join(PARTS)} (default: all)")
+    add("--quick", action="store_true", help="fewer sizes, settings, prompts and repeats: under 3 minutes on 2 cores")
+    add("--target", metavar="DIR", default=str(DEMO / "target"), help="a small checkpoint (default: the demo pair's)")
+    add("--draft", metavar="DIR", default=str(DEMO / "draft"), help="its draft")
+    add("--prompts", metavar="FILE", dest="prompt_file", help='.jsonl with a "prompt" a line (default: built in)')
+    add("--out", metavar="FILE", help="write all results as JSON, after every part")
+    add("--show", metavar="FILE", help="print the tables of such a file and measure nothing")
+    return p
+
+
+def run_parts(args, effort: Effort) -> dict:
+    """Run the chosen parts; what is done is on disk even if a later part fails."""
+    chosen = args.only.split(",")
+    if wrong := [name for name in chosen if name not in PARTS]:
+        raise ValueError(f"--only names {wrong[0]!r}, wanted some of {', '.join(PARTS)}, with commas between them")
+    if args.out and not Path(args.out).resolve().parent.is_dir():
+        raise ValueError(f"{args.out} cannot be written, its folder does not exist: create it first")
+    results = {"environment": environment(), "effort": asdict(effort), "skipped": {}, "parts": {}}
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(args, effort, Path(folder))
+        results["prompts"] = {"count": len(bench.prompts), "tokens": list(map(len, bench.prompts))}
+        for name in PARTS:
+            if name in chosen:
+                results["parts"][name] = PARTS[name](bench)
+                results["skipped"] = bench.skipped
+                if args.out:
+                    Path(args.out).write_text(json.dumps(results, indent=1) + "\n")
+    return results
+
+
+def read_results(path: str) -> dict:
+    try:
+        return json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read as results ({error}): give a file written with --out") from error
+
+
+def main(argv: list[str] | None = None, effort: Effort | None = None) -> int:
+    args = parser().parse_args(argv)
+    try:
+        results = read_results(args.show) if args.show else run_parts(args, effort or (QUICK if args.quick else FULL))
+    except ValueError as error:
+        print(f"bench.py: {error}", file=sys.stderr)
+        return MISTAKE
+    print(render(results))
+    print(json.dumps(headline(results)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,319 @@
+"""The engines that bench.py compares, behind one signature, and the processes they run in.
+
+Knows: how each engine is loaded, called and timed. Does not know: what is compared with what, or how it is shown.
+Read next: bench.py.
+
+    PEERS[name](server, target, draft, device, draft_device, **settings) -> run(prompts, new_tokens) -> dict
+
+prompts are lists of token ids, a batch of equal lengths; decoding is greedy unless the settings say otherwise, EOS is
+ignored. A run gives `ids` (the new tokens of each row), `decoded` and `decode_s` (what followed the first round's
+tokens, and how long that took: prefill is not decoding), `total_s`, and `stats`, whatever else the engine tells.
+
+Each side runs in a process of its own on its own cores, because affinity, thread counts and OpenMP's teams belong to a
+process: an engine must neither inherit another's helpers nor share a core with its waiting ones. A process waits on
+its pipe, asleep, while another one is timed.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+
+from cache import KVCache  # noqa: E402
+from pair import Model  # noqa: E402
+from runtime import Devices, available_cores, parse_device, read_bandwidth  # noqa: E402
+from ssd import Engine, load  # noqa: E402
+
+NGRAM = "ngram"  # the draft's name that stands for guesses from the text itself
+DTYPE = "float32"
+STATS = (
+    "tokens_per_round", "acceptance_rate", "hit_rate", "round_ms", "verify_ms", "draft_ms", "exposed_ms", "hidden",
+    "predicted_tokens_per_s", "bandwidth_fraction",
+)  # fmt: skip
+
+
+class NotOffered(RuntimeError):
+    """This engine cannot do what the peer needs; the message is the reason to print."""
+
+
+class Server:
+    """What one process has loaded, and its answers to requests."""
+
+    def __init__(self):
+        self.models: dict[str, Model] = {}
+        self.theirs: dict[str, object] = {}
+        self.devices: dict[tuple, Devices] = {}
+        self.engines: dict[tuple, Engine] = {}
+
+    def answer(self, request: dict) -> dict:
+        """{"do": NAME, ...} -> what it gives, or {"error": text, "kind": class}. Never raises."""
+        table = {"run": self.run, "bandwidth": self.bandwidth, "size": self.size, "gap": self.gap}
+        try:
+            return table[request["do"]](**{key: value for key, value in request.items() if key != "do"})
+        except Exception as error:  # the asking process decides what it means
+            kind = "NotOffered" if isinstance(error, NotOffered) else "ValueError" if type(error) is ValueError else ""
+            if not kind:
+                traceback.print_exc()
+            return {"error": str(error) or type(error).__name__, "kind": kind}
+
+    def run(self, peer: str, prompts: list, new: int, **how) -> dict:
+        return PEERS[peer](self, **how)(prompts, new)
+
+    def bandwidth(self, device: str) -> dict:
+        return {"bytes_per_s": read_bandwidth(self.lanes_on(device).lanes("ar")[0])}
+
+    def size(self, target: str) -> dict:
+        model = self.model(target)
+        return {"step_bytes": model.step_bytes}
+
+    def gap(self, target: str, ids: list[int]) -> dict:
+        """How far the best two logits for the token after `ids` are apart: a near-tie may fall either way."""
+        model, n = self.model(target), len(ids)
+        with torch.inference_mode():
+            cache = KVCache(model.config, 1, n, device="cpu", dtype=model.dtype)
+            model.transformer.set_positions(n)
+            place = cache.place(torch.tensor([0]), torch.tensor([n]), n, n)
+            best = model.transformer(torch.tensor([ids]), place, cache)[0, -1].topk(2).values
+        return {"gap": (best[0] - best[1]).item()}
+
+    def model(self, name: str) -> Model:
+        if name not in self.models:
+            self.models[name] = Model.load(name, torch.device("cpu"), DTYPE)
+        return self.models[name]
+
+    def engine(self, target: str, draft: str | None, device: str, draft_device: str | None) -> Engine:
+        """Engines are cheap, models are not: every placement of a pair shares the weights."""
+        key = (target, draft, device, draft_device)
+        if key not in self.engines:
+            devices = self.lanes_on(device, draft_device)
+            self.engines[key] = Engine(self.model(target), draft and self.model(draft), devices)
+        return self.engines[key]
+
+    def lanes_on(self, device: str, draft_device: str | None = None) -> Devices:
+        """One set of lanes for each placement. A second team of OpenMP threads on the same cores would make libgomp
+        spin less while it waits (it counts the threads of all teams), and slow down both."""
+        key = (device, draft_device or device)
+        if key not in self.devices:
+            self.devices[key] = Devices(*key)
+        return self.devices[key]
+
+    def transformers(self, name: str):
+        """The checkpoint as transformers loads it, on all cores of this process, never stopping at EOS."""
+        if name not in self.theirs:
+            import transformers
+
+            transformers.logging.set_verbosity_error()
+            transformers.logging.disable_progress_bar()
+            torch.set_num_threads(len(available_cores()))
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                name, dtype=getattr(torch, DTYPE), attn_implementation="sdpa"
+            )
+            model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
+            self.theirs[name] = model.eval()
+        return self.theirs[name]
+
+
+# ---- ours
+
+
+def ours(mode: str) -> Callable:
+    def build(server, target, draft=None, device=None, draft_device=None, **settings):
+        engine = server.engine(target, draft, device, draft_device)
+        return lambda prompts, new: run_ours(engine, prompts, mode=mode, max_new_tokens=new, **settings)
+
+    return build
+
+
+def ngram(server, target, draft=None, device=None, draft_device=None, **settings):
+    """SD whose proposals are guesses from the row's own text: no draft model at all."""
+    key = (target, NGRAM, device, None)
+    if key not in server.engines:
+        try:
+            server.engines[key] = load(target, draft=NGRAM, device=device, dtype=DTYPE)
+            server.engines[key].devices = server.lanes_on(device)
+        except ValueError as error:
+            raise NotOffered(f'the engine has no draft="{NGRAM}" yet') from error
+    engine = server.engines[key]
+    return lambda prompts, new: run_ours(engine, prompts, mode="sd", max_new_tokens=new, **settings)
+
+
+def run_ours(engine: Engine, prompts: list, **settings) -> dict:
+    decoding = engine.start(prompts, ignore_eos=True, **settings)
+    begin = time.perf_counter()
+    for _ in decoding.rounds():
+        pass
+    total_s = time.perf_counter() - begin
+    stats = engine.finish(decoding).stats
+    if decoding.mode != settings["mode"]:
+        raise RuntimeError(f"the draft was lost in mode {settings['mode']}: such a run measures nothing")
+    return {
+        "ids": stats["token_ids"],
+        "decoded": sum(stats["new_tokens"]) - len(prompts),
+        "decode_s": stats["decode_s"],
+        "total_s": total_s,
+        "stats": {key: stats[key] for key in STATS} | round_by_round(decoding) | {"counts": counts(decoding)},
+    }
+
+
+def counts(decoding) -> dict:
+    """What rates are made of, so that several runs can be pooled."""
+    figures = decoding.figures
+    return {
+        "accepted": sum(kind[0] for kind in figures.kinds.values()),
+        "tested": sum(kind[0] + kind[1] for kind in figures.kinds.values()),
+        "hits": sum(rows - len(missed) for _, _, rows, missed, _ in figures.lookups),
+        "lookups": sum(rows for _, _, rows, _, _ in figures.lookups),
+        "emitted": sum(figures.emitted[1:]),
+        "row_rounds": sum(figures.live[1:]),
+    }
+
+
+def round_by_round(decoding) -> dict:
+    """SSD: what a round on a hit lasts, beside its own verification, which the draft's lane was busy with."""
+    figures = decoding.figures
+    hits = [n for n in figures.hit_rounds() if n]
+    if decoding.mode != "ssd" or not hits:
+        return {}
+    verify = [end - begin for begin, end in figures.verifies]
+    lasts = [after[0] - before[0] for before, after in zip(figures.verifies, figures.verifies[1:])]
+    spans = {name: [e - b for n, b, e in decoding.draft_lane.spans if n == name] for name in ("extend", "chain step")}
+    return {
+        "hit_round_ms": median(lasts[n] for n in hits) * 1e3,
+        "hit_round_over_verify": median(lasts[n] / verify[n] for n in hits),
+        "extend_ms": median(spans["extend"]) * 1e3,
+        "chain_step_ms": median(spans["chain step"]) * 1e3,
+        "chain_length": sum(lookup[4] for lookup in figures.lookups) / len(figures.lookups),
+    }
+
+
+# ---- transformers
+
+
+class Clock:
+    """A stopping criterion that stops nothing: notes when the first round was done, and how long the row was then."""
+
+    def __init__(self):
+        self.first_s, self.length, self.rounds = 0.0, 0, 0
+
+    def __call__(self, input_ids, scores, **_):
+        if not self.rounds:
+            self.first_s, self.length = time.perf_counter(), input_ids.shape[1]
+        self.rounds += 1
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool)
+
+
+def transformers_plain(server, target, **_):
+    model = server.transformers(target)
+    return lambda prompts, new: run_transformers(model, prompts, new)
+
+
+def transformers_assisted(server, target, draft, k, threshold, **_):
+    """Their speculative decoding. threshold: the draft stops early where it is less sure than this; 0 is off."""
+    model, assistant = server.transformers(target), server.transformers(draft)
+    config = assistant.generation_config
+    config.num_assistant_tokens, config.num_assistant_tokens_schedule = k, "constant"
+    config.assistant_confidence_threshold = threshold
+    return lambda prompts, new: run_transformers(model, prompts, new, assistant_model=assistant)
+
+
+def transformers_lookup(server, target, k, **_):
+    """Their n-gram guesses from the text."""
+    model = server.transformers(target)
+    return lambda prompts, new: run_transformers(model, prompts, new, prompt_lookup_num_tokens=k)
+
+
+def run_transformers(model, prompts: list, new: int, **how) -> dict:
+    ids_BT, clock = torch.tensor(prompts), Clock()
+    with torch.inference_mode():
+        begin = time.perf_counter()
+        out_BT = model.generate(
+            ids_BT, attention_mask=torch.ones_like(ids_BT), do_sample=False, use_cache=True, max_new_tokens=new,
+            stopping_criteria=[clock], **how,
+        )  # fmt: skip
+        end = time.perf_counter()
+    B, T = ids_BT.shape
+    assert out_BT.shape == (B, T + new), f"{new} new tokens were asked for, {out_BT.shape[1] - T} came"
+    decoded = B * (T + new - clock.length)
+    return {
+        "ids": out_BT[:, T:].tolist(),
+        "decoded": decoded,
+        "decode_s": end - clock.first_s,
+        "total_s": end - begin,
+        "stats": {"tokens_per_round": decoded / B / max(clock.rounds - 1, 1)},
+    }
+
+
+PEERS: dict[str, Callable] = {
+    "ar": ours("ar"),
+    "sd": ours("sd"),
+    "ssd": ours("ssd"),
+    "ngram": ngram,
+    "transformers": transformers_plain,
+    "transformers assisted": transformers_assisted,
+    "transformers lookup": transformers_lookup,
+}
+
+
+# ---- processes
+
+
+class Worker:
+    """A process on its own cores that answers one request at a time, a JSON object a line each way."""
+
+    def __init__(self, cores):
+        pin = (lambda: os.sched_setaffinity(0, cores)) if hasattr(os, "sched_setaffinity") else None
+        # Thread counts come from the cores alone, the same way for everyone.
+        env = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_", "MKL_"))}
+        self.process = subprocess.Popen(
+            [sys.executable, str(Path(__file__).resolve())], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            preexec_fn=pin, env=env,
+        )  # fmt: skip
+
+    def ask(self, do: str, **request) -> dict:
+        try:
+            self.process.stdin.write(json.dumps({"do": do, **request}) + "\n")
+            self.process.stdin.flush()
+            line = self.process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            raise RuntimeError(f"a process under measurement ended by itself, exit code {self.process.wait()}")
+        return checked(json.loads(line))
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def checked(answer: dict) -> dict:
+    """An answer, or the error that it reports."""
+    if "error" in answer:
+        raise {"ValueError": ValueError, "NotOffered": NotOffered}.get(answer["kind"], RuntimeError)(answer["error"])
+    return answer
+
+
+def cores_of(device: str) -> tuple[int, ...]:
+    return parse_device(device)[1] or tuple(available_cores())
+
+
+def main() -> None:
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever a library prints must not end up among the answers
+    server = Server()
+    for line in sys.stdin:
+        print(json.dumps(server.answer(json.loads(line))), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()

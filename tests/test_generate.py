@@ -1,0 +1,633 @@
+"""The terminal program: every flag does what --help says, and every mistake ends in one sentence and exit code 2.
+
+Most runs are calls of generate.main in this process; a few are real ones, where the process itself is what matters.
+"""
+
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import CONTEXT, SCRIPT, SHAPE
+
+import generate
+import pair
+import runtime
+import ssd
+import steps
+from ssd import load
+
+PROGRAM = Path(generate.__file__)
+SPOKEN = 9  # tokens of SCRIPT, without the end-of-text token
+KEYS = (
+    *("mode", "target", "draft", "device", "draft_device", "dtype", "k", "fan_out", "cut", "fallback", "coupling"),
+    *("temperature", "seed", "prompts", "prompt_tokens", "new_tokens", "token_ids", "text", "finish_reason"),
+    *("prefill_s", "decode_s", "tokens_per_s", "rounds", "tokens_per_round", "acceptance_rate", "accepted_fraction"),
+    *("hit_rate", "distinct_4grams", "round_ms", "verify_ms", "draft_ms", "exposed_ms", "hidden"),
+    *("predicted_tokens_per_s", "speedup_ceiling", "bandwidth_fraction", "peak_memory_gb"),
+)
+NULL = {  # what does not apply in a mode
+    "ar": "draft draft_device k fan_out cut fallback coupling acceptance_rate accepted_fraction hit_rate draft_ms "
+    "exposed_ms hidden speedup_ceiling".split(),
+    "sd": "fan_out cut fallback hit_rate hidden speedup_ceiling".split(),
+    "ssd": [],
+}
+FLAG = {"ar": [], "sd": ["--sd"], "ssd": ["--ssd"]}
+two_cores = pytest.mark.skipif(not {0, 1} <= set(runtime.available_cores()), reason="needs the CPU cores 0 and 1")
+
+
+@pytest.fixture(autouse=True)
+def small(demo, monkeypatch):
+    """The demo pair is the tiny one, the bandwidth is not measured, and no lane outlives its test."""
+    lanes, start = [], runtime.Lane.__init__
+
+    def kept(lane, *args, **more):
+        lanes.append(lane)
+        start(lane, *args, **more)
+
+    monkeypatch.setattr(generate, "DEMO", demo)
+    monkeypatch.setattr(runtime, "read_bandwidth", lambda lane: 1e10)
+    monkeypatch.setattr(runtime.Lane, "__init__", kept)
+    yield
+    for lane in lanes:
+        lane.close()
+
+
+@pytest.fixture
+def program(monkeypatch, capsys):
+    """program(*flags, stdin="") -> (exit code, stdout, stderr)"""
+
+    class Stdin(io.TextIOWrapper):
+        terminal = False
+
+        def isatty(self):
+            return self.terminal
+
+    def run(*flags, stdin=None, terminal=False):
+        monkeypatch.setattr(sys, "argv", ["generate.py", *map(str, flags)])
+        if stdin is not None:
+            monkeypatch.setattr(sys, "stdin", Stdin(io.BytesIO(stdin.encode("utf-8", "surrogateescape"))))
+            sys.stdin.terminal = terminal
+        capsys.readouterr()
+        code = generate.main()
+        return code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def figures(program):
+    """figures(*flags) -> the JSON object of a run that must succeed"""
+
+    def run(*flags, **more):
+        code, out, err = program(*flags, "--json", "-", **more)
+        assert code == 0, err
+        assert out.count("\n") == 1 and out.endswith("\n")
+        return json.loads(out)
+
+    return run
+
+
+def text_of(said: tuple[int, str, str]) -> str:
+    code, out, err = said
+    assert code == 0, err
+    return out
+
+
+# ---- mistakes
+
+MISTAKES = {
+    # what is wrong: (flags, what the sentence must say)
+    "no folder": (["--target", "./no/such"], "no folder './no/such'"),
+    "empty target": (["--target", ""], "no folder ''"),
+    "a file as target": (["--target", __file__], "is a file, wanted a folder"),
+    "folder without anything": (["--target", "EMPTY"], "no config.json"),
+    "folder without weights": (["--target", "BARE"], "no weights, wanted model.safetensors"),
+    "unknown architecture": (["--target", "FOREIGN"], "model_type is 'gpt2', wanted one of llama, mistral"),
+    "no draft": (["--target", "SCRIPTED", "--ssd"], "no --draft was given"),
+    "missing draft": (["--draft", "./no/such", "--sd"], "no folder './no/such'"),
+    "inflate without shape": (["--target", "inflate:x"], "inflate:SHAPE:FOLDER"),
+    "empty prompt": (["--prompt", ""], "prompt 1 is empty, wanted at least one character"),
+    "one empty prompt of two": (["--prompt", "a", ""], "prompt 2 is empty"),
+    "prompt without text": (["--prompt"], "--prompt: expected at least one argument"),
+    "no such file": (["--prompt-file", "no/such.txt"], "no/such.txt cannot be read (No such file"),
+    "folder as file": (["--prompt-file", "."], "cannot be read (Is a directory)"),
+    "bytes in argv": (["--prompt", "caf\udce9"], "wanted UTF-8"),
+    "two modes": (["--sd", "--ssd"], "--ssd: not allowed with argument --sd"),
+    "two prompts": (["--prompt", "a", "--prompt-file", "x"], "not allowed with argument --prompt"),
+    "chat and prompt": (["--prompt", "a", "--chat"], "not allowed with argument --prompt"),
+    "chat and json": (["--chat", "--json", "-"], "--chat was given with --compare, --json or --trace"),
+    "chat and compare": (["--chat", "--compare"], "--chat was given with --compare, --json or --trace"),
+    "chat and trace": (["--chat", "--trace", "x"], "--chat was given with --compare, --json or --trace"),
+    "unknown flag": (["--temprature", "1"], "unrecognized arguments: --temprature 1"),
+    "half a flag": (["--temp", "1"], "unrecognized arguments"),
+    "stray words": (["def f(n):"], "unrecognized arguments: def f(n):"),
+    "json into no folder": (["--json", "no/such/x.json"], "no/such/x.json cannot be written, its folder does"),
+    "trace into no folder": (["--trace", "no/such/x.json"], "its folder does not exist"),
+    "json into a folder": (["--json", "."], ". is a folder, wanted a file"),
+    "json into nothing": (["--json", ""], "is a folder, wanted a file"),
+    "empty stop": (["--stop", ""], "stop is ('',), wanted texts of at least one character"),
+    "saguaro alone": (["--ssd", "--saguaro-c", "0.5"], "use --coupling independent"),
+    "fan-out of all": (["--ssd", "--fan-out", SHAPE["vocab_size"]], "fan_out is 400, wanted less than the vocabulary"),
+    **{f"max-new-tokens {x}": (["--max-new-tokens", x], f"max_new_tokens is {x}, wanted") for x in (0, -5, 10**12)},
+    **{f"max-new-tokens {x!r}": (["--max-new-tokens", x], f"got '{x}', wanted a whole") for x in ("x", "", "1.5")},
+    **{f"temperature {x}": (["--temperature", x], "temperature is") for x in ("nan", "inf", "-1", "1e9")},
+    **{f"top-p {x}": (["--top-p", x], "top_p is") for x in ("0", "2", "nan", "-0.1")},
+    **{f"top-k {x}": (["--top-k", x], "top_k is") for x in (-1, 10**12)},
+    **{f"k {x}": (["--sd", "--k", x], f"k is {x}, wanted a whole number from 1 to 64") for x in (0, -1, 1000)},
+    **{f"fan-out {x}": (["--ssd", "--fan-out", x], f"fan_out is {x}, wanted") for x in (0, -1, 100000)},
+    **{f"seed {x}": (["--seed", x], f"seed is {x}, wanted") for x in (-1, 2**64)},
+    **{f"saguaro-c {x}": (["--saguaro-c", x, "--coupling", "independent"], "saguaro_c is") for x in ("0", "2", "nan")},
+    "words for numbers": (["--temperature", "hot"], "--temperature: got 'hot', wanted a number"),
+    "a word for k": (["--k", "x"], "--k: got 'x', wanted a whole number"),
+    "a flood of digits": (["--seed", "9" * 5000], "wanted a whole number"),
+    "coupling": (["--coupling", "x"], "coupling is 'x', wanted one of shared, maximal, independent"),
+    "fallback": (["--fallback", "x"], "fallback is 'x', wanted one of auto, jit, fast"),
+    "dtype": (["--dtype", "int8"], "dtype is 'int8', wanted one of float32"),
+    **{f"device {x}": (["--device", x], f"device is '{x}', wanted cpu, cpu:CORES")
+       for x in ("tpu", "cpu:0-", "cpu:-1", "cpu:", "cpu:x", "cpu:1-0", "cpu:0,", "CPU", "cuda:x", "cuda:", "")},
+    "cores we have not": (["--device", "cpu:0-4000"], "this process may run on cores"),
+    "a far core": (["--device", "cpu:99999"], "this process may run on cores"),
+    "a GPU we have not": (["--device", "cuda:77"], "device is 'cuda:77', but torch finds"),
+    "a draft's GPU we have not": (["--sd", "--draft-device", "cuda:77"], "device is 'cuda:77', but torch finds"),
+}  # fmt: skip
+
+
+def check_mistake(said: tuple[int, str, str], must_say: str) -> None:
+    code, out, err = said
+    lines = [line for line in err.splitlines() if not line.startswith(("loaded in", "note: "))]
+    assert code == 2, (out, err)
+    assert out == ""
+    assert len(lines) == 1 and lines[0].startswith("error: ") and must_say in lines[0], err
+    assert len(lines[0]) < 500 and "Traceback" not in err
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_ends_in_one_sentence(name, program, tmp_path, scripted):
+    flags, must_say = MISTAKES[name]
+    folders = {name: tmp_path / name for name in ("EMPTY", "BARE", "FOREIGN")} | {"SCRIPTED": scripted}
+    for name, kind in (("EMPTY", None), ("BARE", "llama"), ("FOREIGN", "gpt2")):
+        folders[name].mkdir()
+        if kind:
+            (folders[name] / "config.json").write_text(json.dumps(SHAPE | {"model_type": kind}))
+    check_mistake(program(*(folders.get(flag, flag) for flag in flags)), must_say)
+
+
+FILES = {
+    "x.txt": (b"", "prompt 1 is empty"),
+    "y.txt": (b"fine\xff", "y.txt is not UTF-8 at byte 4, wanted UTF-8 text"),
+    "a.jsonl": (b'{"prompt": "a"}\n\nnonsense\n', 'line 3 of'),
+    "b.jsonl": (b'{"text": "a"}', 'line 1 of'),
+    "c.jsonl": (b'["prompt"]', "is not a JSON object with a \"prompt\""),
+    "d.jsonl": (b'{"prompt": 5}', '"prompt" in line 1 of'),
+    "e.jsonl": (b"\n \n", "holds no prompts"),
+    "f.jsonl": (b'{"prompt": "\\ud800"}', "wanted UTF-8"),
+    "g.jsonl": (b"[" * 100000, "line 1 of"),
+    "h.jsonl": (b'{"prompt": ""}', "prompt 1 is empty"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_prompt_file_that_is_wrong(name, program, tmp_path):
+    (tmp_path / name).write_bytes(FILES[name][0])
+    check_mistake(program("--prompt-file", tmp_path / name), FILES[name][1])
+
+
+def test_a_prompt_file_without_end(program, monkeypatch):
+    monkeypatch.setattr(generate, "FILE_LIMIT", 1 << 20)
+    check_mistake(program("--prompt-file", "/dev/zero"), "has more than 1 MiB")
+
+
+def test_a_prompt_longer_than_the_context_names_both_lengths(program):
+    said = program("--prompt", "fine", "☕" * 200)
+    check_mistake(said, f"prompt 2 has 601 tokens, but the context of the target is {CONTEXT}")
+
+
+@pytest.mark.parametrize("mode", FLAG)
+def test_a_kv_cache_that_does_not_fit_is_refused_before_it_is_allocated(mode, program, monkeypatch):
+    monkeypatch.setattr(pair, "available_bytes", lambda device: 1000)
+    check_mistake(program(*FLAG[mode]), "GB, but cpu has 0.0 GB free")
+
+
+def test_a_checkpoint_without_tokenizer_or_chat_template(program, tmp_path, demo):
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((demo / "target" / name).read_bytes())
+    check_mistake(program("--target", tmp_path), "no tokenizer files")
+    check_mistake(program("--target", tmp_path, "--chat", stdin="hi\n"), "no tokenizer files, which --chat needs")
+    (tmp_path / "tokenizer.model").write_bytes((demo / "target" / "tokenizer.model").read_bytes())
+    check_mistake(program("--target", tmp_path, "--chat", stdin="hi\n"), "no chat template")
+
+
+def test_stdin_of_a_chat_that_is_not_utf8(program):
+    check_mistake(program("--chat", stdin="caf\udce9\n"), "a line of stdin is not UTF-8")
+
+
+def test_a_disk_that_is_full(program):
+    if not os.path.exists("/dev/full"):
+        pytest.skip("no /dev/full here")
+    code, out, err = program("--max-new-tokens", 1, "--json", "/dev/full")
+    assert code == 2 and "error: [Errno 28] No space left" in err and "Traceback" not in err
+
+
+# ---- what is printed, and where
+
+
+def test_help_names_every_flag_and_prints_no_nonsense(program, capsys):
+    with pytest.raises(SystemExit) as end:
+        program("--help")
+    out = capsys.readouterr().out
+    assert end.value.code == 0
+    flags = [option for action in generate.parser()._actions for option in action.option_strings]
+    assert all(flag in out for flag in flags) and "None" not in out and "SUPPRESS" not in out
+
+
+@pytest.mark.parametrize("mode", FLAG)
+def test_text_goes_to_stdout_and_figures_to_stderr(mode, program, scripted):
+    code, out, err = program("--target", scripted, "--draft", scripted, *FLAG[mode])
+    assert (code, out) == (0, SCRIPT + "\n")
+    assert f"{mode}: {SPOKEN + 1} tokens, " in err and "tokens/s" in err and "verify" in err
+
+
+@pytest.mark.parametrize("mode", FLAG)
+@pytest.mark.parametrize("prompts", (1, 3))
+def test_the_json_object_has_the_keys_of_the_contract(mode, prompts, figures):
+    stats = figures(*FLAG[mode], "--prompt", *["def f(n):", "x", "import os, sys"][:prompts], "--max-new-tokens", 40)
+    assert sorted(stats) == sorted(KEYS)
+    assert [key for key in KEYS if stats[key] is None] == [key for key in KEYS if key in NULL[mode]]
+    assert stats["mode"] == mode and stats["prompts"] == prompts and stats["dtype"] == "float32"
+    assert stats["new_tokens"] == list(map(len, stats["token_ids"]))
+    lists = ("prompt_tokens", "new_tokens", "token_ids", "text", "finish_reason")
+    assert all(len(stats[key]) == prompts for key in lists)
+    assert stats["tokens_per_s"] == pytest.approx((sum(stats["new_tokens"]) - prompts) / stats["decode_s"])
+    assert stats["rounds"] > 0 and stats["prefill_s"] > 0 and 0 < stats["distinct_4grams"] <= 1
+
+
+def test_json_into_a_file_comes_beside_the_text(program, tmp_path, scripted):
+    assert text_of(program("--target", scripted, "--json", tmp_path / "x.json")) == SCRIPT + "\n"
+    stats = json.loads((tmp_path / "x.json").read_text())
+    assert stats["text"] == [SCRIPT] and stats["target"] == str(scripted)
+
+
+def test_a_comparison_of_one_token_has_no_rates_to_divide(figures):
+    compared = figures("--compare", "--max-new-tokens", 1)
+    assert compared["same_text"] and compared["ssd"]["over_sd"] is None
+
+
+def test_flags_that_do_nothing_are_named(program):
+    code, _, err = program("--k", 3, "--draft", "x", "--no-cut", "--seed", 4, "--max-new-tokens", 2)
+    assert code == 0
+    assert "note: in mode ar at temperature 0, --draft, --k, --cut, --seed changes nothing" in err
+    _, _, err = program("--sd", "--k", 3, "--seed", 4, "--temperature", 1, "--max-new-tokens", 2)
+    assert "note:" not in err
+
+
+# ---- texts
+
+
+@pytest.mark.parametrize("temperature", (0, 0.8))
+def test_every_mode_and_setting_gives_the_same_text(temperature, figures):
+    flags = ["--prompt", "def f(n):", "for", "--temperature", temperature, "--seed", 3, "--max-new-tokens", 24]
+    plain = figures(*flags)
+    for more in (
+        ["--sd"], ["--sd", "--k", 1], ["--sd", "--k", 7], ["--ssd"], ["--ssd", "--k", 2, "--fan-out", 3],
+        ["--ssd", "--fan-out", 64], ["--ssd", "--no-cut"], ["--ssd", "--fallback", "jit"],
+        ["--ssd", "--fallback", "fast"],
+    ):  # fmt: skip
+        other = figures(*flags, *more)
+        assert other["token_ids"] == plain["token_ids"], more
+        assert other["text"] == plain["text"] and other["finish_reason"] == plain["finish_reason"]
+        wanted = dict(zip(more[1::2], more[2::2])) if "--no-cut" not in more else {}
+        assert all(other[flag[2:].replace("-", "_")] == value for flag, value in wanted.items())
+        assert other["cut"] is ("--no-cut" not in more if other["mode"] == "ssd" else None)
+    assert other["acceptance_rate"] > 0.2 and other["hit_rate"] > 0.2
+
+
+@pytest.mark.parametrize("coupling", ("maximal", "independent"))
+@pytest.mark.parametrize("mode", ("sd", "ssd"))
+def test_other_couplings_run_and_are_greedy_at_temperature_0(mode, coupling, figures):
+    flags = [*FLAG[mode], "--coupling", coupling, "--max-new-tokens", 24]
+    plain = figures("--max-new-tokens", 24)
+    assert figures(*flags)["token_ids"] == plain["token_ids"]
+    sampled = [figures(*flags, "--temperature", 1, "--seed", seed)["token_ids"] for seed in (1, 1, 2)]
+    assert sampled[0] != sampled[2]
+    assert sampled[0] == sampled[1] or mode == "ssd"  # chains are cut by the clock, which may change the draw
+    if coupling == "independent":
+        assert figures(*flags, "--temperature", 1, "--saguaro-c", 0.3)["new_tokens"] == [24]
+
+
+def test_sampling_flags(figures):
+    flags = ["--max-new-tokens", 24, "--temperature", 1]
+    greedy = figures("--max-new-tokens", 24)["token_ids"]
+    sampled = figures(*flags)["token_ids"]
+    assert sampled != greedy
+    assert figures(*flags)["token_ids"] == sampled != figures(*flags, "--seed", 2**64 - 1)["token_ids"]
+    assert figures(*flags, "--top-k", 1)["token_ids"] == greedy == figures(*flags, "--top-p", 1e-9)["token_ids"]
+    assert figures(*flags, "--top-k", 400, "--top-p", 1)["token_ids"] == sampled
+    assert figures("--max-new-tokens", 24, "--seed", 5)["token_ids"] == greedy
+
+
+@pytest.mark.parametrize("mode", FLAG)
+def test_ends_of_a_text(mode, figures, scripted):
+    flags = ["--target", scripted, "--draft", scripted, *FLAG[mode]]
+    whole = figures(*flags)
+    assert (whole["finish_reason"], whole["text"]) == (["eos"], [SCRIPT])
+    assert whole["token_ids"][0][-1] == SHAPE["eos_token_id"] and whole["new_tokens"] == [SPOKEN + 1]
+    for n in (1, 2, 5):
+        short = figures(*flags, "--max-new-tokens", n)
+        assert (short["finish_reason"], short["new_tokens"]) == (["length"], [n])
+        assert short["token_ids"][0] == whole["token_ids"][0][:n]
+    on = figures(*flags, "--ignore-eos", "--max-new-tokens", 20)
+    assert (on["finish_reason"], on["text"]) == (["length"], [SCRIPT * 2])
+    full = figures(*flags, "--ignore-eos", "--max-new-tokens", 10000)
+    assert full["finish_reason"] == ["context"]
+    assert full["prompt_tokens"][0] + full["new_tokens"][0] == CONTEXT
+    if mode != "ar":  # a draft that is the target: every token of every proposal is right
+        assert on["acceptance_rate"] == 1
+
+
+@pytest.mark.parametrize("mode", FLAG)
+@pytest.mark.parametrize(
+    ("stops", "left"),
+    (
+        (["fé"], "return ca"),  # spans two tokens, ends in the middle of a character's bytes
+        (["n c"], "retur"),
+        (["☕", "caf"], "return "),
+        (["r"], ""),
+        (["line\n", "☕ lines", "nothing"], SCRIPT),  # a beginning that never becomes the whole comes out at the end
+    ),
+)
+def test_a_stop_text_is_never_printed(mode, stops, left, program, figures, scripted):
+    flags = ["--target", scripted, "--draft", scripted, *FLAG[mode], "--stop", *stops]
+    assert text_of(program(*flags)) == left + "\n"
+    stats = figures(*flags)
+    assert stats["text"] == [left]
+    assert stats["finish_reason"] == ["eos" if left == SCRIPT else "stop"]
+
+
+def test_flags_with_lists_can_be_repeated(figures, scripted):
+    stats = figures("--target", scripted, "--prompt", "a", "--prompt", "b", "c", "--stop", "☕", "--stop", "fé")
+    assert stats["text"] == ["return ca"] * 3
+
+
+def test_a_batch_prints_every_prompt_and_each_text_is_its_own(program, figures):
+    prompts = ["def f(n):", "import os, sys", "x"]
+    alone = [figures("--prompt", prompt, "--max-new-tokens", 12)["text"][0] for prompt in prompts]
+    stats = figures("--prompt", *prompts, "--max-new-tokens", 12)
+    assert stats["text"] == alone and stats["prompts"] == 3
+    out = text_of(program("--prompt", *prompts, "--max-new-tokens", 12))
+    assert out == "".join(f"--- {n} ---\n{text}\n" for n, text in enumerate(alone, 1))
+    same = figures("--prompt", "x", "x", "--max-new-tokens", 12, "--temperature", 1)["token_ids"]
+    assert same[0] != same[1]
+
+
+def test_prompt_files(figures, tmp_path):
+    (tmp_path / "a.txt").write_bytes("\ufeffdef f(n):\n    return".encode())
+    (tmp_path / "b.jsonl").write_bytes('{"prompt": "import\u2028os", "id": 1}\r\n\r\n{"prompt": "x"}'.encode())
+    text = figures("--prompt-file", tmp_path / "a.txt", "--max-new-tokens", 9)
+    assert text["token_ids"] == figures("--prompt", "def f(n):\n    return", "--max-new-tokens", 9)["token_ids"]
+    lines = figures("--prompt-file", tmp_path / "b.jsonl", "--max-new-tokens", 9)
+    assert lines["token_ids"] == figures("--prompt", "import\u2028os", "x", "--max-new-tokens", 9)["token_ids"]
+
+
+def test_a_prompt_that_begins_with_a_dash(figures):
+    assert figures("--prompt=-1", "--max-new-tokens", 1)["prompt_tokens"] == [3]
+
+
+@pytest.mark.parametrize("mode", FLAG)
+def test_dtypes(mode, figures):
+    texts = {}
+    for dtype in ("float32", "bfloat16", "float16", "float64"):
+        stats = figures(*FLAG[mode], "--dtype", dtype, "--max-new-tokens", 6)
+        assert stats["dtype"] == dtype and stats["new_tokens"] == [6]
+        texts[dtype] = stats["token_ids"]
+    assert texts["float32"] == texts["float64"]
+
+
+@two_cores
+def test_devices(figures):
+    places = {
+        ("--device", "cpu"): ("cpu", "cpu"),
+        ("--device", "cpu:0"): ("cpu:0", "cpu:0"),
+        ("--device", "cpu:0-1"): ("cpu:0-1", "cpu:0-1"),
+        ("--device", "cpu:1", "--draft-device", "cpu:0"): ("cpu:1", "cpu:0"),
+        ("--device", "cpu:0", "--draft-device", "cpu:0"): ("cpu:0", "cpu:0"),
+        ("--draft-device", "cpu:1"): (None, "cpu:1"),
+    }
+    text = figures("--max-new-tokens", 10)["token_ids"]
+    for flags, (target, draft) in places.items():
+        for mode in ("sd", "ssd"):
+            stats = figures(*FLAG[mode], *flags, "--max-new-tokens", 10)
+            assert stats["device"] == target or target is None
+            assert (stats["draft_device"], stats["token_ids"]) == (draft, text)
+
+
+# ---- streams
+
+
+def test_text_streams_and_a_piece_is_never_half_a_character(scripted, demo):
+    engine = load(str(scripted))
+    pieces = list(engine.stream("x"))
+    assert len(pieces) > 3 and "".join(pieces) == SCRIPT
+    assert all("\ufffd" not in piece for piece in pieces)
+    assert list(engine.stream("x", stop=("é",))) == ["return", " caf"]
+    noise = load(str(demo / "target"))
+    for seed in range(3):
+        settings = {"temperature": 1.0, "seed": seed, "max_new_tokens": 60}
+        assert "".join(noise.stream("x", **settings)) == noise.generate(["x"], **settings).text[0]
+
+
+def test_a_character_that_is_never_completed_shows_once_at_the_end(figures, scripted):
+    assert figures("--target", scripted, "--max-new-tokens", 3)["text"] == ["return caf\ufffd"]
+    assert figures("--target", scripted, "--max-new-tokens", 7)["text"] == ["return café \ufffd"]
+
+
+# ---- chat
+
+
+@pytest.mark.parametrize("mode", FLAG)
+def test_a_chat_keeps_what_earlier_turns_have_read(mode, program, scripted, monkeypatch):
+    read, prefill = [], steps.Runner.prefill
+    spy = lambda self, ids, start: (read.append((len(ids[0]), start[0])), prefill(self, ids, start))[1]  # noqa: E731
+    monkeypatch.setattr(steps.Runner, "prefill", spy)
+    flags = ["--target", scripted, "--draft", scripted, *FLAG[mode], "--chat"]
+    long = "import os, sys, " * 8
+    code, out, err = program(*flags, stdin=f"{long}\n\nand?\nwell\n")
+    assert code == 0, err
+    assert out == (SCRIPT + "\n") * 3 and err.count("tokens/s") == 3
+    models = 1 if mode == "ar" else 2
+    turns = [sum(turn) for turn in read[::models]]  # tokens read by the end of each turn's prefill
+    assert len(read) == 3 * models and turns[0] < turns[1] < turns[2]
+    for count, start in read[models:]:
+        assert 0 < count < 30 and start > 50  # the new line and the answer's last tokens, not the long first turn
+
+
+def test_a_chat_gives_the_text_that_a_fresh_start_gives(program, demo):
+    engine = load(str(demo / "target"))
+    messages, answers = [], []
+    for said in ("import", "def f(n):"):
+        messages.append({"role": "user", "content": said})
+        ids = engine.tokenizer.encode_chat(messages)
+        answers.append(engine.generate([ids], max_new_tokens=12).text[0])
+        messages.append({"role": "assistant", "content": answers[-1]})
+    out = text_of(program("--chat", "--max-new-tokens", 12, stdin="import\ndef f(n):\n"))
+    assert out == "".join(answer + "\n" for answer in answers)
+
+
+def test_a_chat_that_outgrows_the_context(program):
+    code, out, err = program("--chat", "--max-new-tokens", 1, stdin="a\n" + "☕" * 120 + "\n")
+    assert code == 2 and out.count("\n") == 1
+    assert f"but the context of the target is {CONTEXT}" in err and "Traceback" not in err
+
+
+# ---- Ctrl-C
+
+
+@pytest.mark.parametrize("mode", FLAG)
+def test_ctrl_c_prints_what_there_is(mode, program, scripted, monkeypatch):
+    rounds = ssd.Decoding.rounds
+
+    def interrupted(decoding):
+        for number, _ in enumerate(rounds(decoding)):
+            yield
+            if number == 1:
+                raise KeyboardInterrupt
+
+    flags = ["--target", scripted, "--draft", scripted, *FLAG[mode], "--ignore-eos"]
+    monkeypatch.setattr(ssd.Decoding, "rounds", interrupted)
+    code, out, err = program(*flags)
+    assert code == 130 and out.startswith("return") and out.endswith("\n") and "Traceback" not in err
+    code, out, err = program(*flags, "--json", "-")
+    stats = json.loads(out)
+    assert code == 130 and stats["finish_reason"] == [None] and stats["text"][0].startswith("return")
+
+
+@pytest.mark.parametrize("where", ("load", "start", "prefill"))
+def test_ctrl_c_before_the_first_token(where, program, monkeypatch):
+    def interrupt(*args, **more):
+        raise KeyboardInterrupt
+
+    owner = {"load": ssd, "start": ssd.Engine, "prefill": ssd.Decoding}[where]
+    monkeypatch.setattr(owner, where, interrupt)
+    code, out, err = program("--ssd")
+    assert code == 130 and out.strip() == "" and "Traceback" not in err
+
+
+def test_ctrl_c_in_a_chat_ends_the_answer_and_on_a_terminal_not_the_chat(program, scripted, monkeypatch):
+    rounds, calls = ssd.Decoding.rounds, []
+
+    def interrupted(decoding):
+        calls.append(decoding)
+        for number, _ in enumerate(rounds(decoding)):
+            yield
+            if number == 1 and len(calls) == 1:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(ssd.Decoding, "rounds", interrupted)
+    code, out, err = program("--target", scripted, "--chat", stdin="a\nb\n")
+    assert (code, len(calls)) == (130, 1) and SCRIPT.startswith(out.strip()) and out.strip()
+    calls.clear()
+    code, out, err = program("--target", scripted, "--chat", stdin="a\nb\n", terminal=True)
+    assert code == 0 and len(calls) == 2 and out.endswith(SCRIPT + "\n> ")
+
+
+# ---- the Python contract
+
+
+@two_cores
+def test_the_python_contract(root, monkeypatch, capsys):
+    monkeypatch.chdir(root)
+    text = (PROGRAM.parent / "README.md").read_text()
+    contract = next(code for code in re.findall(r"```python\n(.*?)```", text, re.S) if "engine.stream" in code)
+    scope = {}
+    exec(contract, scope)
+    result, engine = scope["result"], scope["engine"]
+    assert [len(ids) for ids in result.token_ids] == [128, 128] or result.finish_reason != ["length"] * 2
+    assert capsys.readouterr().out == engine.generate(["def fib(n):"], mode="ssd").text[0]
+    assert sorted(result.stats) == sorted(KEYS) and result.stats["temperature"] == [1.0, 0.0]
+    json.dumps(result.stats)
+
+
+def test_settings_per_row(demo):
+    engine = load(str(demo / "target"), draft=str(demo / "draft"))
+    prompts, each = [[1, 17, 4], [1, 9], [1, 9]], {"temperature": [1.0, 0.0, 1.0], "seed": [7, 8, 9]}
+    each |= {"max_new_tokens": [5, 12, 9], "top_k": [0, 5, 1], "top_p": [1, 0.5, 0.9]}
+    for mode in ("ar", "sd", "ssd"):
+        result = engine.generate(prompts, mode=mode, **each)
+        assert list(map(len, result.token_ids)) == [5, 12, 9]
+        for b, prompt in enumerate(prompts):  # a list of seeds: a row's text is the same alone
+            alone = engine.generate([prompt], mode=mode, **{name: [values[b]] for name, values in each.items()})
+            assert alone.token_ids[0] == result.token_ids[b]
+    assert result.token_ids[1][:9] == result.token_ids[2]  # top-k 1 is greedy
+
+
+def test_wrong_values_in_python_raise_the_terminals_sentence(demo):
+    engine = load(str(demo / "target"))
+    for prompts, settings, says in (
+        ("a text", {}, "wanted a list with at least one prompt"),
+        ([], {}, "wanted a list with at least one prompt"),
+        ([""], {}, "prompt 1 is empty"),
+        ([[]], {}, "prompt 1 is []"),
+        ([[1, 400]], {}, "prompt 1 holds 400, wanted token ids from 0 to 399"),
+        ([[1, -1]], {}, "prompt 1 holds -1"),
+        ([[1, 2.5]], {}, "prompt 1 holds 2.5"),
+        ([None], {}, "prompt 1 is None"),
+        (["x"], {"mode": "fast"}, "mode is 'fast', wanted one of ar, sd, ssd"),
+        (["x"], {"mode": "sd"}, "mode sd needs a draft"),
+        (["x"], {"temperature": [1.0, 2.0]}, "temperature has 2 values for 1 prompts"),
+        (["x"], {"temperature": float("nan")}, "temperature is nan"),
+        (["x"], {"k": True}, "k is True"),
+        (["x"], {"max_new_tokens": 0}, "max_new_tokens is 0"),
+        (["x"], {"stop": ["", "a"]}, "wanted texts of at least one character"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(says)):
+            engine.generate(prompts, **settings)
+
+
+# ---- the process itself
+
+
+def start(root: Path, *flags, **more) -> subprocess.Popen:
+    demo = root / "assets" / "demo"
+    return subprocess.Popen(
+        [sys.executable, PROGRAM, "--target", demo / "target", "--draft", demo / "draft", *map(str, flags)],
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=root, **more,
+    )  # fmt: skip
+
+
+def test_a_real_run_and_a_real_mistake(root):
+    run = start(root, "--ssd", "--json", "-", "--max-new-tokens", 8)
+    mistake = start(root, "--prompt", b"caf\xe9".decode("utf-8", "surrogateescape"))
+    out, err = run.communicate(timeout=100)
+    assert run.returncode == 0, err
+    assert json.loads(out)["new_tokens"] == [8] and b"tokens/s" in err and b"Warning" not in err
+    out, err = mistake.communicate(timeout=100)
+    assert (mistake.returncode, out) == (2, b"") and b"wanted UTF-8" in err and b"Traceback" not in err
+
+
+def test_ctrl_c_of_a_real_run(root):
+    run = start(root, "--ssd", "--ignore-eos", "--prompt", "x")
+    loading = start(root)
+    time.sleep(1)
+    loading.send_signal(signal.SIGINT)  # while torch is imported
+    first = run.stdout.read(1)
+    run.send_signal(signal.SIGINT)
+    out, err = run.communicate(timeout=100)
+    assert run.returncode == 130 and b"Traceback" not in err, err
+    whole = load(str(root / "assets" / "demo" / "target")).generate(["x"], ignore_eos=True).text[0].encode()
+    assert whole.startswith((first + out)[:-1].rstrip(b"\xef\xbf\xbd")) and len(out) < len(whole)
+    out, err = loading.communicate(timeout=100)
+    assert (loading.returncode, out, err) == (130, b"", b"")
+
+
+def test_a_reader_that_leaves_early_is_no_error(root):
+    run = start(root, "--ignore-eos")
+    run.stdout.read(1)
+    run.stdout.close()
+    err = run.stderr.read()
+    assert run.wait(timeout=100) == 141 and b"Traceback" not in err and b"Error" not in err
