@@ -60,7 +60,7 @@ def parser() -> argparse.ArgumentParser:
     text.add_argument("--prompt-file", metavar="FILE", help="a text (one prompt), or .jsonl with a \"prompt\" a line")
     text.add_argument("--chat", action="store_true", help="talk with a chat model, a line of stdin a turn")
     add("--target", metavar="DIR|HUB_ID", default=str(DEMO / "target"), help="the model whose text you want")
-    add("--draft", metavar="DIR|HUB_ID", help="the small model that drafts (the demo target has one)")
+    add("--draft", metavar="DIR|HUB_ID", help="the small model that drafts (the demo has one), or ngram for --sd")
     add("--device", help="where the target runs: cpu, cpu:0-1 (cores), cuda:0 (default: what suits the mode)")
     add("--draft-device", help="where the draft runs (default: what suits the mode)")
     add("--dtype", help="float32, bfloat16, float16, float64 (default: float32 on a CPU, bfloat16 on CUDA)")
@@ -222,6 +222,8 @@ def run(args) -> int:
     prompts = None if args.chat else read_prompts(args)
     check_outputs(args)
     mode = "ssd" if args.ssd or args.compare else "sd" if args.sd else "ar"
+    if args.draft == "ngram" and mode == "ssd":
+        raise ValueError("--draft is ngram, which only --sd can use, wanted a small model: name one, or choose --sd")
     if args.draft is None and mode != "ar":
         source = args.target.split(":", 2)[-1] if args.target.startswith("inflate:") else args.target
         if Path(source).resolve() != DEMO / "target":

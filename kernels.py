@@ -73,7 +73,8 @@ def tree_attention(
 
 @functools.cache
 def _warn_of_missing_triton() -> None:
-    warnings.warn("Triton is not installed: attention on this GPU runs in plain PyTorch, several times slower")
+    said = "Triton is not installed: attention on this GPU runs in plain PyTorch, several times slower"
+    warnings.warn(said, stacklevel=3)
 
 
 def tree_attention_reference(
@@ -142,19 +143,18 @@ _MOST_SPLITS = 64  # _merge holds one row's partial results of all splits in reg
 
 
 class _Plan(NamedTuple):
-    """How a call is laid on the GPU: rows and slots of a tile, programs over the trunk, over all, and launch options."""
+    """How a call is laid on the GPU: query rows and slots of a tile, splits of what a row sees, launch options."""
 
     rows: int
     slots: int
-    trunk_splits: int
     splits: int
     warps: int
     stages: int
 
 
 @functools.cache
-def _plan(Q: int, heads: int, D: int, itemsize: int, extent: int, chain: bool, device: torch.device) -> _Plan:
-    """Everything here is a static shape, so a captured graph stays right while the text in its rows grows."""
+def _plan(Q: int, heads: int, D: int, itemsize: int, extent: int, steps: int, device: torch.device) -> _Plan:
+    """From static shapes only, so a captured graph stays right as the texts in its rows grow. heads is B * G."""
     processors, shared = 132, 227 * 1024  # the interpreter plays an H100
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
@@ -165,11 +165,10 @@ def _plan(Q: int, heads: int, D: int, itemsize: int, extent: int, chain: bool, d
     stage_bytes = 2 * slots * block_d * itemsize
     while stages > 1 and stages * stage_bytes + rows * block_d * itemsize + 4096 > shared:
         stages -= 1
-    # As many programs as run at once and no more: a second wave of few would double the time.
+    # As many programs as run at once and no more: a second wave of a few would double the time.
     room = processors * (2 if rows <= 32 else 1) // (heads * triton.cdiv(Q, rows))
-    splits = max(1, min(room, triton.cdiv(extent, _SPLIT_SLOTS) + chain, _MOST_SPLITS))
-    trunk_splits = splits - 1 if chain and splits > 1 else splits
-    return _Plan(rows, slots, trunk_splits, splits, 8 if rows == 128 else 4, stages)
+    splits = max(1, min(room, triton.cdiv(extent, _SPLIT_SLOTS) + steps, _MOST_SPLITS))
+    return _Plan(rows, slots, splits, 8 if rows * max(slots, block_d) >= 128 * 128 else 4, stages)
 
 
 def _padded(D: int) -> int:
@@ -177,7 +176,7 @@ def _padded(D: int) -> int:
 
 
 def _jit(*varying: str):
-    """triton.jit where there is Triton. Arguments named here change between calls and must not cause a recompilation."""
+    """triton.jit where there is Triton. Arguments named here vary from call to call: the compiled code serves all."""
     return (lambda kernel: kernel) if triton is None else triton.jit(do_not_specialize=varying)
 
 
@@ -193,11 +192,11 @@ def _load_rows(pointer, offset_N, wanted_N, D: constexpr, BLOCK_D: constexpr):
 
 @_jit()
 def _attend_chain(
-    best_Q, total_Q, mixed_QD, query_QD, k_SD, v_SD, cache_s, slot_Q, M, real_Q, begin, end, scale,
+    best_Q, total_Q, mixed_QD, query_QD, k_SD, v_SD, cache_s, slot_Q, M, real_Q, begin, end, stride, scale,
     D: constexpr, BLOCK_D: constexpr,
 ):  # fmt: skip
-    """Chain steps begin..end-1. Each branch has its own keys: one dot product for a row, not a matrix product."""
-    for c in range(begin, end):
+    """Every stride-th chain step. Each branch has its own keys: one dot product for a row, not a matrix product."""
+    for c in range(begin, end, stride):
         offset_Q = (slot_Q + c * M) * cache_s
         k_QD = _load_rows(k_SD, offset_Q, real_Q, D, BLOCK_D).to(tl.float32)
         v_QD = _load_rows(v_SD, offset_Q, real_Q, D, BLOCK_D).to(tl.float32)
@@ -233,19 +232,18 @@ def _attend_trunk(
     return best_Q, total_Q, mixed_QD
 
 
-@_jit("T", "extent", "base", "steps", "window", "trunk_splits")
+@_jit("T", "extent", "base", "steps", "window")
 def _attend(
     query_BTHD, k_BGSD, v_BGSD, limit_BT, first_BT, step_B, out_BTHD, part_BTHPD, weight_BTHP,
     query_b, query_t, query_h, cache_b, cache_g, cache_s,  # strides
-    T, extent, base, steps, window, trunk_splits, scale,
+    T, extent, base, steps, window, scale,
     G: constexpr, R: constexpr, D: constexpr, BLOCK_D: constexpr, ROWS: constexpr,
     SLOTS: constexpr, SPLIT_SLOTS: constexpr,
 ):  # fmt: skip
     """One program: ROWS query rows of one key/value head over one split of what they see, by online softmax.
 
-    Query row t * R + r is query head r of token t. The last split has the chain, alone if there are several. Limits and
-    steps are read here, from the device: a captured graph stays right as its texts grow. Scores are in powers of two
-    (scale holds log2 e).
+    Query row t * R + r is query head r of token t. Limits and steps are read here, from the device: a captured graph
+    stays right as its texts grow. Scores are in powers of two (scale holds log2 e).
     """
     # int64 where a whole cache is spanned; offsets within one head's slots fit int32, which the wrapper checks.
     pair = tl.program_id(2).to(tl.int64)
@@ -267,14 +265,15 @@ def _attend(
     total_Q = tl.zeros([ROWS], tl.float32)
     mixed_QD = tl.zeros([ROWS, BLOCK_D], tl.float32)
     if step_B is not None:
+        # One step a program if there are as many, from the last program on: with short texts those have no trunk.
         newest = tl.load(step_B + b).to(tl.int32)
-        end = tl.where(split == splits - 1, tl.minimum(newest + 1, steps), 0)
+        begin = tl.maximum(newest + 1 - window, 0) + splits - 1 - split
         best_Q, total_Q, mixed_QD = _attend_chain(
             best_Q, total_Q, mixed_QD, query_QD, k_SD, v_SD, cache_s, base + t_Q, T, real_Q,
-            tl.maximum(newest + 1 - window, 0), end, scale, D, BLOCK_D,
+            begin, tl.minimum(newest + 1, steps), splits, scale, D, BLOCK_D,
         )  # fmt: skip
     # The trunk is shared out by its true length, not by `extent`: short texts in large caches keep every program busy.
-    share = tl.maximum(tl.cdiv(tl.maximum(high - low, 0), trunk_splits), SPLIT_SLOTS)
+    share = tl.maximum(tl.cdiv(tl.maximum(high - low, 0), splits), SPLIT_SLOTS)
     share = tl.cdiv(share, SLOTS) * SLOTS
     begin = low + split * share
     best_Q, total_Q, mixed_QD = _attend_trunk(
@@ -297,9 +296,7 @@ def _attend(
 
 
 @_jit("splits")
-def _merge(
-    part_BTHPD, weight_BTHP, out_BTHD, splits, D: constexpr, BLOCK_D: constexpr, SPLITS: constexpr
-):
+def _merge(part_BTHPD, weight_BTHP, out_BTHD, splits, D: constexpr, BLOCK_D: constexpr, SPLITS: constexpr):
     """One program: one query head of one token, its splits' results weighted by their shares of the softmax."""
     row = tl.program_id(0).to(tl.int64)
     split_P = tl.arange(0, SPLITS)
@@ -326,14 +323,14 @@ def _fused(
     window: int,
 ) -> torch.Tensor:
     """The kernel's wrapper, one opaque operator to torch.compile. Arguments as in tree_attention, `chain` unpacked."""
-    (B, T, H, D), (_, G, S, _) = query_BTHD.shape, k_BGSD.shape
+    (B, T, H, D), G = query_BTHD.shape, k_BGSD.shape[1]
     _check(query_BTHD, k_BGSD, v_BGSD, limit_BT, first_BT, step_B, extent, base, steps)
     limit_BT = limit_BT.contiguous()
     first_BT = first_BT if first_BT is None else first_BT.contiguous()
     step_B = step_B if step_B is None else step_B.contiguous()
     out = torch.empty((B, T, H, D), dtype=query_BTHD.dtype, device=query_BTHD.device)
     Q, R, block_d = T * H // G, H // G, _padded(D)
-    plan = _plan(Q, B * G, D, query_BTHD.itemsize, extent, step_B is not None, query_BTHD.device)
+    plan = _plan(Q, B * G, D, query_BTHD.itemsize, extent, steps, query_BTHD.device)
     part = weight = None
     if plan.splits > 1:
         part = torch.empty((B, T, H, plan.splits, D), dtype=torch.float32, device=out.device)
@@ -342,7 +339,7 @@ def _fused(
         _attend[(triton.cdiv(Q, plan.rows), plan.splits, B * G)](
             query_BTHD, k_BGSD, v_BGSD, limit_BT, first_BT, step_B, out, part, weight,
             *query_BTHD.stride()[:3], *k_BGSD.stride()[:3],
-            T, extent, base, steps, window or 1 << 30, plan.trunk_splits, scale * math.log2(math.e),
+            T, extent, base, steps, window or 1 << 30, scale * math.log2(math.e),
             G=G, R=R, D=D, BLOCK_D=block_d, ROWS=plan.rows, SLOTS=plan.slots, SPLIT_SLOTS=_SPLIT_SLOTS,
             num_warps=plan.warps, num_stages=plan.stages,
         )  # fmt: skip
@@ -358,22 +355,31 @@ def _(query_BTHD, k_BGSD, v_BGSD, limit_BT, first_BT, step_B, scale, extent, bas
 
 
 def _check(query_BTHD, k_BGSD, v_BGSD, limit_BT, first_BT, step_B, extent, base, steps) -> None:
-    """What the kernel takes for granted. A wrong stride or shape there is a wrong number or a dead device, not an error."""
+    """What the kernel takes for granted. A wrong stride or shape there is a wrong number or a dead device, no error."""
     B, T, H, D = query_BTHD.shape
     _, G, S, _ = k_BGSD.shape
     dtype, device = query_BTHD.dtype, query_BTHD.device
-    assert dtype in (torch.float16, torch.bfloat16, torch.float32), f"queries are {dtype}, wanted a float of 2 or 4 bytes"
+    assert dtype in (torch.float16, torch.bfloat16, torch.float32), (
+        f"queries are {dtype}, wanted a float of 2 or 4 bytes"
+    )
     for name, x in (("keys", k_BGSD), ("values", v_BGSD)):
-        assert x.dtype == dtype and x.device == device, f"{name} are {x.dtype} on {x.device}, queries {dtype} on {device}"
+        assert x.dtype == dtype and x.device == device, (
+            f"{name} are {x.dtype} on {x.device}, queries {dtype} on {device}"
+        )
         assert x.shape == (B, G, S, D), f"{name} are {tuple(x.shape)}, wanted {(B, G, S, D)} (B, G, S, D)"
-        assert x.stride() == k_BGSD.stride() and x.stride(3) == 1, f"{name} have strides {x.stride()}: wanted the keys'," " last one 1"
+        assert x.stride() == k_BGSD.stride() and x.stride(3) == 1, (
+            f"{name} have strides {x.stride()}: wanted the keys', last one 1"
+        )
         assert S * x.stride(2) < 2**31, f"one head's {name} span {S * x.stride(2)} numbers, wanted under 2^31"
     assert H % G == 0 and D <= 256, f"{H} heads on {G} of size {D}: wanted a multiple, and a size of at most 256"
     assert query_BTHD.stride(3) == 1, f"queries have strides {query_BTHD.stride()}, wanted the last one 1"
+    assert T * query_BTHD.stride(1) < 2**31, f"one row's queries span {T * query_BTHD.stride(1)} numbers: feed fewer"
     assert B * G < 65536, f"{B} rows of {G} heads, wanted under 65536 pairs: CUDA's bound on this side of a grid"
     assert 1 <= extent <= S, f"extent is {extent}, wanted 1 to the cache's {S} slots"
     for name, x, shape in (("limit", limit_BT, (B, T)), ("first", first_BT, (B, T)), ("step", step_B, (B,))):
         if x is not None:
-            assert x.shape == shape and x.dtype in (torch.int32, torch.int64), f"{name} is {tuple(x.shape)} {x.dtype}, wanted {shape} of integers"
+            assert x.shape == shape and x.dtype in (torch.int32, torch.int64), (
+                f"{name} is {tuple(x.shape)} {x.dtype}, wanted {shape} of integers"
+            )
             assert x.device == device, f"{name} is on {x.device}, wanted {device}"
     assert step_B is None or base + steps * T <= S, f"chains end at slot {base + steps * T}, the cache at {S}"

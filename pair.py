@@ -79,7 +79,7 @@ class Model:
 
 
 def check_pair(target: Model, draft: Model) -> None:
-    """Refuse a draft whose tokens are not the target's. Padding of the embedding to different sizes is no difference."""
+    """Refuse a draft whose tokens are not the target's. Embeddings padded to different sizes are no difference."""
     if target.tokenizer is None or draft.tokenizer is None:
         if target.config.vocab_size != draft.config.vocab_size:
             raise ValueError(

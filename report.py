@@ -78,9 +78,9 @@ def explain(compared: dict) -> list[str]:
     if compared["same_text"]:
         out.append("The three texts are the same.")
     elif ssd["coupling"] == "shared":
-        out.append("The three texts DIFFER: a floating-point near-tie or a bug; scripts/check_same_text.py tells which.")
+        out.append("The three texts DIFFER: a floating-point near-tie or a bug; scripts/check_same_text.py tells.")
     else:
-        out.append(f"The texts differ, as they may with the coupling {ssd['coupling']}: same distribution, other draws.")
+        out.append(f"The texts differ, as they may with the coupling {ssd['coupling']}: other draws of one distribution.")
     if ssd["ceiling"]:
         slower = ssd["verify_ms"] / sd["verify_ms"]
         waits = 1 + (ssd["exposed_ms"] or 0) / ssd["verify_ms"]
@@ -118,4 +118,5 @@ def write_trace(path: str, lanes, lookups) -> None:
 
 
 def _span(thread: int, name: str, begin: float, end: float, args: dict) -> dict:
-    return {"ph": "X", "pid": 1, "tid": thread, "name": name, "ts": begin * 1e6, "dur": (end - begin) * 1e6, "args": args}
+    times = {"ts": begin * 1e6, "dur": (end - begin) * 1e6}
+    return {"ph": "X", "pid": 1, "tid": thread, "name": name, "args": args} | times

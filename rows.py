@@ -109,7 +109,7 @@ def _encode(prompt, number: int, tokenizer, vocab_size: int) -> list[int]:
             raise ValueError(f"prompt {number} is empty, wanted at least one character: write something to complete")
         if tokenizer is None:
             raise ValueError(
-                "the checkpoint has no tokenizer files, wanted some to read a text: add them, or give token ids in Python"
+                "the checkpoint has no tokenizer files, wanted some to read text: add them, or give token ids in Python"
             )
         prompt = tokenizer.encode(prompt)
     if not isinstance(prompt, (list, tuple)) or not prompt:

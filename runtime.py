@@ -20,6 +20,11 @@ import torch
 from torch import nn
 
 
+# A lane that wants the interpreter's lock asks for it after this many seconds (Python's default is 5 ms, longer than a
+# round). Measured on 2 cores, a verification beside a busy draft: 5.2 ms by default, 4.5 ms at 20 us, 3.4 ms alone.
+SWITCH_S = 2e-5
+
+
 class LaneFault(RuntimeError):
     """A lane's work raised, gave garbage or exceeded its time limit. The message is one sentence for the user."""
 
@@ -143,6 +148,7 @@ class Lane:
         self._thread.join(1.0)
 
     def _serve(self) -> None:
+        sys.setswitchinterval(SWITCH_S)
         # The order matters: OpenMP helpers inherit the affinity of the thread that first needs them.
         if self.cores and hasattr(os, "sched_setaffinity"):
             os.sched_setaffinity(0, self.cores)

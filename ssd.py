@@ -28,6 +28,7 @@ from settings import Settings
 from speed import Figures
 from steps import Feed, Runner
 
+NGRAM = "ngram"  # a draft that is no model
 SETTINGS_SHOWN = ("mode", "k", "fan_out", "cut", "fallback", "coupling", "temperature", "seed")
 IDLE = {"ar": ("k", "fan_out", "cut", "fallback", "coupling"), "sd": ("fan_out", "cut", "fallback"), "ssd": ()}
 # How long the target waits for a draft that should have answered: this, or so many times the draft's slowest job yet.
@@ -81,7 +82,7 @@ class Decoding:
             if self.mode == "ssd":
                 proposal = self.take(chains, proposal, accepted, following)
             elif self.mode == "sd":
-                proposal = self.draft_now(self.live())
+                proposal = self.draft_now(self.live()) if self.draft else self.guess(self.live())
             else:
                 proposal = self.nothing()
         self.figures.end = time.perf_counter()
@@ -131,13 +132,16 @@ class Decoding:
     def fall_back(self, proposal: Proposal, missed: list[int]) -> Proposal:
         """Rows that missed: draft now and wait (jit), or guess from their own text (fast)."""
         k, how = self.settings.k, self.settings.fallback
-        guesses = {b: self.rows[b].guess(self.rows[b].room(k)) for b in missed} if how != "jit" else {}
+        guess = self.guess(missed, proposal) if how != "jit" else proposal
         if how == "auto":
-            how = "jit" if self.figures.prefers_jit([len(g) for g in guesses.values()], k) else "fast"
-        if how == "jit":
-            return self.draft_now(missed, proposal)
-        for b, guess in guesses.items():
-            proposal.put(b, FIXED, guess)
+            how = "jit" if self.figures.prefers_jit([len(guess.tokens[b]) for b in missed], k) else "fast"
+        return self.draft_now(missed, proposal) if how == "jit" else guess
+
+    def guess(self, wanted: list[int], proposal: Proposal | None = None) -> Proposal:
+        """A fixed proposal for the wanted rows from their own text: what followed the same n-gram before, or none."""
+        proposal = self.nothing() if proposal is None else proposal
+        for b in wanted:
+            proposal.put(b, FIXED, self.rows[b].guess(self.rows[b].room(self.settings.k)))
         return proposal
 
     # ---- the steps of a round
@@ -154,10 +158,10 @@ class Decoding:
         self.figures.begin = time.perf_counter()
         ids, kept = [row.ids[row.kept : -1] for row in self.rows], [row.kept for row in self.rows]
         reading = self.target_lane.start("prefill", self.target.prefill, ids, kept)
-        if self.mode != "ar":
+        if self.draft:
             drafting = self.draft_lane.start("prefill", self.draft.prefill, ids, kept)
         reading.result()
-        if self.mode != "ar":
+        if self.draft:
             self.await_draft(drafting, PREFILL_PATIENCE_S + PATIENCE_TIMES * (reading.end - reading.begin))
 
     def warm_up(self) -> None:
@@ -282,8 +286,9 @@ class Result:
 class Engine:
     """A target, perhaps a draft, their tokenizer, and the lanes they run on. Make one with load()."""
 
-    def __init__(self, target: Model, draft: Model | None, devices: Devices, warn=None):
-        self.target, self.draft, self.devices = target, draft, devices
+    def __init__(self, target: Model, draft: Model | str | None, devices: Devices, warn=None):
+        self.target, self.devices, self.ngram = target, devices, draft == NGRAM
+        self.draft = draft = None if self.ngram else draft
         self.tokenizer, self.eos = target.tokenizer, target.eos
         self.warn = warn or (lambda text: print(f"warning: {text}", file=sys.stderr))
         self.kept: tuple | None = None  # (runners, ids) of the last generation, for the next turn of a chat
@@ -315,33 +320,41 @@ class Engine:
         """Check everything a user can get wrong, allocate the KV caches, and set up one generation."""
         settings = Settings(**settings)
         rows = make_rows(prompts, settings, self.tokenizer, self.eos, self.target.config)
-        if settings.mode != "ar" and self.draft is None:
-            raise ValueError(f"mode {settings.mode} needs a draft: load one with draft=..., or use mode ar")
-        target_lane, draft_lane = self.devices.lanes(settings.mode)
-        k, M = (settings.k, settings.fan_out) if settings.mode != "ar" else (0, 0)
-        longest = max(row.limit for row in rows) + k + 1
-        models = [(self.target, 0)] + [(self.draft, M if settings.mode == "ssd" else 0)] * (settings.mode != "ar")
-        V = self.target.config.vocab_size
-        if settings.mode == "ssd" and M >= (common := min(V, self.draft.config.vocab_size)):
+        mode, M, V = settings.mode, settings.fan_out, self.target.config.vocab_size
+        drafts = [self.draft] if self.draft is not None and mode != "ar" else []
+        if mode != "ar" and not drafts and (mode == "ssd" or not self.ngram):
+            raise ValueError(f"mode {mode} needs a draft model: load one with draft=..., or use mode ar")
+        if mode == "ssd" and M >= (common := min(V, self.draft.config.vocab_size)):
             raise ValueError(f"fan_out is {M}, wanted less than the vocabulary, {common} tokens")
+        target_lane, draft_lane = self.devices.lanes(mode)
+        k = settings.k if mode != "ar" else 0
+        longest = max(row.limit for row in rows) + k + 1
+        models = [(self.target, 0)] + [(draft, M if mode == "ssd" else 0) for draft in drafts]
         check_memory(models, len(rows), longest, k)
-        runners = [model.runner(len(rows), longest, k, branches, V) for model, branches in models]
-        if keep and len(rows) == 1:
-            self.reuse(rows[0], runners)
-        for runner in runners:
+        old = self.reuse(rows[0], len(models)) if keep and len(rows) == 1 else [None] * len(models)
+
+        def set_up(model: Model, branches: int, before: Runner | None) -> Runner:
+            runner = model.runner(len(rows), longest, k, branches, V)
             runner.set_rows(sampling_params(rows, settings, runner.device), settings.coupling, settings.saguaro_c)
-        draft = runners[1] if settings.mode != "ar" else None
+            if before is not None:
+                runner.cache.copy_trunk(before.cache, rows[0].kept)
+            return runner
+
+        # On the lanes themselves: a GPU's streams would not wait for what another stream allocates and zeroes.
+        lanes = zip((target_lane, draft_lane), models, old)
+        runners = [lane.start("set up", set_up, *model, before).result() for lane, model, before in lanes]
+        draft = runners[1] if drafts else None
         return Decoding(rows, settings, runners[0], target_lane, draft, draft_lane, self.warn)
 
-    def reuse(self, row: Row, runners: list[Runner]) -> None:
-        """Take over the KV of the previous call up to where its ids and the new prompt's part."""
-        if self.kept is not None and len(self.kept[0]) == len(runners):
-            old, ids = self.kept
-            # The pending token has no KV, and after SD the draft may not have read the token before it.
-            same = min(len(ids) - 2, len(row.ids) - 1)
-            row.kept = max(0, next((i for i in range(same) if ids[i] != row.ids[i]), same))
-            for new, before in zip(runners, old):
-                new.cache.copy_trunk(before.cache, row.kept)
+    def reuse(self, row: Row, models: int) -> list[Runner | None]:
+        """The runners of the previous call, if their KV holds a beginning of this prompt: row.kept tokens of it."""
+        if self.kept is None or len(self.kept[0]) != models:
+            return [None] * models
+        old, ids = self.kept
+        # The pending token has no KV, and after SD the draft may not have read the token before it.
+        same = min(len(ids) - 2, len(row.ids) - 1)
+        row.kept = max(0, next((i for i in range(same) if ids[i] != row.ids[i]), same))
+        return old
 
     def finish(self, decoding: Decoding) -> Result:
         """The result of a generation, complete or interrupted."""
@@ -355,8 +368,10 @@ class Engine:
         stats = {name: getattr(settings, name) for name in SETTINGS_SHOWN} | dict.fromkeys(IDLE[settings.mode])
         stats |= {"target": self.target.name, "device": lane.spec, "dtype": str(self.target.dtype).split(".")[1]}
         stats |= {"draft": None, "draft_device": None}
-        if settings.mode != "ar":
+        if decoding.draft:
             stats |= {"draft": self.draft.name, "draft_device": draft_lane.spec}
+        elif settings.mode == "sd":
+            stats["draft"] = NGRAM
         result = Result([row.new_ids for row in rows], [row.text for row in rows], [row.finish for row in rows], stats)
         stats |= {"prompts": len(rows), "token_ids": result.token_ids, "text": result.text}
         stats |= {"finish_reason": result.finish_reason}
@@ -372,6 +387,7 @@ def load(target: str, draft: str | None = None, device: str | None = None, draft
          dtype: str | None = None, compile: bool | None = None) -> Engine:  # fmt: skip
     """Load a pair of checkpoints (folders, hub ids or inflate:SHAPE:FOLDER) onto their devices.
 
+    draft "ngram": no model; mode "sd" proposes what followed the same n-gram earlier in the text.
     device, draft_device: "cpu", "cpu:0-1", "cuda:1"; by default what measures best for the mode on this machine.
     dtype: "float32", "bfloat16", "float16", "float64"; by default float32 on a CPU and bfloat16 on CUDA.
     compile: by default only on CUDA. Raises ValueError with one sentence for anything the user can set right.
@@ -379,6 +395,6 @@ def load(target: str, draft: str | None = None, device: str | None = None, draft
     devices = Devices(device, draft_device)
     return Engine(
         Model.load(target, devices.target, dtype, compile),
-        None if draft is None else Model.load(draft, devices.draft, dtype, compile),
+        draft if draft in (None, NGRAM) else Model.load(draft, devices.draft, dtype, compile),
         devices,
     )

@@ -119,24 +119,25 @@ class Runner:
 
         logq[b]: for a CHAIN the log q (V,) that each of its tokens was drawn from, unless the coupling is `shared`.
         """
-        extra = [self._tensor(kind)]
-        K, V = len(feed.tokens[0]) - 1, self.model.config.vocab_size
+        K, V, extra = len(feed.tokens[0]) - 1, self.vocab, ()
         if self.coupling != "shared" and K:
             logq_BKV = torch.zeros(self.batch, K, V, dtype=self.noise_dtype, device=self.device)
             for b, rows in enumerate(logq):
                 for i, logq_V in enumerate((rows or ())[: feed.count[b] - 1]):
                     logq_BKV[b, i].copy_(logq_V, non_blocking=True)
-            extra.append(logq_BKV)
-        accepted_B, next_B = self._call("verify", self._verify, feed, *extra)
+            extra = (logq_BKV,)
+        accepted_B, next_B = self._call("verify", self._verify, feed, kind, *extra)
         accepted, following = torch.stack((accepted_B, next_B)).tolist()
         return accepted, following
 
-    def _prefill(self, tokens_BT, start_B, count_B, extent, tight):
+    def _prefill(self, packed, extent, tight):
+        tokens_BT, start_B, count_B = _unpack(packed, 2)
         place = self.cache.place(start_B, count_B, tokens_BT.shape[1], extent, tight)
         self._logits(tokens_BT, place, False)
         return start_B
 
-    def _verify(self, tokens_BT, start_B, count_B, kind_B, logq_BKV=None, *, extent, tight):
+    def _verify(self, packed, logq_BKV=None, *, extent, tight):
+        tokens_BT, start_B, count_B, kind_B = _unpack(packed, 3)
         warped_BTV = self._warped(tokens_BT, start_B, count_B, extent, tight)
         length_B = (count_B - 1).clamp(min=0)
         if self.coupling == "shared":
@@ -145,9 +146,7 @@ class Runner:
         if logq_BKV is None:  # nothing was drafted: an ordinary draw
             draws_BT = self.noisy(warped_BTV[:, :1], self.params, start_B[:, None] + 1).argmax(-1)
             return torch.zeros_like(draws_BT[:, 0]), draws_BT[:, 0]
-        return accept_exact(
-            warped_BTV, logq_BKV, tokens_BT[:, 1:], length_B, kind_B, self.params, start_B + 1
-        )  # fmt: skip
+        return accept_exact(warped_BTV, logq_BKV, tokens_BT[:, 1:], length_B, kind_B, self.params, start_B + 1)
 
     # ---- draft
 
@@ -157,8 +156,8 @@ class Runner:
 
     def fork(self, scores_BTV, depths, ranks) -> tuple[list, list]:
         """Branch m of row b takes the ranks[b][m]-th best token of outcome depths[b][m]. -> tokens [B][M], top."""
-        depth_BM, rank_BM = self._tensor(depths), self._tensor(ranks)
-        tokens_BM, top_BTM, best_BT = self._step("fork", self._fork, scores_BTV, depth_BM, rank_BM)
+        packed = self._tensor([depth + rank for depth, rank in zip(depths, ranks)])
+        tokens_BM, top_BTM, best_BT = self._step("fork", self._fork, packed, scores_BTV)
         _check_sound(best_BT)
         return tokens_BM.tolist(), top_BTM.tolist()
 
@@ -169,24 +168,25 @@ class Runner:
         many of the likeliest tokens are weighed down.
         """
         length = [s + 1 for s in feed.start]
-        live = [min(c, 1) for c in feed.count]
-        args = [self._tensor(x) for x in (tokens, length, depths, [step] * len(tokens), live, [top or 0])]
+        rest = zip(length, feed.count)
+        packed = self._tensor([t + d + [n, c, step, top or 0] for t, d, (n, c) in zip(tokens, depths, rest)])
         if self.policy.static:
             limits = {"extent": self.cache.trunk, "tight": False, "steps": self.cache.steps}
         else:
             extent = max(n + max(d) for n, d in zip(length, depths))
             limits = {"extent": extent, "tight": True, "steps": step + 1}
-        tokens_BM, best_BM, *logq = self._step("chain", self._chain, *args, **limits)
+        tokens_BM, best_BM, *logq = self._step("chain", self._chain, packed, **limits)
         _check_sound(best_BM)
         return tokens_BM.tolist(), self._kept(logq)
 
     def decode(self, feed: Feed, top: int | None) -> tuple[list[int], torch.Tensor | None]:
         """One ordinary step: feed the last tokens, draw the next. -> token [B], log q (B, V) or None."""
-        token_B, best_B, *logq = self._call("decode", self._decode, feed, self._tensor([top or 0]))
+        token_B, best_B, *logq = self._call("decode", self._decode, feed, [top or 0] * self.batch)
         _check_sound(best_B)
         return token_B.tolist(), self._kept(logq)
 
-    def _extend(self, tokens_BT, start_B, count_B, extent, tight):
+    def _extend(self, packed, extent, tight):
+        tokens_BT, start_B, count_B = _unpack(packed, 2)
         T = tokens_BT.shape[1]
         scores_BTV = self._warped(tokens_BT, start_B, count_B, extent, tight, LEFT_OUT)
         at_BT = self._predicted(start_B, T)
@@ -203,38 +203,42 @@ class Runner:
         kept = scores_BTV.gather(-1, drafted_BT1)
         return (scores_BTV.scatter(-1, drafted_BT1, torch.where(last_BT1, kept, float("-inf"))),)
 
-    def _fork(self, scores_BTV, depth_BM, rank_BM):
+    def _fork(self, packed, scores_BTV):
+        depth_BM, rank_BM = packed.chunk(2, 1)
         M = depth_BM.shape[1]
         top = scores_BTV.topk(M, -1)
         branch_BMM = top.indices.gather(1, depth_BM[..., None].expand(-1, -1, M))
         return branch_BMM.gather(-1, rank_BM[..., None])[..., 0], top.indices, top.values[..., 0]
 
-    def _chain(self, tokens_BM, length_B, depth_BM, step_B, live_B, top_1, extent, tight, steps):
-        place = self.cache.place_chain(length_B, depth_BM, step_B, live_B.bool(), extent, tight, steps)
+    def _chain(self, packed, extent, tight, steps):
+        both, length_B, count_B, step_B, top_B = _unpack(packed, 4)
+        tokens_BM, depth_BM = both.chunk(2, 1)
+        place = self.cache.place_chain(length_B, depth_BM, step_B, count_B > 0, extent, tight, steps)
         warped_BMV = warp(self._logits(tokens_BM, place), self.params)
         noise_BMV = None
         if not self.params.greedy:  # many branches share few positions: hash each position once
             T, V = self.k + 1, warped_BMV.shape[-1]
             noise_BTV = self.gumbel(self.params, self._predicted(length_B + step_B, T), TOKEN, V, warped_BMV.dtype)
             noise_BMV = noise_BTV.gather(1, depth_BM[..., None].expand(-1, -1, V))
-        return self._draft_draw(warped_BMV, noise_BMV, top_1)
+        return self._draft_draw(warped_BMV, noise_BMV, top_B)
 
-    def _decode(self, tokens_BT, start_B, count_B, top_1, extent, tight):
+    def _decode(self, packed, extent, tight):
+        tokens_BT, start_B, count_B, top_B = _unpack(packed, 3)
         warped_BTV = self._warped(tokens_BT, start_B, count_B, extent, tight)
         last_B11 = (count_B - 1).clamp(min=0)[:, None, None].expand(-1, 1, warped_BTV.shape[-1])
         warped_B1V, at_B1 = warped_BTV.gather(1, last_B11), (start_B + count_B)[:, None]
         noise = None
         if not self.params.greedy:
             noise = self.gumbel(self.params, at_B1, TOKEN, warped_B1V.shape[-1], warped_B1V.dtype)
-        return [out[:, 0] for out in self._draft_draw(warped_B1V, noise, top_1)]
+        return [out[:, 0] for out in self._draft_draw(warped_B1V, noise, top_B)]
 
-    def _draft_draw(self, warped, noise, top_1):
-        """Draw from q, or Saguaro's q', with the shared noise: token, its score, and unless `shared` what was drawn from."""
+    def _draft_draw(self, warped, noise, top_B):
+        """Draw from q, or Saguaro's q', with the shared noise: token, its score, unless `shared` the log q drawn from."""
         logq = None
         if self.coupling != "shared":
             warped = logq = log_probs(warped, self.params)
             if self.saguaro_c < 1:
-                warped = logq = saguaro(logq, self.params, top_1[:, None].expand(logq.shape[:2]), self.saguaro_c)
+                warped = logq = saguaro(logq, self.params, top_B[:, None].expand(logq.shape[:2]), self.saguaro_c)
         best = (warped if noise is None else warped + noise).max(-1)
         return (best.indices, best.values) if logq is None else (best.indices, best.values, logq)
 
@@ -263,13 +267,18 @@ class Runner:
         """An optional output that outlives the next step: a graph would overwrite it."""
         return None if not logq else logq[0].clone() if self.policy.graphs else logq[0]
 
-    def _call(self, name: str, work, feed: Feed, *extra):
-        """Run a pass over trunk tokens. Eager: read the KV cache only as far as the longest row reaches."""
+    def _call(self, name: str, work, feed: Feed, *rest):
+        """Run a pass over trunk tokens; lists among `rest` have one value a row. All whole numbers go as one tensor.
+
+        Eager: read the KV cache only as far as the longest row reaches.
+        """
         if self.policy.static:
             limits = {"extent": self.cache.trunk, "tight": False}
         else:
             limits = {"extent": max(1, *(s + c for s, c in zip(feed.start, feed.count))), "tight": True}
-        return self._step(name, work, *map(self._tensor, (feed.tokens, feed.start, feed.count)), *extra, **limits)
+        columns = [feed.start, feed.count, *(x for x in rest if isinstance(x, list))]
+        packed = self._tensor([row + list(numbers) for row, numbers in zip(feed.tokens, zip(*columns))])
+        return self._step(name, work, packed, *(x for x in rest if not isinstance(x, list)), **limits)
 
     def _step(self, name: str, work, *args, **limits):
         if not self.policy.graphs:
@@ -278,6 +287,11 @@ class Runner:
         if key not in self.steps:
             self.steps[key] = self.policy.step(lambda *tensors: work(*tensors, **limits))
         return self.steps[key](*args)
+
+
+def _unpack(packed: torch.Tensor, n: int) -> tuple[torch.Tensor, ...]:
+    """(B, T + n) -> (B, T) and n columns (B,)."""
+    return packed[:, :-n], *packed[:, -n:].unbind(1)
 
 
 def _check_sound(best: torch.Tensor) -> None:

@@ -14,24 +14,18 @@ comes from order statistics: 95% or a little more from 6 repeats on, with fewer 
 
 import argparse
 import json
-import os
-import platform
-import subprocess
 import sys
 import tempfile
-import time
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
-from measure import Bench, Cell, interval, ratio  # noqa: E402
-from peers import DTYPE, NGRAM  # noqa: E402
+from measure import Bench, Cell, environment, interval, ratio  # noqa: E402
+from peers import NGRAM  # noqa: E402
 
 from generate import DEMO  # noqa: E402
-from runtime import available_cores  # noqa: E402
 
 MISTAKE = 2
 DRAFT_STEP_SHARE = 0.25  # of a verification, for the pair on which SSD is to show what it can
@@ -118,8 +112,7 @@ def overlap(bench: Bench) -> dict:
     for model, target, draft in pairs:
         with bench.workers() as ask:
             pair, what, ceiling = {"target": target, "draft": draft}, f"overlap {model}", bench.ceiling(ask, target)
-            on_one = pair | {"device": bench.one, "draft_device": bench.one}
-            on_both = pair | {"device": bench.both, "draft_device": bench.both}
+            on_one, on_both = (pair | {"device": d, "draft_device": d} for d in (bench.one, bench.both))
             apart = pair | {"device": bench.one, "draft_device": bench.other}
             sd, rows = bench.best(ask, what, [Cell("SD", "sd", on_one | {"k": k}) for k in e.ks])
             sd_both, more = bench.best(ask, what, [Cell("SD both cores", "sd", on_both | {"k": k}) for k in e.ks])
@@ -232,14 +225,14 @@ def assisted(bench: Bench) -> dict:
             for peer, hows in plans.items():
                 cell, sweep = bench.best(ask, what, [Cell(peer, peer, how) for how in hows])
                 out["sweeps"] += [{"model": model, **row} for row in sweep]
-                cells += [cell] if cell else []
+                cells.append(cell)
             bench.time(ask, what, cells, e.repeats, e.new_tokens)
             by = {cell.peer: cell for cell in cells}
             against = [to for to in ("transformers assisted", "transformers lookup", "transformers", "ar") if to in by]
             for mine in ("ssd", "sd", NGRAM):
                 out["ratios"] += [{"model": model, **ratio(by[mine], by[to])} for to in against if mine in by]
             out["cells"] += [cell.record(model=model) for cell in cells]
-            out["models"][model] = ceiling | {"texts": [bench.same_text(ask, by["ar"], cells)]}
+            out["models"][model] = ceiling | {"texts": [bench.same_text(ask, by.pop("ar"), list(by.values()))]}
     return out
 
 
@@ -327,26 +320,6 @@ def headline(results: dict) -> dict:
 # ---- the program
 
 
-def environment() -> dict:
-    """Where the numbers come from, without names of hosts or people."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-    describe = ["git", "describe", "--always", "--dirty"]
-    git = subprocess.run(describe, cwd=ROOT, capture_output=True, text=True, check=False)
-    packages = {}
-    for name in ("torch", "transformers"):
-        try:
-            packages[name] = version(name)
-        except PackageNotFoundError:
-            packages[name] = None
-    return {
-        "cpu": cpu, "cores": len(available_cores()), "python": platform.python_version(), **packages, "dtype": DTYPE,
-        "commit": git.stdout.strip() or None, "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
-        "load_average_before": round(os.getloadavg()[0], 2),
-    }  # fmt: skip
-
-
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="bench.py", description=__doc__.splitlines()[0], allow_abbrev=False)
     add = p.add_argument
@@ -367,14 +340,13 @@ def run_parts(args, effort: Effort) -> dict:
         raise ValueError(f"--only names {wrong[0]!r}, wanted some of {', '.join(PARTS)}, with commas between them")
     if args.out and not Path(args.out).resolve().parent.is_dir():
         raise ValueError(f"{args.out} cannot be written, its folder does not exist: create it first")
-    results = {"environment": environment(), "effort": asdict(effort), "skipped": {}, "parts": {}}
+    results = {"environment": environment(), "effort": asdict(effort), "parts": {}}
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(args, effort, Path(folder))
-        results["prompts"] = {"count": len(bench.prompts), "tokens": list(map(len, bench.prompts))}
+        results |= {"prompt_tokens": list(map(len, bench.prompts)), "skipped": bench.skipped}
         for name in PARTS:
             if name in chosen:
                 results["parts"][name] = PARTS[name](bench)
-                results["skipped"] = bench.skipped
                 if args.out:
                     Path(args.out).write_text(json.dumps(results, indent=1) + "\n")
     return results
@@ -390,10 +362,14 @@ def read_results(path: str) -> dict:
 def main(argv: list[str] | None = None, effort: Effort | None = None) -> int:
     args = parser().parse_args(argv)
     try:
-        results = read_results(args.show) if args.show else run_parts(args, effort or (QUICK if args.quick else FULL))
+        effort = effort or (QUICK if args.quick else FULL)
+        results = read_results(args.show) if args.show else run_parts(args, effort)
     except ValueError as error:
         print(f"bench.py: {error}", file=sys.stderr)
         return MISTAKE
+    except RuntimeError as error:  # a measurement that failed; earlier parts are in the file
+        print(f"bench.py: {error}", file=sys.stderr)
+        return 1
     print(render(results))
     print(json.dumps(headline(results)))
     return 0

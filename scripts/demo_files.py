@@ -11,6 +11,8 @@ import hashlib
 import json
 import math
 import platform
+import random
+import re
 import shutil
 import string
 import sysconfig
@@ -76,7 +78,7 @@ def fingerprint(files: list[File]) -> str:
 
 
 def train_tokenizer(files: list[File], path: Path, vocab: int) -> None:
-    """Byte-pair encoding that gives back every text exactly: no normalising, runs of spaces are pieces, bytes if need be."""
+    """Byte-pair encoding that gives back every text exactly: no normalising, runs of spaces are pieces, else bytes."""
 
     def chunks():  # one thread and no sampling of sentences, so the same corpus gives the same pieces
         for file in files:
@@ -95,11 +97,26 @@ def train_tokenizer(files: list[File], path: Path, vocab: int) -> None:
     )  # fmt: skip
 
 
+def parts(file: File) -> list[str]:
+    """The text cut where a user may stop typing: before 6% of the newlines, after 1.5% of the spaces.
+
+    Pieces reach across these places ("):\\n" is one token, " name" too), and a prompt that ends in "):" or "def " would
+    otherwise be a text such as the model has never seen. Held-out files stay whole.
+    """
+    rng, cuts = random.Random(file.path), [0]
+    if not file.held_out:
+        for match in re.finditer(r"\n| (?=\S)", file.text):
+            newline = match.group() == "\n"
+            if rng.random() < (0.06 if newline else 0.015):
+                cuts.append(match.start() if newline else match.end())
+    return [file.text[a:b] for a, b in zip(cuts, [*cuts[1:], len(file.text)])]
+
+
 class Stream:
     """Files of one kind as one row of tokens, <s> text </s> <s> text ..., and the places where a line begins."""
 
     def __init__(self, files: list[File], tokenizer, newline_ends: torch.Tensor):
-        ids = [[BOS, *tokens, EOS] for tokens in tokenizer.encode([file.text for file in files])]
+        ids = [[BOS, *(i for part in tokenizer.encode(parts(file)) for i in part), EOS] for file in files]
         self.tokens = torch.tensor([i for row in ids for i in row], dtype=torch.int32)
         self.starts = torch.where(newline_ends[self.tokens[:-1].long()])[0] + 1
         self.bytes = sum(len(file.text.encode()) for file in files)
@@ -122,7 +139,7 @@ class Corpus:
         if not model.exists():
             train_tokenizer(files, model, vocab)
         self.tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(model))
-        cache = work / f"corpus-{self.sha256[:12]}-{hashlib.sha256(model.read_bytes()).hexdigest()[:12]}.pt"
+        cache = work / f"tokens-{self.sha256[:12]}-{hashlib.sha256(model.read_bytes()).hexdigest()[:12]}.pt"
         if not cache.exists():
             pieces = [self.tokenizer.id_to_piece(i) for i in range(vocab)]
             newline = torch.tensor([piece.endswith("\n") or piece == "<0x0A>" for piece in pieces])

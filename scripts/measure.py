@@ -5,10 +5,14 @@ and why (bench.py), how an engine is called (peers.py). Read next: bench.py.
 """
 
 import importlib.util
+import os
+import platform
+import subprocess
 import sys
 import time
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from math import comb
 from pathlib import Path
 from statistics import median
@@ -29,14 +33,14 @@ from weights import load_config, resolve, split_inflate  # noqa: E402
 LONGEST_PROMPT = 256  # tokens
 NEAR_TIE = 1e-4  # two best logits of a float32 model this close may change places between shapes
 PROMPTS = [
-    "def fibonacci(n):\n    \"\"\"Return the n-th Fibonacci number.\"\"\"\n",
-    "class Stack:\n    \"\"\"Last in, first out.\"\"\"\n\n    def __init__(self):\n",
-    "import os\nimport sys\n\n\ndef find_files(root, suffix):\n    \"\"\"All files below root.\"\"\"\n",
-    "def read_config(path):\n    \"\"\"Parse the file and return a dictionary.\"\"\"\n    with open(path) as f:\n",
+    'def fibonacci(n):\n    """Return the n-th Fibonacci number."""\n',
+    'class Stack:\n    """Last in, first out."""\n\n    def __init__(self):\n',
+    'import os\nimport sys\n\n\ndef find_files(root, suffix):\n    """All files below root."""\n',
+    'def read_config(path):\n    """Parse the file and return a dictionary."""\n    with open(path) as f:\n',
     "import unittest\n\n\nclass TestQueue(unittest.TestCase):\n    def test_empty(self):\n",
     "def binary_search(values, wanted):\n    low, high = 0, len(values)\n    while low < high:\n",
     "for line in lines:\n    name, _, value = line.partition('=')\n    if not value:\n",
-    "def merge(left, right):\n    \"\"\"Merge two sorted lists into one.\"\"\"\n    result = []\n",
+    'def merge(left, right):\n    """Merge two sorted lists into one."""\n    result = []\n',
 ]
 
 
@@ -57,6 +61,25 @@ def ratio(of: "Cell", to: "Cell") -> dict:
     """How much faster one cell was than another, repeat by repeat."""
     pairs = [a / b for a, b in zip(of.rates(), to.rates(), strict=True)]
     return {"of": of.name, "to": to.name, **interval(pairs), "pairs": pairs}
+
+
+def environment() -> dict:
+    """Where the numbers come from, without names of hosts or people."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    packages = {}
+    for name in ("torch", "transformers"):
+        try:
+            packages[name] = version(name)
+        except PackageNotFoundError:
+            packages[name] = None
+    return {
+        "cpu": cpu, "cores": len(available_cores()), "python": platform.python_version(), **packages, "dtype": peers.DTYPE,
+        "commit": git.stdout.strip() or None, "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+        "load_average_before": round(os.getloadavg()[0], 2),
+    }  # fmt: skip
 
 
 @dataclass
@@ -170,14 +193,9 @@ class Bench:
         for cell in cells:
             self.say(f"{what}: {cell.title()}: {median(cell.rates()):.1f} tokens/s")
 
-    def best(self, ask, what: str, cells: list[Cell]) -> tuple[Cell | None, list[dict]]:
+    def best(self, ask, what: str, cells: list[Cell]) -> tuple[Cell, list[dict]]:
         """The fastest of several settings over a few short prompts, fresh for measuring; and the whole sweep."""
-        try:
-            self.time(ask, f"{what}, sweep", cells, self.effort.sweep_prompts, self.effort.sweep_tokens)
-        except peers.NotOffered as reason:
-            self.skipped[cells[0].peer] = str(reason)
-            self.say(f"{cells[0].peer} is left out: {reason}")
-            return None, []
+        self.time(ask, f"{what}, sweep", cells, self.effort.sweep_prompts, self.effort.sweep_tokens)
         rate = [sum(r["decoded"] for r in cell.runs) / sum(r["decode_s"] for r in cell.runs) for cell in cells]
         best = cells[rate.index(max(rate))]
         self.say(f"{what}: best is {best.title()}")
@@ -189,7 +207,7 @@ class Bench:
         step = ask("size", target=target)["step_bytes"]
         out = {"step_bytes": step, "read_bytes_per_s": {}, "steps_per_s": {}}
         for device in self.devices:
-            speed = ask("bandwidth", device=device)["bytes_per_s"]
+            speed = max(ask("bandwidth", device=device)["bytes_per_s"] for _ in range(3))
             out["read_bytes_per_s"][device], out["steps_per_s"][device] = speed, speed / step
             self.say(f"ceiling of {device}: {speed / 1e9:.1f} GB/s, {speed / step:.1f} target steps/s")
         return out

@@ -33,18 +33,13 @@ import torch  # noqa: E402
 from cache import KVCache  # noqa: E402
 from pair import Model  # noqa: E402
 from runtime import Devices, available_cores, parse_device, read_bandwidth  # noqa: E402
-from ssd import Engine, load  # noqa: E402
+from ssd import NGRAM, Engine  # noqa: E402
 
-NGRAM = "ngram"  # the draft's name that stands for guesses from the text itself
 DTYPE = "float32"
 STATS = (
     "tokens_per_round", "acceptance_rate", "hit_rate", "round_ms", "verify_ms", "draft_ms", "exposed_ms", "hidden",
     "predicted_tokens_per_s", "bandwidth_fraction",
 )  # fmt: skip
-
-
-class NotOffered(RuntimeError):
-    """This engine cannot do what the peer needs; the message is the reason to print."""
 
 
 class Server:
@@ -57,15 +52,15 @@ class Server:
         self.engines: dict[tuple, Engine] = {}
 
     def answer(self, request: dict) -> dict:
-        """{"do": NAME, ...} -> what it gives, or {"error": text, "kind": class}. Never raises."""
+        """{"do": NAME, ...} -> what it gives, or {"error": text, "users": whether it was the user's}."""
         table = {"run": self.run, "bandwidth": self.bandwidth, "size": self.size, "gap": self.gap}
         try:
             return table[request["do"]](**{key: value for key, value in request.items() if key != "do"})
         except Exception as error:  # the asking process decides what it means
-            kind = "NotOffered" if isinstance(error, NotOffered) else "ValueError" if type(error) is ValueError else ""
-            if not kind:
+            users = type(error) is ValueError  # a mistake that one sentence explains
+            if not users:
                 traceback.print_exc()
-            return {"error": str(error) or type(error).__name__, "kind": kind}
+            return {"error": str(error) or type(error).__name__, "users": users}
 
     def run(self, peer: str, prompts: list, new: int, **how) -> dict:
         return PEERS[peer](self, **how)(prompts, new)
@@ -97,7 +92,8 @@ class Server:
         key = (target, draft, device, draft_device)
         if key not in self.engines:
             devices = self.lanes_on(device, draft_device)
-            self.engines[key] = Engine(self.model(target), draft and self.model(draft), devices)
+            model = draft if draft in (None, NGRAM) else self.model(draft)
+            self.engines[key] = Engine(self.model(target), model, devices)
         return self.engines[key]
 
     def lanes_on(self, device: str, draft_device: str | None = None) -> Devices:
@@ -127,25 +123,14 @@ class Server:
 # ---- ours
 
 
-def ours(mode: str) -> Callable:
+def ours(mode: str, always: str | None = None) -> Callable:
+    """AR, SD or SSD. `always`: the draft whatever the pair's is; NGRAM guesses from the row's own text, with no model."""
+
     def build(server, target, draft=None, device=None, draft_device=None, **settings):
-        engine = server.engine(target, draft, device, draft_device)
+        engine = server.engine(target, always or draft, device, draft_device)
         return lambda prompts, new: run_ours(engine, prompts, mode=mode, max_new_tokens=new, **settings)
 
     return build
-
-
-def ngram(server, target, draft=None, device=None, draft_device=None, **settings):
-    """SD whose proposals are guesses from the row's own text: no draft model at all."""
-    key = (target, NGRAM, device, None)
-    if key not in server.engines:
-        try:
-            server.engines[key] = load(target, draft=NGRAM, device=device, dtype=DTYPE)
-            server.engines[key].devices = server.lanes_on(device)
-        except ValueError as error:
-            raise NotOffered(f'the engine has no draft="{NGRAM}" yet') from error
-    engine = server.engines[key]
-    return lambda prompts, new: run_ours(engine, prompts, mode="sd", max_new_tokens=new, **settings)
 
 
 def run_ours(engine: Engine, prompts: list, **settings) -> dict:
@@ -258,7 +243,7 @@ PEERS: dict[str, Callable] = {
     "ar": ours("ar"),
     "sd": ours("sd"),
     "ssd": ours("ssd"),
-    "ngram": ngram,
+    NGRAM: ours("sd", NGRAM),
     "transformers": transformers_plain,
     "transformers assisted": transformers_assisted,
     "transformers lookup": transformers_lookup,
@@ -299,7 +284,7 @@ class Worker:
 def checked(answer: dict) -> dict:
     """An answer, or the error that it reports."""
     if "error" in answer:
-        raise {"ValueError": ValueError, "NotOffered": NotOffered}.get(answer["kind"], RuntimeError)(answer["error"])
+        raise (ValueError if answer["users"] else RuntimeError)(answer["error"])
     return answer
 
 

@@ -1,4 +1,4 @@
-"""The plots, one message each, as SVG: from a trace of a real run or from committed results, never from numbers in here.
+"""The plots, one message each, as SVG: from a trace of a real run or from committed results; no numbers live in here.
 
 Knows: the layout of a trace file (report.write_trace), colours, axes. Does not know: how anything was measured.
 
@@ -11,7 +11,6 @@ input. matplotlib comes with the optional extra: pip install -e ".[plots]".
 
 import argparse
 import json
-import re
 import sys
 from pathlib import Path
 from statistics import median
@@ -35,7 +34,7 @@ LOOK = {
 
 def save(figure, path: str) -> None:
     """No date, fixed ids, letters as outlines: the same input gives the same file, on any machine and with no fonts."""
-    figure.savefig(path, format="svg", metadata={"Date": None})
+    figure.savefig(path, format="svg", metadata={"Date": None, "Creator": None})
 
 
 # ---- the timeline of a run
@@ -72,19 +71,19 @@ def timeline(args):
     zero, stop = shown[0]["begin"], shown[-1]["end"]
     if following:
         stop = following[0]["begin"] + 0.3 * median(s["end"] - s["begin"] for s in shown)
-    names = {tid: name for tid, name in sorted(lanes.items()) if any(s["tid"] == tid and s["name"] in SPANS for s in spans)}
+    used = {s["tid"] for s in spans if s["name"] in SPANS}
+    names = {tid: lanes[tid] for tid in sorted(used)}
     height = {tid: len(names) - 1 - place for place, tid in enumerate(names)}  # the target on top
     inside = [s for s in spans if s["name"] in SPANS and s["end"] > zero and s["begin"] < stop]
     lookups = {s["args"]["round"]: s for s in spans if s["name"].startswith("look-up")}
-    looked = [lookups[n] for n in range(first, first + count) if n in lookups]
+    looked = {n: lookups[n] for n in range(first, first + count) if n in lookups}
 
     figure, axes = _axes(9.5, 1.5 + 0.75 * len(names))
     for span in inside:
         begin, end = max(span["begin"], zero), min(span["end"], stop)
         axes.barh(height[span["tid"]], end - begin, left=begin - zero, height=0.62, color=SPANS[span["name"]],
                   edgecolor="white", linewidth=0.6)  # fmt: skip
-    _name_spans(axes, inside, height, zero, stop, first, verifies)
-    for lookup in looked:
+    for lookup in looked.values():
         hit, at = not lookup["args"]["missed"], lookup["begin"] - zero
         top = len(names) - 0.56
         axes.plot([at, at], [-0.4, top], color=HIT if hit else MISS, linewidth=1.1)
@@ -96,42 +95,46 @@ def timeline(args):
     axes.spines["left"].set_visible(False)
     axes.set_xlabel(f"milliseconds since round {first} began")
     axes.set_title(_timeline_title(first, shown, following, looked), pad=14)
+    figure.draw_without_rendering()  # the layout, for the widths of the bars
+    _name_spans(axes, inside, height, zero, stop, verifies)
     return figure
 
 
-def _name_spans(axes, inside, height, zero, stop, first, verifies) -> None:
-    """Direct labels: in the bar where it fits, under the bar's first appearance where it does not."""
-    per_ms = axes.get_window_extent().width / axes.figure.dpi * 72 / (stop - zero)  # points
+def _name_spans(axes, inside, height, zero, stop, verifies) -> None:
+    """Direct labels, in the bars that have room; a key for the kinds that never have."""
+    points_per_ms = axes.get_window_extent().width / axes.figure.dpi * 72 / (stop - zero)
     number = {id(s): n for n, s in enumerate(verifies)}
-    step, below = 0, set()
+    step, named = 0, set()
     for span in inside:
         kind, begin, end = span["name"], max(span["begin"], zero), min(span["end"], stop)
         step = step + 1 if kind == "chain step" else 0 if kind == "extend" else step
-        text = {"verify": f"verify {number.get(id(span), '')}", "chain step": f"chain {step}"}.get(kind, kind)
-        room, middle, y = (end - begin) * per_ms, (begin + end) / 2 - zero, height[span["tid"]]
-        for short in (text, text.split()[-1] if kind in ("verify", "chain step") else text):
-            if room > 5.6 * len(short) + 2:
-                dark = kind in ("fork", "draft", "chain step")
-                axes.text(middle, y, short, ha="center", va="center", fontsize=8, color="white" if dark else INK)
+        n = number.get(id(span))
+        labels = {"verify": f"verify {n}|{n}", "chain step": f"chain step {step}|step {step}|{step}"}
+        for label in labels.get(kind, kind).split("|"):
+            if 4.9 * len(label) + 3 < (end - begin) * points_per_ms:
+                axes.text((begin + end) / 2 - zero, height[span["tid"]], label, ha="center", va="center", fontsize=8,
+                          color="white" if kind in ("fork", "draft") else INK)  # fmt: skip
+                named.add("" if label.isdigit() else kind)
                 break
-        else:
-            if kind not in below and span["begin"] >= zero:
-                below.add(kind)
-                axes.annotate(kind, (middle, y + 0.31), (middle, y + 0.47), ha="center", va="bottom", fontsize=8,
-                              arrowprops={"arrowstyle": "-", "color": INK, "linewidth": 0.6})  # fmt: skip
+    unnamed = [kind for kind in SPANS if kind not in named and any(s["name"] == kind for s in inside)]
+    if unnamed:
+        from matplotlib.patches import Patch
+
+        key = [Patch(color=SPANS[kind], label=kind) for kind in unnamed]
+        axes.legend(handles=key, loc="upper right", bbox_to_anchor=(1, -0.1), ncols=len(key), frameon=False,
+                    handlelength=1, handleheight=1, borderaxespad=0)  # fmt: skip
 
 
 def _timeline_title(first, shown, following, looked) -> str:
     last = first + len(shown) - 1
     title = f"Rounds {first} to {last}: " if last > first else f"Round {first}: "
     title += f"a verification lasts {median(s['end'] - s['begin'] for s in shown):.1f} ms (median)"
-    gaps = [after["begin"] - before["end"] for before, after in zip(shown, [*shown[1:], *following])]
-    hits = [gap for gap, lookup in zip(gaps, looked) if not lookup["args"]["missed"]]
-    misses = [gap for gap, lookup in zip(gaps, looked) if lookup["args"]["missed"]]
-    for name, times in (("hit", hits), ("miss", misses)) if looked else (("round", gaps),):
-        if times:
-            title += f"; the next begins {median(times):.2f} ms after a {name}"
-    return title
+    gaps = {"hit": [], "miss": [], "round": []}
+    for n, (before, after) in enumerate(zip(shown, [*shown[1:], *following]), first):
+        kind = "round" if n not in looked else "miss" if looked[n]["args"]["missed"] else "hit"
+        gaps[kind].append(after["begin"] - before["end"])
+    waits = [f"{median(times):.2f} ms after a {kind}" for kind, times in gaps.items() if times]
+    return title + ("; the next begins " + ", ".join(waits) if waits else "")
 
 
 # ---- every plot by its name
@@ -168,8 +171,8 @@ def parser() -> argparse.ArgumentParser:
 def main() -> int:
     try:
         args = parser().parse_args()
-        if not re.search(r"\.svg$", args.out):
-            raise ValueError(f"the plot was to go to {args.out}, wanted a name that ends in .svg: SVG is what is written")
+        if not args.out.endswith(".svg"):
+            raise ValueError(f"the output is {args.out}, wanted a name that ends in .svg: plots are written as SVG")
         save(PLOTS[args.plot](args), args.out)
     except ModuleNotFoundError as error:
         if error.name != "matplotlib":

@@ -315,7 +315,7 @@ class Trainer:
         return state
 
     def samples(self, model, base: str) -> torch.Tensor:
-        """(rows, window) tokens that the target wrote itself, greedily and sampled, after short prompts of the corpus."""
+        """(rows, window) tokens that the target wrote itself, greedily and sampled, after bits of the corpus."""
         path, rows = self.work / "samples.pt", self.recipe.samples
         stored = load(path)
         if stored is None or stored["base"] != base or len(stored["tokens"]) != rows:

@@ -253,7 +253,8 @@ def garbage(params, last_B1, start_B):
     logq[at(0)] = float("nan")
     tokens_BK[at(1)], tokens_BK[at(2)] = V + 3, -1
     logq[at(3)] = logq[at(3)] + 0.7
-    logq[(*at(4), tokens_BK[at(4)])] = -INF
+    logq[(*at(4), tokens_BK[at(4)])] = -INF  # a distribution, but not one that this token can come from
+    logq[at(4)] = logq[at(4)].log_softmax(-1)
     return tokens_BK, logq, length_B, kind_B
 
 

@@ -1,6 +1,6 @@
-"""The walkthrough is true: its snippets print what it shows, its quotes and names are in the code, its plot can be drawn.
+"""The walkthrough is true: its snippets print what it shows, its quotes and names are in the code, its plot is drawn.
 
-`python tests/test_docs.py` writes what the snippets print now into the document.
+`PYTHONPATH=.:tests python tests/test_docs.py` writes what the snippets print now into the document.
 """
 
 import contextlib
@@ -16,11 +16,16 @@ import xml.etree.ElementTree
 from pathlib import Path
 
 import pytest
+import torch
+from laws import one_thread  # noqa: F401
+from tiny import DEVICES
+
+import ssd
 
 ROOT = Path(__file__).resolve().parent.parent
 WALKTHROUGH = ROOT / "docs" / "walkthrough.md"
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
-SNIPPET = re.compile(r"^```python\n(.*?)^```\n\n```text\n(.*?)^```$", re.M | re.S)
+SNIPPET = re.compile(r"^```python\n(.*?)^```\n```text\n(.*?)^```$", re.M | re.S)
 ENGINE = sorted(path.stem for path in ROOT.glob("*.py"))
 SOURCES = "\n".join(path.read_text() for folder in (ROOT, ROOT / "scripts") for path in sorted(folder.glob("*.py")))
 
@@ -33,9 +38,8 @@ def printed(code: str, namespace: dict) -> str:
 
 
 def test_snippets_print_what_is_shown(monkeypatch):
-    import ssd
-
     monkeypatch.setattr(ssd, "PATIENCE_S", 60.0)  # the cores are shared: a slow draft is not a broken one
+    monkeypatch.setattr(ssd, "Devices", lambda *given: DEVICES)  # one core each: quick on a busy machine
     monkeypatch.chdir(ROOT)
     text, namespace = WALKTHROUGH.read_text(), {}
     snippets = SNIPPET.findall(text)
@@ -108,31 +112,38 @@ def write_example(path: Path) -> Path:
     return path
 
 
-def plot(*args, **options):
-    command = [sys.executable, str(ROOT / "scripts" / "plot.py"), *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
+@pytest.fixture
+def plot(monkeypatch, capsys):
+    """scripts/plot.py, and what its terminal program returns and writes to stderr."""
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    module = importlib.import_module("plot")
+
+    def run(*args):
+        monkeypatch.setattr(sys, "argv", ["plot.py", *map(str, args)])
+        return module.main(), capsys.readouterr().err
+
+    return module, run
 
 
-def test_timeline(tmp_path):
+def test_timeline(tmp_path, plot):
     pytest.importorskip("matplotlib", reason='matplotlib is not installed: pip install -e ".[plots]"')
-    trace = write_example(tmp_path / "trace.json")
-    for out in ("a.svg", "b.svg"):
-        done = plot("timeline", trace, tmp_path / out, "--from", 0, "--rounds", 3)
-        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    module, run = plot
+    args = ["timeline", str(write_example(tmp_path / "trace.json")), "--from=0", "--rounds=3"]
+    assert run(*args, tmp_path / "a.svg") == (0, "")
+    command = [sys.executable, str(ROOT / "scripts" / "plot.py"), *args, str(tmp_path / "b.svg")]
+    subprocess.run(command, check=True, timeout=120)
     drawn = (tmp_path / "a.svg").read_text()
     assert drawn == (tmp_path / "b.svg").read_text()
-    assert "<date>" not in drawn and "font-family" not in drawn and "http" not in re.sub(r'xmlns\S+|"http[^"]*"', "", drawn)
+    assert not re.search("<text|font-family|dc:date|href=.http", drawn), "needs fonts or the network, or has a date"
     assert xml.etree.ElementTree.fromstring(drawn).tag.endswith("svg")
-    bars = importlib.util.spec_from_file_location("plot", ROOT / "scripts" / "plot.py")
-    module = importlib.util.module_from_spec(bars)
-    bars.loader.exec_module(module)
-    colours = {name: drawn.count(f"fill: {colour}") for name, colour in module.SPANS.items()}
+    bars = {name: drawn.count(f"fill: {colour}") for name, colour in module.SPANS.items()}
     # Three verifications and the beginning of a fourth; what lies before the first round is not drawn.
-    assert colours["verify"] == 4 and colours["prefill"] == 0 and colours["draft"] >= 1 and colours["chain step"] >= 6
+    assert (bars["verify"], bars["prefill"], bars["chain step"], bars["draft"]) == (4, 0, 6, 1)
+    assert bars["extend"] == bars["fork"] == 3 + 1  # and one in the key: their bars have no room for a name
     assert drawn.count(f"stroke: {module.HIT}") == 2 and drawn.count(f"stroke: {module.MISS}") == 1
 
 
-def test_mistakes_are_one_sentence(tmp_path):
+def test_mistakes_are_one_sentence(tmp_path, plot):
     trace, out = write_example(tmp_path / "trace.json"), tmp_path / "out.svg"
     (tmp_path / "list.json").write_text("[1]")
     (tmp_path / "half.json").write_text(json.dumps({"traceEvents": [{"ph": "X", "name": "verify"}]}))
@@ -147,22 +158,21 @@ def test_mistakes_are_one_sentence(tmp_path):
         (("timeline", trace, out, "--rounds", "x"), "'x'"),
     ]
     for args, words in cases:
-        done = plot(*args)
-        assert done.returncode == 2 and words in done.stderr and done.stderr.startswith("error: ")
-        assert done.stderr.count("\n") == 1 and not out.exists()
+        code, told = plot[1](*args)
+        assert code == 2 and words in told and told.startswith("error: ") and told.count("\n") == 1, told
+        assert not out.exists()
 
 
-def test_without_matplotlib(tmp_path):
+def test_without_matplotlib(tmp_path, plot, monkeypatch):
     trace = write_example(tmp_path / "trace.json")
-    (tmp_path / "matplotlib.py").write_text("raise ModuleNotFoundError(name='matplotlib')")
-    done = plot("timeline", trace, tmp_path / "out.svg", "--from", 0, "--rounds", 1,
-                env=os.environ | {"PYTHONPATH": str(tmp_path)})  # fmt: skip
-    assert done.returncode == 2 and 'pip install -e ".[plots]"' in done.stderr and "Traceback" not in done.stderr
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # importing it now fails
+    code, told = plot[1]("timeline", trace, tmp_path / "out.svg", "--from", 0, "--rounds", 1)
+    assert code == 2 and 'pip install -e ".[plots]"' in told and told.count("\n") == 1
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))
     os.chdir(ROOT)
+    torch.set_num_threads(1)
     namespace = {}
-    fresh = lambda match: f"```python\n{match[1]}```\n\n```text\n{printed(match[1], namespace)}```"  # noqa: E731
+    fresh = lambda match: f"```python\n{match[1]}```\n```text\n{printed(match[1], namespace)}```"  # noqa: E731
     WALKTHROUGH.write_text(SNIPPET.sub(fresh, WALKTHROUGH.read_text()))

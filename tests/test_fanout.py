@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 from families import random_text, tiny_model, whole
-from laws import make
+from laws import make, one_thread  # noqa: F401
 
 from fanout import PRIOR_ACCEPTANCE, PRIOR_MISS, PRIOR_WEIGHT, REVISE_EVERY, FanOut, allocate, convex
 from runtime import Policy

@@ -111,6 +111,7 @@ MISTAKES = {
     "folder without weights": (["--target", "BARE"], "no weights, wanted model.safetensors"),
     "unknown architecture": (["--target", "FOREIGN"], "model_type is 'gpt2', wanted one of llama, mistral"),
     "no draft": (["--target", "SCRIPTED", "--ssd"], "no --draft was given"),
+    "ngram for SSD": (["--ssd", "--draft", "ngram"], "--draft is ngram, which only --sd can use"),
     "missing draft": (["--draft", "./no/such", "--sd"], "no folder './no/such'"),
     "inflate without shape": (["--target", "inflate:x"], "inflate:SHAPE:FOLDER"),
     "empty prompt": (["--prompt", ""], "prompt 1 is empty, wanted at least one character"),
@@ -306,6 +307,13 @@ def test_every_mode_and_setting_gives_the_same_text(temperature, figures):
         assert all(other[flag[2:].replace("-", "_")] == value for flag, value in wanted.items())
         assert other["cut"] is ("--no-cut" not in more if other["mode"] == "ssd" else None)
     assert other["acceptance_rate"] > 0.2 and other["hit_rate"] > 0.2
+
+
+def test_a_draft_without_a_model(figures):
+    plain = figures("--max-new-tokens", 40)
+    stats = figures("--max-new-tokens", 40, "--sd", "--draft", "ngram")
+    assert stats["token_ids"] == plain["token_ids"]
+    assert (stats["draft"], stats["draft_device"]) == ("ngram", None)
 
 
 @pytest.mark.parametrize("coupling", ("maximal", "independent"))
@@ -534,6 +542,24 @@ def test_ctrl_c_in_a_chat_ends_the_answer_and_on_a_terminal_not_the_chat(program
     calls.clear()
     code, out, err = program("--target", scripted, "--chat", stdin="a\nb\n", terminal=True)
     assert code == 0 and len(calls) == 2 and out.endswith(SCRIPT + "\n> ")
+
+
+def test_ctrl_c_while_a_chat_reads_leaves_no_half_read_text_behind(program, demo, monkeypatch):
+    prefill, calls = ssd.Decoding.prefill, []
+
+    def interrupted(decoding):
+        calls.append(decoding)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        prefill(decoding)
+
+    engine = load(str(demo / "target"))
+    messages = [{"role": "user", "content": "import"}, {"role": "assistant", "content": ""}]
+    ids = engine.tokenizer.encode_chat([*messages, {"role": "user", "content": "def f(n):"}])
+    answer = engine.generate([ids], max_new_tokens=12).text[0]
+    monkeypatch.setattr(ssd.Decoding, "prefill", interrupted)
+    said = program("--chat", "--max-new-tokens", 12, stdin="import\ndef f(n):\n", terminal=True)
+    assert text_of(said) == f"> \n> {answer}\n> "
 
 
 # ---- the Python contract

@@ -102,7 +102,7 @@ def test_words_are_uniform_and_neighbours_unrelated(axis):
 
 def test_no_two_places_share_noise():
     """Whatever single input differs, or is swapped, the two noise vectors are unrelated, not even in another order."""
-    count = 1 << 18
+    count = 1 << 17
     vector = lambda seed, row, position, purpose: (  # noqa: E731
         hash_words(make(seed=seed, row=[row]), torch.tensor([[position]]), purpose, count).flatten().numpy()
     )
@@ -113,8 +113,8 @@ def test_no_two_places_share_noise():
     mine = vector(*base)
     for other in others:
         theirs = vector(*other)
-        common = len(np.intersect1d(mine, theirs))  # by chance 2^18 * 2^18 / 2^31 = 32
-        assert 8 < common < 66, (other, common)
+        common = len(np.intersect1d(mine, theirs))  # by chance 2^17 * 2^17 / 2^31 = 8
+        assert common < 28, (other, common)
         p += pair_p_values(mine, theirs)
     assert min(p) * len(p) > 0.001, p
 
@@ -181,10 +181,9 @@ def test_noise_does_not_depend_on_the_batch():
 def test_noise_is_the_same_compiled():
     # Inductor gave the same words too, but takes over a minute to compile them on two busy cores.
     params, at_BT = make(2, seed=[5, 2**63 + 7]), torch.arange(6).view(2, 3)
-    work = lambda p, at: (hash_words(p, at, TOKEN, 77), hash_words(p, at, ACCEPT), gumbel(p, at, TOKEN, 77))  # noqa: E731
+    work = lambda p, at: (gumbel(p, at, TOKEN, 77), uniform(p, at, ACCEPT))  # noqa: E731
     compiled = torch.compile(work, fullgraph=True, dynamic=False, backend="aot_eager")(params, at_BT)
-    for got, wanted in zip(compiled, work(params, at_BT), strict=True):
-        torch.testing.assert_close(got, wanted, rtol=1e-6, atol=1e-6)
+    assert all(map(torch.equal, compiled, work(params, at_BT)))
 
 
 # ---- distributions
@@ -209,6 +208,13 @@ def test_warp_equals_the_naive_loop(dtype, ties):
                 assert torch.equal(got[b, t], logits_BTV[b, t].to(got.dtype))
             scaled = logits_BTV[b, t].to(got.dtype) / (case[0] or 1)
             torch.testing.assert_close(behind[b, t], torch.where(wanted == -INF, scaled - 32, scaled))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_top_p_stops_at_exactly_p(dtype):
+    logits_BTV = torch.tensor([4.0, 2.0, 1.0, 1.0], dtype=dtype).log().expand(4, 1, 4)  # 1/2, 1/4, 1/8, 1/8 to the bit
+    kept = (warp(logits_BTV, make(4, top_p=[0.4, 0.5, 0.51, 0.75])) > -INF)[:, 0]
+    assert kept.sum(-1).tolist() == [1, 1, 2, 2]
 
 
 def test_temperature_0_is_certain_of_the_first_largest_logit():

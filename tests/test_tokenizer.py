@@ -151,10 +151,10 @@ QWEN_NAMES = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 @pytest.fixture(scope="module")
 def qwen(corpus, tmp_path_factory):
-    """Qwen's pattern and NFC; no BOS; <think> is an added token, but not a special one."""
+    """Qwen's pattern and NFC; no BOS; added tokens that are not special, one the beginning of another."""
     made = train(corpus, [split(QWEN_PATTERN)], [], normalizer=tokenizers.normalizers.NFC())
     made.add_special_tokens(QWEN_NAMES)
-    made.add_tokens([tokenizers.AddedToken("<think>", normalized=False, special=False)])
+    made.add_tokens([tokenizers.AddedToken(name, normalized=False, special=False) for name in ("<think", "<think>")])
     made.post_processor = tokenizers.processors.ByteLevel(trim_offsets=False)
     folder = tmp_path_factory.mktemp("qwen")
     return *save(made, folder, eos_token="<|im_end|>", pad_token="<|endoftext|>"), folder
@@ -185,11 +185,20 @@ def test_words_of_the_vocabulary_are_kept_whole_only_where_merges_are_ignored(ll
 def test_qwen(qwen, texts):
     ours, reference, _ = qwen
     agree(ours, reference.encode, texts)
-    agree(ours, reference.encode, with_special(texts, [*QWEN_NAMES, "<think>"]))
-    decodes(ours, reference, [*texts, *with_special(texts, [*QWEN_NAMES, "<think>"])])
+    agree(ours, reference.encode, with_special(texts, [*QWEN_NAMES, "<think", "<think>"]))
+    decodes(ours, reference, [*texts, *with_special(texts, [*QWEN_NAMES, "<think", "<think>"])])
     assert ours.bos_id is None and ours.encode("") == []
     assert ours.decode(ours.encode("e\u0301")) == "é", "NFC composes"
     assert ours.decode(ours.encode("<|im_start|>a<think>b<|im_end|>")) == "a<think>b"
+
+
+def test_a_token_that_the_configuration_names_is_special(qwen, texts, tmp_path):
+    (tmp_path / "tokenizer.json").write_bytes((qwen[2] / "tokenizer.json").read_bytes())
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": {"content": "<think>", "__type": "AddedToken"}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    ours, reference = load_tokenizer(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    decodes(ours, reference, with_special(texts[:100], ["<think>"]))
+    assert ours.eos_ids == (reference.eos_token_id,) and ours.decode(ours.encode("a<think>b")) == "ab"
 
 
 @pytest.mark.parametrize("individual", [True, False])
@@ -438,7 +447,9 @@ CHATML = """{%- set ns = namespace(asked=0) %}
 <|im_start|>system
 You are helpful.<|im_end|>
 {% endif %}
-{%- if message.role == 'user' %}{% set ns.asked = ns.asked + 1 %}{% endif %}
+    {% if message.role == 'user' %}
+    {% set ns.asked = ns.asked + 1 %}
+    {% endif %}
 {%- if message.content is not string %}{% continue %}{% endif %}
 <|im_start|>{{ message.role }}
 {{ message.content }}<|im_end|>
@@ -517,7 +528,7 @@ def test_templates_of_strangers(template, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="chat template") as error:
         render_chat(template, {"messages": []})
     assert "\n" not in str(error.value) and len(str(error.value)) < 500
-    assert time.perf_counter() - start < engine.CHAT_SECONDS and not list(tmp_path.iterdir())
+    assert time.perf_counter() - start < 2 * engine.CHAT_SECONDS and not list(tmp_path.iterdir())
 
 
 def test_template_without_end(monkeypatch):

@@ -1,0 +1,228 @@
+"""scripts/bench.py at toy size: every part runs, its file has what it should, ratios are what they are said to be."""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+
+import pytest
+import tiny
+import torch
+
+from weights import save_model
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "scripts"))
+
+import bench  # noqa: E402
+import measure  # noqa: E402
+import peers  # noqa: E402
+
+TOY = bench.Effort(
+    sizes=("hidden=48,layers=3",), batches=(1, 2), repeats=3, pairs=3, new_tokens=12, sweep_prompts=1, sweep_tokens=8,
+    ks=(1, 2), fan_outs=(4,), assisted_ks=(2,), assisted_fan_outs=(4,), thresholds=(0.0,), lookup_ks=(2,),
+    temperatures=(0.0, 1.0), budgets=(4, 8), predict_k=2, predict_batch=2, predict_batches=2,
+)  # fmt: skip
+
+
+class Here(peers.Server):
+    """A worker without its process: the tests need not start Python and load torch again and again."""
+
+    def __init__(self, cores):
+        super().__init__()
+
+    def ask(self, do, **request):
+        return peers.checked(json.loads(json.dumps(self.answer({"do": do, **request}))))
+
+    def close(self):
+        pass
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """A tiny checkpoint and a draft of it, on disk."""
+    folder = tmp_path_factory.mktemp("pair")
+    target = tiny.transformer(seed=1, dtype=torch.float32)
+    raw = tiny.SHAPE | {"vocab_size": 50, "max_position_embeddings": 256, "tie_word_embeddings": False}
+    for name, model in (("target", target), ("draft", tiny.transformer(base=target, noise=0.02, dtype=torch.float32))):
+        save_model(model, raw, folder / name)
+    return ["--target", str(folder / "target"), "--draft", str(folder / "draft")]
+
+
+@pytest.fixture
+def run(pair, monkeypatch, tmp_path, capsys):
+    """run(part) -> the written results, what was printed, the headline."""
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(peers, "Worker", Here)
+    monkeypatch.setattr(bench, "DRAFT_SHAPES", ("layers=3", "hidden=48"))
+
+    def run_part(part, effort=TOY):
+        out = tmp_path / "out.json"
+        assert bench.main([*pair, "--only", part, "--out", str(out)], effort) == 0
+        printed = capsys.readouterr().out
+        *tables, last = printed.splitlines()
+        results = json.loads(out.read_text())
+        assert bench.render(results) == "\n".join(tables), "the tables come from the file alone"
+        assert results["environment"]["dtype"] == "float32" and results["effort"]["repeats"] == effort.repeats
+        assert str(tmp_path) not in json.dumps(results), "results name no paths"
+        for facts in results["parts"][part]["models"].values():
+            assert all(speed > 0 for speed in facts["read_bytes_per_s"].values())
+        return results["parts"][part], results, json.loads(last)
+
+    yield run_part
+    torch.set_num_threads(threads)
+
+
+def check_ratios(part, same=("model", "batch")):
+    """Each is the median of its repeats' own ratios, tokens/s over tokens/s, both from the cells of the file."""
+    speeds = {(c["name"], *(c.get(key) for key in same)): c["tokens_per_s"]["runs"] for c in part["cells"]}
+    for r in part["ratios"]:
+        of, to = (speeds[(r[side], *(r.get(key) for key in same))] for side in ("of", "to"))
+        assert r["pairs"] == [a / b for a, b in zip(of, to, strict=True)]
+        assert r["median"] == median(r["pairs"]) and r["low"] <= r["median"] <= r["high"]
+
+
+def test_plain(run):
+    pytest.importorskip("transformers")
+    part, results, headline = run("plain")
+    assert list(part["models"]) == ["target", "hidden=48,layers=3"]
+    assert len(part["cells"]) == 2 * 2 * 2 * len(measure_devices()), "models, batches, peers, core lists"
+    assert all(len(cell["tokens_per_s"]["runs"]) == TOY.repeats for cell in part["cells"])
+    assert {cell["peer"] for cell in part["cells"]} == {"ar", "transformers"}
+    check_ratios(part)
+    for facts in part["models"].values():
+        for cell in part["cells"]:
+            if cell["model"] in part["models"] and part["models"][cell["model"]] is facts:
+                most = facts["read_bytes_per_s"][cell["device"]] / facts["step_bytes"] * cell["batch"]
+                assert cell["of_bandwidth"] == pytest.approx(cell["tokens_per_s"]["median"] / most)
+    assert headline["texts_differ"] == 0, "the same checkpoint, greedy: transformers writes the same"
+
+
+def measure_devices():
+    return (0, 1) if len(measure.available_cores()) > 1 else (0,)
+
+
+@pytest.mark.skipif(len(measure.available_cores()) < 2, reason="two cores are needed")
+def test_overlap(run):
+    part, _, headline = run("overlap")
+    grown = "hidden=48,layers=3 / grown draft"
+    assert list(part["models"]) == ["target", grown]
+    names = ["AR", "SD", "SD at SSD's K", "SSD", "AR both cores", "SD both cores"]
+    assert [cell["name"] for cell in part["cells"]] == names * 2
+    assert {row["draft"] for row in part["draft_shapes"]["tried"]} == set(bench.DRAFT_SHAPES)
+    check_ratios(part)
+    cells = {cell["name"]: cell for cell in part["cells"] if cell["model"] == "target"}
+    ssd, sd = cells["SSD"], cells["SD at SSD's K"]
+    assert ssd["k"] == sd["k"] and ssd["draft_device"] != ssd["device"] == sd["draft_device"]
+    for key in ("hit_rate", "acceptance_rate", "tokens_per_round", "verify_ms", "exposed_ms", "distinct_4grams"):
+        assert ssd[key] is not None, key
+    facts = part["models"]["target"]
+    ceiling = (1 + sd["draft_ms"] / sd["verify_ms"]) * ssd["tokens_per_round"] / sd["tokens_per_round"]
+    assert facts["ssd_over_sd_ceiling"] == pytest.approx(ceiling)
+    over = next(r["median"] for r in part["ratios"] if r["of"] == "SSD" and r["to"] == "SD at SSD's K")
+    assert facts["share_of_ceiling"] == pytest.approx(over / ceiling)
+    assert "overlap target: SSD / SD" in headline and headline["texts_differ"] == 0
+    sweep = [row for row in part["sweeps"] if row["model"] == "target" and row["peer"] == "ssd"]
+    best = max(sweep, key=lambda row: row["tokens_per_s"])
+    assert (best["k"], best["fan_out"]) == (ssd["k"], ssd["fan_out"]), "measured at the best of the sweep"
+
+
+def test_predict(run):
+    part, _, headline = run("predict")
+    places = [(cell["temperature"], cell["coupling"], cell["fan_out"]) for cell in part["cells"]]
+    wanted = [(0.0, "any", M) for M in TOY.budgets]
+    wanted += [(1.0, coupling, M) for coupling in ("shared", "maximal", "independent") for M in TOY.budgets]
+    assert places == wanted
+    for cell in part["cells"]:
+        assert 0 <= cell["acceptance_rate"] <= 1 and 0 <= cell["hit_rate"] <= 1 and cell["tokens_per_round"] >= 1
+        assert cell["hit_rates"]["n"] == TOY.predict_batches and cell["lookups"] > 0
+        assert "tokens_per_s" not in cell, "timing is beside the point"
+    assert headline["hits T=1.0 shared M=8"] == round(part["cells"][3]["hit_rate"], 3)
+
+
+def test_predict_does_not_hang_on_timing(run):
+    figures = ("acceptance_rate", "hit_rate", "tokens_per_round", "distinct_4grams")
+    effort = replace(TOY, temperatures=(1.0,), budgets=(4,), predict_batches=1)
+    once, again = ([[cell[key] for key in figures] for cell in run("predict", effort)[0]["cells"]] for _ in range(2))
+    assert once == again
+
+
+def test_assisted(run):
+    pytest.importorskip("transformers")
+    part, results, headline = run("assisted")
+    assert {cell["peer"] for cell in part["cells"]} == set(peers.PEERS) and not results["skipped"]
+    check_ratios(part)
+    for mine in ("ssd", "sd"):
+        assert f"assisted target: {mine} / transformers assisted" in headline
+    assert headline["texts_differ"] == 0
+
+
+def test_interval_holds_the_median():
+    assert measure.interval([3.0, 1.0, 2.0, 5.0, 4.0]) == {
+        "median": 3.0, "low": 1.0, "high": 5.0, "coverage": pytest.approx(1 - 2 / 32), "n": 5,
+    }  # fmt: skip
+    found = measure.interval([float(x) for x in range(1, 21)])
+    assert (found["median"], found["low"], found["high"]) == (10.5, 6.0, 15.0), "the sign test's table for n = 20"
+    assert found["coverage"] == pytest.approx(0.9586, abs=1e-4)
+
+
+def test_the_gap_of_a_near_tie(pair):
+    """The gap that excuses a difference is that of the target's own best two logits."""
+    server, ids = peers.Server(), [1, 2, 3, 4]
+    gap = server.gap(pair[1], ids)["gap"]
+    from cache import KVCache
+
+    model = server.model(pair[1]).transformer
+    cache = KVCache(model.config, 1, 4, device="cpu", dtype=torch.float32)
+    with torch.inference_mode():
+        for i, token in enumerate(ids):
+            place = cache.place(torch.tensor([i]), torch.tensor([1]), 1, i + 1)
+            best = model(torch.tensor([[token]]), place, cache)[0, -1].topk(2).values
+    assert gap == pytest.approx((best[0] - best[1]).item(), abs=1e-4)
+
+
+def test_a_process_answers_and_reports_mistakes(pair):
+    core = measure.available_cores()[:1]
+    worker = peers.Worker(core)
+    try:
+        assert worker.ask("size", target=pair[1])["step_bytes"] > 0
+        with pytest.raises(ValueError, match="there is no folder"):
+            worker.ask("size", target="/nowhere")
+        how = {"target": pair[1], "device": f"cpu:{core[0]}"}
+        run = worker.ask("run", peer="ar", prompts=[[1, 2, 3]], new=5, **how)
+        assert len(run["ids"][0]) == 5 and run["decoded"] == 4 and 0 < run["decode_s"] <= run["total_s"]
+    finally:
+        worker.close()
+    with pytest.raises(RuntimeError, match="ended by itself"):
+        worker.process.stdin = open("/dev/null", "w")  # noqa: SIM115
+        worker.ask("size", target=pair[1])
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (("--only", "plain,fast"), ("'fast'", "plain, overlap, predict, assisted")),
+        (("--out", "/nowhere/x.json"), ("/nowhere/x.json", "create it")),
+        (("--prompts", "/nowhere.jsonl"), ("/nowhere.jsonl",)),
+        (("--target", "inflate:60m:somewhere"), ("inflate:",)),
+        (("--target", "/nowhere"), ("/nowhere",)),
+        (("--show", "/nowhere.json"), ("/nowhere.json",)),
+        (("--quik",), ("--quik",)),
+    ],
+)
+def test_mistakes_are_one_sentence(pair, flags, words, capsys):
+    try:
+        code = bench.main([*pair, *flags])
+    except SystemExit as stop:  # argparse's own way
+        code = stop.code
+    said = capsys.readouterr().err
+    assert code == 2 and "Traceback" not in said
+    assert all(word in said for word in words), said
+
+
+def test_quick_is_a_part_of_the_whole():
+    """--quick measures less of everything, and still often enough for medians with a spread."""
+    assert bench.QUICK.repeats >= 5 and bench.FULL.pairs >= 20
+    for name in ("ks", "fan_outs", "budgets", "temperatures", "assisted_ks", "thresholds", "lookup_ks"):
+        assert set(getattr(bench.QUICK, name)) <= set(getattr(bench.FULL, name)), name
