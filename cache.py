@@ -38,8 +38,9 @@ class Placement(NamedTuple):
 def write(k_BGSD, v_BGSD, slots_BT: torch.Tensor, k_BTGD: torch.Tensor, v_BTGD: torch.Tensor) -> None:
     """Put the keys and values of T tokens a row into their slots, in place."""
     row_B1 = torch.arange(slots_BT.shape[0], device=slots_BT.device)[:, None]
-    k_BGSD.transpose(1, 2)[row_B1, slots_BT] = k_BTGD
-    v_BGSD.transpose(1, 2)[row_B1, slots_BT] = v_BTGD
+    # Written to the cache itself: through a transposed view, compiled code would copy all of the cache there and back.
+    k_BGSD[row_B1, :, slots_BT] = k_BTGD
+    v_BGSD[row_B1, :, slots_BT] = v_BTGD
 
 
 class KVCache:

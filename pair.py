@@ -60,10 +60,11 @@ class Model:
             step_bytes -= weight.nbytes
         policy = Policy(weight.device, compile)
         if compile:
-            for block in transformer.layers:
-                block.compile(fullgraph=True, dynamic=False)
+            policy.compile(transformer)
         else:
             pack(transformer)
+        if weight.device.type == "cuda":  # the lanes' streams do not wait for the one that filled the weights
+            torch.cuda.synchronize(weight.device)
         return cls(name, transformer, config, tokenizer, eos, weight.dtype, policy, step_bytes)
 
     def runner(self, batch: int, trunk: int, k: int, branches: int, vocab: int | None = None) -> Runner:

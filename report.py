@@ -80,7 +80,7 @@ def explain(compared: dict) -> list[str]:
     elif ssd["coupling"] == "shared":
         out.append("The three texts DIFFER: a floating-point near-tie or a bug; scripts/check_same_text.py tells.")
     else:
-        out.append(f"The texts differ, as they may with the coupling {ssd['coupling']}: other draws of one distribution.")
+        out.append(f"The texts differ, as they may with the coupling {ssd['coupling']}: other draws, same odds.")
     if ssd["ceiling"]:
         slower = ssd["verify_ms"] / sd["verify_ms"]
         waits = 1 + (ssd["exposed_ms"] or 0) / ssd["verify_ms"]

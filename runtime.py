@@ -14,11 +14,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import nn
-
 
 # A lane that wants the interpreter's lock asks for it after this many seconds (Python's default is 5 ms, longer than a
 # round). Measured on 2 cores, a verification beside a busy draft: 5.2 ms by default, 4.5 ms at 20 us, 3.4 ms alone.
@@ -154,7 +153,7 @@ class Lane:
             os.sched_setaffinity(0, self.cores)
         if not self.on_gpu:
             torch.set_num_threads(self.threads)
-        with torch.inference_mode(), torch.cuda.stream(self.stream):
+        with torch.inference_mode(), torch.cuda.stream(self.stream) if self.on_gpu else nullcontext():
             while (pending := self._queue.get()) is not None:
                 pending.run()
                 self.error = pending.error or self.error
@@ -266,12 +265,13 @@ def peak_memory_gb(device: torch.device) -> float:
 class Graph:
     """A function of tensors with fixed shapes, captured once as a CUDA graph and replayed from then on.
 
-    Inputs are copied into the captured buffers; outputs are the captured buffers themselves, so they hold only until
-    the next call: whoever keeps one longer clones it.
+    Inputs are copied into the captured buffers (from pinned host memory too); outputs are the captured buffers
+    themselves and share a pool with the lane's other graphs, so they hold only until the next replay of any of them:
+    whoever keeps one longer clones it.
     """
 
-    def __init__(self, work: Callable, pool):
-        self.work, self.pool, self.graph = work, pool, None
+    def __init__(self, work: Callable, device: torch.device, pool):
+        self.work, self.device, self.pool, self.graph = work, device, pool, None
 
     def __call__(self, *args):
         if self.graph is None:
@@ -282,19 +282,31 @@ class Graph:
         return self.outputs
 
     def _capture(self, args) -> None:
-        self.inputs = [arg.clone() for arg in args]
-        stream = torch.cuda.current_stream()
+        self.inputs = [arg.to(self.device, copy=True) for arg in args]
+        stream = torch.cuda.current_stream(self.device)
         for _ in range(2):  # compilation and library set-up must not happen inside the capture
             self.work(*self.inputs)
         stream.synchronize()
         graph = torch.cuda.CUDAGraph()
         with _CAPTURE, torch.cuda.graph(graph, pool=self.pool, stream=stream, capture_error_mode="thread_local"):
             self.outputs = self.work(*self.inputs)
-        self.graph = graph
+        # The work belongs to a runner that holds this graph: a circle would keep its caches until Python collects it.
+        self.graph, self.work = graph, None
 
 
 COMPILED_SHAPES = 64  # most shapes of one function that may be compiled in a process
+# Up to so many rows a matrix product becomes a generated loop, tuned by coordinate descent where it runs, as gpt-fast
+# does: inductor has one for a single row only. More rows go to cuBLAS. 0: always cuBLAS. gpu_check.py measures both.
+TUNED_ROWS = 1
 _CAPTURE = threading.Lock()  # one capture at a time in a process
+
+
+def _inductor(graph, inputs):
+    """torch.compile's inductor, which tunes what it generates for few rows: about ten kernels and half a minute."""
+    from torch._inductor.compile_fx import compile_fx
+
+    x_BTE = next(x for x in inputs if isinstance(x, torch.Tensor) and x.ndim == 3)  # all else has 1, 2 or 4 axes
+    return compile_fx(graph, inputs, config_patches={"coordinate_descent_tuning": x_BTE[..., 0].numel() <= TUNED_ROWS})
 
 
 class Policy:
@@ -305,9 +317,8 @@ class Policy:
     """
 
     def __init__(self, device: torch.device, compile: bool):
-        self.static = compile
+        self.device, self.static = device, compile
         self.graphs = compile and device.type == "cuda"
-        self.pool = torch.cuda.graph_pool_handle() if self.graphs else None
 
     def enter_thread(self) -> None:
         """Before anything compiles on a thread (the setting is the thread's own): every shape of every model is one
@@ -317,6 +328,29 @@ class Policy:
     def fuse(self, work: Callable) -> Callable:
         return torch.compile(work, fullgraph=True, dynamic=False) if self.graphs else work
 
-    def step(self, work: Callable) -> Callable:
+    def compile(self, model) -> None:
+        """A transformer's block, which serves all layers, and on CUDA its head, which can be as large as several."""
+        on_gpu = {"backend": _inductor} if self.graphs else {}
+        for module in [*model.layers, *([model.head] if self.graphs else [])]:
+            module.compile(fullgraph=True, dynamic=False, **on_gpu)
+
+    def new_pool(self):
+        """Memory for the graphs of one lane: they never replay at once. None where nothing is captured."""
+        return torch.cuda.graph_pool_handle() if self.graphs else None
+
+    def step(self, work: Callable, pool) -> Callable:
         """`work` takes and returns tensors of fixed shapes: on CUDA it becomes one graph replay."""
-        return Graph(work, self.pool) if self.graphs else work
+        return Graph(work, self.device, pool) if self.graphs else work
+
+    def send(self, numbers: list) -> torch.Tensor:
+        """Whole numbers for a step. Where a graph copies them into its own buffer they stay in pinned memory."""
+        if self.graphs:
+            return torch.tensor(numbers, dtype=torch.int64, pin_memory=True)
+        return torch.tensor(numbers, dtype=torch.int64, device=self.device)
+
+    def read(self, numbers: torch.Tensor) -> list:
+        """What a step returned, as lists. Waits for this lane alone, without the interpreter's lock."""
+        if self.device.type == "cuda":
+            numbers = numbers.to("cpu", non_blocking=True)  # into pinned memory
+            torch.cuda.current_stream(self.device).synchronize()
+        return numbers.tolist()

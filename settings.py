@@ -50,6 +50,8 @@ class Settings:
         _one_of("coupling", self.coupling, COUPLINGS)
         _each(self.max_new_tokens, "max_new_tokens", int, 1, 1 << 24)
         _each(self.temperature, "temperature", float, 0, 100)
+        if any(0 < t < 1e-6 for t in self.per_row("temperature", None)):
+            raise ValueError(f"temperature is {self.temperature}, wanted 0 or at least 0.000001: use 0 for greedy")
         _each(self.top_k, "top_k", int, 0, 1 << 24)
         _each(self.top_p, "top_p", float, 0, 1, above=True)
         _each(self.seed, "seed", int, 0, (1 << 64) - 1)
@@ -66,12 +68,12 @@ class Settings:
                 "use --coupling independent, or leave it at 1"
             )
 
-    def per_row(self, name: str, rows: int) -> list:
-        """A per-row setting as a list of `rows` values."""
+    def per_row(self, name: str, rows: int | None) -> list:
+        """A per-row setting as a list of `rows` values; with None, of as many as were given."""
         value = getattr(self, name)
         if not isinstance(value, (list, tuple)):
-            return [value] * rows
-        if len(value) != rows:
+            return [value] * (1 if rows is None else rows)
+        if rows is not None and len(value) != rows:
             raise ValueError(f"{name} has {len(value)} values for {rows} prompts: give one value, or one per prompt")
         return list(value)
 

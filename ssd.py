@@ -265,7 +265,7 @@ class Decoding:
         if self.mode != "ar":
             self.mode = "ar"
             self.draft_lane.broken = True
-            if self.target_lane is self.draft_lane:  # they took turns; the target must not wait behind a draft that hangs
+            if self.target_lane is self.draft_lane:  # one lane for both: do not wait behind a draft that hangs
                 self.target_lane = Lane(self.draft_lane.spec, "target")
             self.warn(f"the draft failed ({why}): the target goes on alone, the text stays right")
 

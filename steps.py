@@ -52,7 +52,7 @@ class Runner:
     """
 
     def __init__(
-        self, model: Transformer, batch: int, trunk: int, k: int, branches: int, policy: Policy, vocab: int | None = None
+        self, model: Transformer, batch: int, trunk: int, k: int, branches: int, policy: Policy, vocab: int = 0
     ):
         weight = model.embed.weight
         self.vocab = vocab or model.config.vocab_size
@@ -65,6 +65,7 @@ class Runner:
         self.coupling, self.saguaro_c = "shared", 1.0
         self.steps: dict = {}
         self.warm: tuple | None = None  # what the compiled and captured steps were made for
+        self.pool = policy.new_pool()
         self.noisy, self.gumbel = policy.fuse(noisy), policy.fuse(gumbel)
 
     def set_rows(self, params: Params, coupling: str, saguaro_c: float) -> None:
@@ -75,7 +76,7 @@ class Runner:
                 old.copy_(new)
             return
         self.params, self.coupling, self.saguaro_c = params, coupling, saguaro_c
-        self.steps, self.warm = {}, None
+        self.steps, self.warm, self.pool = {}, None, self.policy.new_pool()
 
     def warm_up(self, role: str, T: int) -> bool:
         """Static policies: compile and capture every step of a role before it counts, on rows that leave no trace."""
@@ -126,8 +127,7 @@ class Runner:
                 for i, logq_V in enumerate((rows or ())[: feed.count[b] - 1]):
                     logq_BKV[b, i].copy_(logq_V, non_blocking=True)
             extra = (logq_BKV,)
-        accepted_B, next_B = self._call("verify", self._verify, feed, kind, *extra)
-        accepted, following = torch.stack((accepted_B, next_B)).tolist()
+        accepted, following = self.policy.read(self._call("verify", self._verify, feed, kind, *extra))
         return accepted, following
 
     def _prefill(self, packed, extent, tight):
@@ -142,11 +142,12 @@ class Runner:
         length_B = (count_B - 1).clamp(min=0)
         if self.coupling == "shared":
             draws_BT = self.noisy(warped_BTV, self.params, self._predicted(start_B, tokens_BT.shape[1])).argmax(-1)
-            return accept_shared(draws_BT, tokens_BT[:, 1:], length_B)
+            return torch.stack(accept_shared(draws_BT, tokens_BT[:, 1:], length_B))
         if logq_BKV is None:  # nothing was drafted: an ordinary draw
             draws_BT = self.noisy(warped_BTV[:, :1], self.params, start_B[:, None] + 1).argmax(-1)
-            return torch.zeros_like(draws_BT[:, 0]), draws_BT[:, 0]
-        return accept_exact(warped_BTV, logq_BKV, tokens_BT[:, 1:], length_B, kind_B, self.params, start_B + 1)
+            return torch.stack((torch.zeros_like(draws_BT[:, 0]), draws_BT[:, 0]))
+        drafted_BK, first_B = tokens_BT[:, 1:], start_B + 1
+        return torch.stack(accept_exact(warped_BTV, logq_BKV, drafted_BK, length_B, kind_B, self.params, first_B))
 
     # ---- draft
 
@@ -156,10 +157,10 @@ class Runner:
 
     def fork(self, scores_BTV, depths, ranks) -> tuple[list, list]:
         """Branch m of row b takes the ranks[b][m]-th best token of outcome depths[b][m]. -> tokens [B][M], top."""
-        packed = self._tensor([depth + rank for depth, rank in zip(depths, ranks)])
-        tokens_BM, top_BTM, best_BT = self._step("fork", self._fork, packed, scores_BTV)
-        _check_sound(best_BT)
-        return tokens_BM.tolist(), top_BTM.tolist()
+        packed = self.policy.send([depth + rank for depth, rank in zip(depths, ranks)])
+        rows = self._read(self._step("fork", self._fork, packed, scores_BTV))
+        M = len(depths[0])
+        return [row[:M] for row in rows], [[row[i : i + M] for i in range(M, len(row), M)] for row in rows]
 
     def chain_step(self, feed: Feed, tokens, depths, step: int, top: int | None):
         """Feed every branch its next token and draw one more. -> tokens [B][M], log q (B, M, V) or None.
@@ -169,21 +170,21 @@ class Runner:
         """
         length = [s + 1 for s in feed.start]
         rest = zip(length, feed.count)
-        packed = self._tensor([t + d + [n, c, step, top or 0] for t, d, (n, c) in zip(tokens, depths, rest)])
+        packed = self.policy.send([t + d + [n, c, step, top or 0] for t, d, (n, c) in zip(tokens, depths, rest)])
         if self.policy.static:
             limits = {"extent": self.cache.trunk, "tight": False, "steps": self.cache.steps}
         else:
             extent = max(n + max(d) for n, d in zip(length, depths))
             limits = {"extent": extent, "tight": True, "steps": step + 1}
-        tokens_BM, best_BM, *logq = self._step("chain", self._chain, packed, **limits)
-        _check_sound(best_BM)
-        return tokens_BM.tolist(), self._kept(logq)
+        drawn, *logq = self._step("chain", self._chain, packed, **limits)
+        kept = self._kept(logq)  # before the wait: the other lane reads it without waiting for this one
+        return self._read(drawn), kept
 
     def decode(self, feed: Feed, top: int | None) -> tuple[list[int], torch.Tensor | None]:
         """One ordinary step: feed the last tokens, draw the next. -> token [B], log q (B, V) or None."""
-        token_B, best_B, *logq = self._call("decode", self._decode, feed, [top or 0] * self.batch)
-        _check_sound(best_B)
-        return token_B.tolist(), self._kept(logq)
+        drawn, *logq = self._call("decode", self._decode, feed, [top or 0] * self.batch)
+        kept = self._kept([logq_B1V[:, 0] for logq_B1V in logq])
+        return [row[0] for row in self._read(drawn)], kept
 
     def _extend(self, packed, extent, tight):
         tokens_BT, start_B, count_B = _unpack(packed, 2)
@@ -208,7 +209,8 @@ class Runner:
         M = depth_BM.shape[1]
         top = scores_BTV.topk(M, -1)
         branch_BMM = top.indices.gather(1, depth_BM[..., None].expand(-1, -1, M))
-        return branch_BMM.gather(-1, rank_BM[..., None])[..., 0], top.indices, top.values[..., 0]
+        tokens_BM = branch_BMM.gather(-1, rank_BM[..., None])[..., 0]
+        return _pack(top.values[..., 0], tokens_BM, top.indices)
 
     def _chain(self, packed, extent, tight, steps):
         both, length_B, count_B, step_B, top_B = _unpack(packed, 4)
@@ -230,17 +232,18 @@ class Runner:
         noise = None
         if not self.params.greedy:
             noise = self.gumbel(self.params, at_B1, TOKEN, warped_B1V.shape[-1], warped_B1V.dtype)
-        return [out[:, 0] for out in self._draft_draw(warped_B1V, noise, top_B)]
+        return self._draft_draw(warped_B1V, noise, top_B)
 
     def _draft_draw(self, warped, noise, top_B):
-        """Draw from q, or Saguaro's q', with the shared noise: token, its score, unless `shared` the log q drawn from."""
+        """Draw from q, or Saguaro's q', with the shared noise: _pack of tokens, unless `shared` the log q too."""
         logq = None
         if self.coupling != "shared":
             warped = logq = log_probs(warped, self.params)
             if self.saguaro_c < 1:
                 warped = logq = saguaro(logq, self.params, top_B[:, None].expand(logq.shape[:2]), self.saguaro_c)
         best = (warped if noise is None else warped + noise).max(-1)
-        return (best.indices, best.values) if logq is None else (best.indices, best.values, logq)
+        drawn = _pack(best.values, best.indices)
+        return (drawn,) if logq is None else (drawn, logq)
 
     # ---- helpers
 
@@ -260,8 +263,12 @@ class Runner:
         """The positions (B, T) that are predicted when T tokens are fed from start_B on."""
         return start_B[:, None] + 1 + torch.arange(T, device=start_B.device)
 
-    def _tensor(self, values) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=self.device)
+    def _read(self, packed: torch.Tensor) -> list[list[int]]:
+        """The numbers of _pack, a list for each row."""
+        rows = self.policy.read(packed)
+        if not all(row.pop() for row in rows):
+            raise ValueError("the draft's logits are not finite numbers")
+        return rows
 
     def _kept(self, logq: list[torch.Tensor]) -> torch.Tensor | None:
         """An optional output that outlives the next step: a graph would overwrite it."""
@@ -277,7 +284,7 @@ class Runner:
         else:
             limits = {"extent": max(1, *(s + c for s, c in zip(feed.start, feed.count))), "tight": True}
         columns = [feed.start, feed.count, *(x for x in rest if isinstance(x, list))]
-        packed = self._tensor([row + list(numbers) for row, numbers in zip(feed.tokens, zip(*columns))])
+        packed = self.policy.send([row + list(numbers) for row, numbers in zip(feed.tokens, zip(*columns))])
         return self._step(name, work, packed, *(x for x in rest if not isinstance(x, list)), **limits)
 
     def _step(self, name: str, work, *args, **limits):
@@ -285,7 +292,7 @@ class Runner:
             return work(*args, **limits)
         key = (name, *(arg.shape for arg in args))
         if key not in self.steps:
-            self.steps[key] = self.policy.step(lambda *tensors: work(*tensors, **limits))
+            self.steps[key] = self.policy.step(lambda *tensors: work(*tensors, **limits), self.pool)
         return self.steps[key](*args)
 
 
@@ -294,6 +301,7 @@ def _unpack(packed: torch.Tensor, n: int) -> tuple[torch.Tensor, ...]:
     return packed[:, :-n], *packed[:, -n:].unbind(1)
 
 
-def _check_sound(best: torch.Tensor) -> None:
-    if not best.isfinite().all():
-        raise ValueError("the draft's logits are not finite numbers")
+def _pack(best: torch.Tensor, *numbers: torch.Tensor) -> torch.Tensor:
+    """(B, n): each row's numbers and, last, whether its best scores are finite: one copy brings all to the host."""
+    sound_B1 = best.isfinite().all(-1, keepdim=True).long()
+    return torch.cat([*(x.flatten(1) for x in numbers), sound_B1], 1)

@@ -1,7 +1,7 @@
-"""What train_demo.py reads and writes: the corpus, its tokenizer, and checkpoints in Hugging Face's layout.
+"""What train_demo.py reads, writes and reports: the corpus, its tokenizer, Hugging Face's layout, the figures.
 
-Knows: which files are the corpus, how they are split and pinned, tensor names on disk. Does not know: training.
-Read next: train_demo.py.
+Knows: which files are the corpus, how they are split and pinned, tensor names on disk, how a pair is judged. Does not
+know: training. Read next: train_demo.py.
 
 The corpus is this Python's own standard library: on every machine, so no download. Which Python it was, and the
 SHA-256 of all of it, go into manifest.json next to the pair.

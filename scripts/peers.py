@@ -124,7 +124,7 @@ class Server:
 
 
 def ours(mode: str, always: str | None = None) -> Callable:
-    """AR, SD or SSD. `always`: the draft whatever the pair's is; NGRAM guesses from the row's own text, with no model."""
+    """AR, SD or SSD. `always` takes the place of the pair's draft: NGRAM, which guesses from the row's own text."""
 
     def build(server, target, draft=None, device=None, draft_device=None, **settings):
         engine = server.engine(target, always or draft, device, draft_device)

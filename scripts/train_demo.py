@@ -9,7 +9,7 @@ the corpus is read or checkpoints are written (demo_files.py), how a model compu
     python scripts/train_demo.py --report
 
 The target's schedule is warm-up, then a constant rate for as long as you like ("target", target.pt), then a copy that
-decays to zero ("finish", finished.pt). target.pt is never touched by "finish": a better pair later is more "target"
+decays to zero ("finish", finish.pt). target.pt is never touched by "finish": a better pair later is more "target"
 steps and another "finish". Every batch depends on (seed, stage, step) alone, so a killed run resumes exactly.
 
 Shape letters: B rows, T tokens per row, V vocabulary.

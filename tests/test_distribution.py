@@ -1,10 +1,10 @@
-"""Under `maximal` and `independent` every path of SD and SSD draws from the target's own distribution: chi-squares over
+"""Under `maximal` and `independent` every path of SD and SSD draws from the target's distribution: chi-squares over
 more than 200,000 samples of three tokens in a row, end to end, against exact enumeration.
 
-The target is small enough to enumerate: 4 tokens, one layer, and a sliding window of 2, so that what comes next hangs on
-the last two tokens alone. A long text is then many samples: cut into threes, each is a draw from the joint distribution
-of three tokens behind the two tokens before it. Target and draft are unrelated, so rejections are frequent. Rows differ
-in temperature, top-k and top-p, and each kind of row has its own truth.
+The target is small enough to enumerate: 4 tokens, one layer, and a sliding window of 2, so that what comes next hangs
+on the last two alone. A long text is then many samples: cut into threes, each is a draw from the joint distribution
+of three tokens behind the two tokens before it. The draft is wrong a third of the time, so rejections are frequent.
+Rows differ in temperature, top-k and top-p, and each kind of row has its own truth.
 """
 
 import gc
@@ -12,7 +12,6 @@ import itertools
 
 import numpy as np
 import pytest
-import torch
 from scipy.stats import chi2
 from tiny import engine, log_probs, play, transformer
 
@@ -22,7 +21,7 @@ from runtime import Pending
 from sampling import CHAIN, FIXED, NONE
 from ssd import Decoding
 
-V, WINDOWS, B = 4, 60, 3600
+V, WINDOWS, B = 4, 14, 14_400
 NEW = 3 * WINDOWS
 SHAPE = {
     "model_type": "mistral", "sliding_window": 2, "num_hidden_layers": 1, "hidden_size": 8, "intermediate_size": 8,
@@ -43,7 +42,8 @@ def quick_and_patient(monkeypatch):
 
 @pytest.fixture(scope="module")
 def pair():
-    return engine(transformer(0, **SHAPE), transformer(1, **SHAPE), warn=pytest.fail)
+    target = transformer(2, **SHAPE)
+    return engine(target, transformer(7, base=target, noise=0.2), warn=pytest.fail)
 
 
 def next_token(target, temperature, top_k, top_p) -> np.ndarray:
@@ -80,7 +80,7 @@ def excess(counts: np.ndarray, p: np.ndarray) -> tuple[float, int]:
 
 
 def p_values(pair, decoding) -> tuple[float, float]:
-    """How likely counts so far from the truth are: of three tokens in a row, and of each token behind the two before."""
+    """How likely counts so far from the truth are: of three tokens in a row, and of each behind the two before."""
     joint_sum, single_sum, samples = np.zeros(2), np.zeros(2), 0
     for kind, of_kind in itertools.groupby(sorted(range(B), key=kind_of), kind_of):
         p = next_token(pair.target.transformer, *kind)
@@ -115,7 +115,7 @@ def sample(pair, monkeypatch, **settings):
     temperature, top_k, top_p = (list(values) for values in zip(*map(kind_of, range(B))))
     prompts = [[b % 4, b // 4 % 4] for b in range(B)]
     filters = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-    result, decoding = play(pair, prompts, max_new_tokens=NEW, k=3, seed=77, **filters, **settings)
+    result, decoding = play(pair, prompts, max_new_tokens=NEW, k=2, seed=77, **filters, **settings)
     stats = result.stats
     print({name: stats[name] for name in ("rounds", "acceptance_rate", "hit_rate")}, tried, decoding.figures.kinds)
     assert decoding.figures.kinds[CHAIN][1] > 10_000, "too few rejections to tell"
@@ -130,7 +130,7 @@ def sometimes_silent(monkeypatch):
 
 def cut_at(monkeypatch, *lengths):
     """Chains of these lengths, one after the other, whatever the clock says."""
-    turns = itertools.cycle([late for length in lengths for late in [False] * (length - 1) + [True] * (length < 3)])
+    turns = itertools.cycle([late for length in lengths for late in [False] * (length - 1) + [True] * (length < 2)])
     monkeypatch.setattr(Pending, "done", lambda work: next(turns))
 
 
@@ -150,9 +150,9 @@ def test_ssd_maximal_hits_and_jit(pair, monkeypatch):
 
 def test_ssd_maximal_cut_chains_guesses_and_nothing(pair, monkeypatch):
     sometimes_silent(monkeypatch)
-    cut_at(monkeypatch, 1, 2, 3)
+    cut_at(monkeypatch, 1, 2)
     decoding, tried, stats = sample(pair, monkeypatch, mode="ssd", coupling="maximal", fan_out=2, fallback="fast")
-    assert min(tried.values()) > 30_000 and {lookup[4] for lookup in decoding.figures.lookups} >= {1, 2}
+    assert min(tried.values()) > 30_000 and {lookup[4] for lookup in decoding.figures.lookups} == {1, 2}
     assert min(p_values(pair, decoding)) > ALPHA
 
 

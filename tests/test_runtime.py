@@ -116,12 +116,12 @@ def test_compiled_steps_equal_eager_ones_and_never_recompile():
 
     target = tiny.transformer(dtype=torch.float32)
     draft = tiny.transformer(1, base=target, noise=0.02)
-    said, eager = [], tiny.engine(copy.deepcopy(target), copy.deepcopy(draft))
+    said, before, eager = [], 0, tiny.engine(copy.deepcopy(target), copy.deepcopy(draft))
     compiled = Engine(Model.of(target, compile=True), Model.of(draft, compile=True), tiny.DEVICES, said.append)
     prompts = [[1, 2, 3], [4, 5, 6, 7, 8, 9], [3]]
     for mode in ("ar", "ssd"):
         for temperature in (0.0, 1.0):
-            options = dict(mode=mode, temperature=temperature, k=2, fan_out=6, seed=3)
+            options = {"mode": mode, "temperature": temperature, "k": 2, "fan_out": 6, "seed": 3}
             for number, rows in enumerate(([[9], [8], [7]], prompts, [p * 9 for p in prompts])):
                 got = compiled.generate(rows, max_new_tokens=20, **options)
                 graphs = counters["stats"]["unique_graphs"]

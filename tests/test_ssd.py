@@ -387,10 +387,10 @@ def test_chains_are_cut_by_the_clock(pair, truth, monkeypatch):
 
 
 STATS = (
-    "mode target draft device draft_device dtype k fan_out cut fallback coupling temperature seed prompts prompt_tokens "
-    "new_tokens token_ids text finish_reason prefill_s decode_s tokens_per_s rounds tokens_per_round acceptance_rate "
-    "accepted_fraction hit_rate distinct_4grams round_ms verify_ms draft_ms exposed_ms hidden predicted_tokens_per_s "
-    "speedup_ceiling bandwidth_fraction peak_memory_gb"
+    "mode target draft device draft_device dtype k fan_out cut fallback coupling temperature seed prompts "
+    "prompt_tokens new_tokens token_ids text finish_reason prefill_s decode_s tokens_per_s rounds tokens_per_round "
+    "acceptance_rate accepted_fraction hit_rate distinct_4grams round_ms verify_ms draft_ms exposed_ms hidden "
+    "predicted_tokens_per_s speedup_ceiling bandwidth_fraction peak_memory_gb"
 ).split()
 ONLY_SPECULATIVE = set("k coupling draft draft_device acceptance_rate accepted_fraction draft_ms exposed_ms".split())
 ONLY_SSD = {"fan_out", "cut", "fallback", "hit_rate", "hidden", "speedup_ceiling"}
