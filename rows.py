@@ -76,7 +76,10 @@ class Row:
         for n in range(min(NGRAM, len(self.ids)), 1, -1):
             at = self.last_seen.get(tuple(self.ids[-n:]))
             if at is not None:
-                return self.ids[at : at + k]
+                text = self.ids + [0] * k
+                for i in range(k):  # behind the end of the text a repetition goes on repeating
+                    text[len(self.ids) + i] = text[at + i]
+                return text[len(self.ids) :]
         return []
 
 

@@ -306,7 +306,7 @@ def _inductor(graph, inputs):
     from torch._inductor.compile_fx import compile_fx
 
     x_BTE = next(x for x in inputs if isinstance(x, torch.Tensor) and x.ndim == 3)  # all else has 1, 2 or 4 axes
-    return compile_fx(graph, inputs, config_patches={"coordinate_descent_tuning": x_BTE[..., 0].numel() <= TUNED_ROWS})
+    return compile_fx(graph, inputs, config_patches={"coordinate_descent_tuning": x_BTE.shape[:-1].numel() <= TUNED_ROWS})
 
 
 class Policy:

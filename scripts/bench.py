@@ -27,7 +27,7 @@ from peers import NGRAM  # noqa: E402
 
 from generate import DEMO  # noqa: E402
 
-MISTAKE = 2
+INTERRUPTED, MISTAKE = 130, 2
 DRAFT_STEP_SHARE = 0.25  # of a verification, for the pair on which SSD is to show what it can
 # Shapes that the draft is grown to in search of that share; the target beside it is the first of Effort.sizes.
 DRAFT_SHAPES = (
@@ -46,6 +46,7 @@ class Effort:
     sizes: tuple[str, ...] = ("60m", "200m")
     batches: tuple[int, ...] = (1, 8)
     repeats: int = 7
+    plain_tokens: int = 64
     pairs: int = 24
     new_tokens: int = 128
     sweep_prompts: int = 3
@@ -66,7 +67,7 @@ class Effort:
 
 FULL = Effort()
 QUICK = Effort(
-    sizes=(), batches=(1, 8), repeats=5, pairs=6, new_tokens=48, sweep_prompts=1, sweep_tokens=24, ks=(1, 2, 4),
+    sizes=(), batches=(1, 8), repeats=5, plain_tokens=32, pairs=6, new_tokens=48, sweep_prompts=1, sweep_tokens=24, ks=(1, 2, 4),
     fan_outs=(4, 8), assisted_ks=(2, 4), assisted_fan_outs=(8,), thresholds=(0.0,), lookup_ks=(4,), quarter=False,
     temperatures=(0.0, 1.0), budgets=(8, 24), predict_batch=4, predict_batches=1,
 )  # fmt: skip
@@ -88,7 +89,7 @@ def plain(bench: Bench) -> dict:
                 for device in bench.devices:
                     for peer in ("ar", "transformers")[: 2 if bench.theirs else 1]:
                         cells.append(Cell(f"{peer} {device}", peer, {"target": target, "device": device}))
-                bench.time(ask, f"plain {model} batch {batch}", cells, e.repeats, e.new_tokens, batch)
+                bench.time(ask, f"plain {model} batch {batch}", cells, e.repeats, e.plain_tokens, batch)
                 for cell in cells:
                     record = cell.record(model=model, batch=batch)
                     most = ceiling["steps_per_s"][cell.how["device"]] * batch
@@ -367,6 +368,8 @@ def main(argv: list[str] | None = None, effort: Effort | None = None) -> int:
     except ValueError as error:
         print(f"bench.py: {error}", file=sys.stderr)
         return MISTAKE
+    except KeyboardInterrupt:
+        return INTERRUPTED
     except RuntimeError as error:  # a measurement that failed; earlier parts are in the file
         print(f"bench.py: {error}", file=sys.stderr)
         return 1

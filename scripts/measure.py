@@ -77,8 +77,8 @@ def environment() -> dict:
             packages[name] = None
     return {
         "cpu": cpu, "cores": len(available_cores()), "python": platform.python_version(), **packages,
-        "dtype": peers.DTYPE, "commit": git.stdout.strip() or None, "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
-        "load_average_before": round(os.getloadavg()[0], 2),
+        "dtype": peers.DTYPE, "commit": git.stdout.strip() or None, "load_average_before": round(os.getloadavg()[0], 2),
+        "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
     }  # fmt: skip
 
 

@@ -1,0 +1,253 @@
+"""Everything that only a GPU can show: correctness on CUDA, and the timings of issue 4 as fractions of the machine's own.
+
+Knows: parts, time limits, the environment, the file of results and its table. Does not know: how anything is checked
+or timed (gpu_parts.py, gpu_pair.py). Read next: gpu_parts.py.
+
+    python scripts/gpu_check.py                           all parts on cuda:0, under 8 minutes
+    python scripts/gpu_check.py --only kernels,decode     some of them, each under 2 minutes
+    python scripts/gpu_check.py --only correct --sanitize the kernel's checks under compute-sanitizer
+    python scripts/gpu_check.py --device cpu              every line of it at toy size: figures without meaning
+    python scripts/gpu_check.py --show results/FILE.json  the table again
+
+Each part is a process of its own, killed at its limit; what it had found by then is kept, and so are the other parts
+of a file that is there already. Exit code 0: all right; 1: something is wrong, too slow, failed or unfinished; 2: a
+mistake of the caller.
+"""
+
+import argparse
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
+
+import torch  # noqa: E402
+
+from generate import DEMO  # noqa: E402
+from runtime import parse_device  # noqa: E402
+from weights import load_config  # noqa: E402
+
+# Part -> its limit in seconds; in this order, and together under 8 minutes.
+PARTS = {"kernels": 60, "decode": 110, "ssd": 120, "loop": 75, "linear": 50, "transformers": 60}
+EXTRA = {"correct": 120}  # only by name: a part of kernels
+WRONG, MISTAKE = 1, 2
+SMALL_TARGET, LARGE = "inflate:llama-3.1-8b:", ("decode", "ssd")
+
+
+# ---- the environment
+
+
+def environment(device: torch.device) -> dict:
+    """Where the numbers come from, without names of hosts or people."""
+    found = {}
+    for name in ("torch", "triton", "transformers"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    found |= {"python": platform.python_version(), "commit": git.stdout.strip() or None, "cuda": torch.version.cuda}
+    found["date"] = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
+    if device.type == "cuda":
+        found["device"] = torch.cuda.get_device_name(device)
+        found |= nvidia_smi(device)
+    else:
+        found["device"] = "cpu"
+    return found
+
+
+def nvidia_smi(device: torch.device) -> dict:
+    """Driver, power cap and clocks, as far as the tool is there and tells."""
+    keys = ("driver_version", "power.limit", "clocks.max.sm", "clocks.max.mem", "memory.total")
+    if shutil.which("nvidia-smi") is None:
+        return {"nvidia_smi": "not installed"}
+    ask = ["nvidia-smi", f"--id={torch.cuda.get_device_properties(device).uuid}".replace("--id=", "--id=GPU-", 1),
+           f"--query-gpu={','.join(keys)}", "--format=csv,noheader"]  # fmt: skip
+    try:
+        told = subprocess.run(ask, capture_output=True, text=True, timeout=20)
+        if told.returncode:  # a container may show the device under another name
+            told = subprocess.run([ask[0], *ask[2:]], capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return {"nvidia_smi": str(error)}
+    lines = told.stdout.strip().splitlines()
+    return dict(zip(keys, map(str.strip, lines[0].split(",")))) if lines else {"nvidia_smi": told.stderr.strip()[:200]}
+
+
+# ---- one part, in a process of its own
+
+
+def run_part(part: str, how: dict, limit_s: float, sanitizer: str | None = None) -> dict:
+    """{"records", "seconds", "end"}: end is "done", or in a sentence why not."""
+    command = [sys.executable, str(ROOT / "scripts" / "gpu_parts.py"), part, json.dumps(how)]
+    if sanitizer:
+        command = [sanitizer, "--error-exitcode", "99", *command]
+    env = dict(os.environ)
+    if how["device"].startswith("cpu") and part in ("kernels", "correct"):
+        env["TRITON_INTERPRET"] = "1"
+    began, records, tail = time.perf_counter(), [], []
+    child = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                             errors="replace", start_new_session=True)  # fmt: skip
+
+    def listen():
+        for line in child.stdout:
+            record = parse(line)
+            if record is None:
+                tail.append(line.rstrip())
+                del tail[:-40]
+            else:
+                records.append(record)
+                say(f"  {part}: {row(record)}")
+
+    listener = threading.Thread(target=listen, daemon=True)
+    listener.start()
+    try:
+        code = child.wait(limit_s)
+        end = "done" if code == 0 else f"failed with exit code {code}"
+    except subprocess.TimeoutExpired:
+        kill(child)
+        end = f"killed at its limit of {limit_s:.0f} s: what it had found is kept"
+    listener.join(5)
+    if end != "done":
+        say(f"  {part} {end}")
+        say("    " + "\n    ".join(tail[-25:]))
+    out = {"records": records, "seconds": round(time.perf_counter() - began, 1), "end": end}
+    return out if end == "done" else out | {"last_lines": tail[-25:]}
+
+
+def kill(child: subprocess.Popen) -> None:
+    """The child and the compilers it started: its own process group, nothing else."""
+    try:
+        os.killpg(child.pid, 9)
+    except ProcessLookupError:
+        say("  it ended by itself in that moment")
+    child.wait(30)
+
+
+def parse(line: str) -> dict | None:
+    if not line.startswith("{"):
+        return None
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and "name" in record else None
+
+
+# ---- the table
+
+
+def row(record: dict) -> str:
+    value, unit = record["value"], record.get("unit", "")
+    text = value if isinstance(value, str) else f"{value:.4g} {unit}".rstrip()
+    if record.get("low") is not None:
+        text += f" ({record['low']:.4g} to {record['high']:.4g})"
+    if record.get("limit") is not None:
+        text += f"  wanted at {record['kind']} {record['limit']:g}" + (f", aim {record['aim']:g}" if record["aim"] else "")
+    verdict = {True: "PASS", False: "FAIL", None: ""}[record.get("pass")]
+    more = "".join(f", {key} {record[key]}" for key in ("near_ties", "differences", "worst_case") if record.get(key))
+    return f"{verdict:5}{record['name']}: {text}{more if verdict == 'FAIL' or record.get('near_ties') else ''}"
+
+
+def table(results: dict) -> str:
+    """The whole file as text; the first rows are what the machine can do."""
+    lines = []
+    for part, found in results["parts"].items():
+        where = found["environment"]
+        lines += ["", f"{part}: {found['end']}, {found['seconds']:.0f} s, {where['device']}, torch {where['torch']}, "
+                      f"commit {where['commit']}"]  # fmt: skip
+        lines += [f"  {row(record)}" for record in found["records"]]
+    lines += ["", summary(results)]
+    return "\n".join(lines).lstrip("\n")
+
+
+def summary(results: dict) -> str:
+    verdicts = [record.get("pass") for found in results["parts"].values() for record in found["records"]]
+    broken = [f"{part} {found['end']}" for part, found in results["parts"].items() if found["end"] != "done"]
+    text = f"{verdicts.count(True)} PASS, {verdicts.count(False)} FAIL"
+    return text + "".join(f"; {sentence}" for sentence in broken)
+
+
+def all_right(results: dict, parts) -> bool:
+    found = [results["parts"][part] for part in parts]
+    return all(f["end"] == "done" and all(r.get("pass") is not False for r in f["records"]) for f in found)
+
+
+# ---- the command line
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def parser() -> argparse.ArgumentParser:
+    out = argparse.ArgumentParser(description="Check and time the engine on a GPU.", allow_abbrev=False)
+    out.add_argument("--device", default="cuda:0", help="cuda:N, or cpu for toy sizes (default cuda:0)")
+    out.add_argument("--only", default="", help=f"parts, with commas between: {', '.join([*PARTS, *EXTRA])}")
+    out.add_argument("--limit", type=float, default=0, help="seconds for each part instead of its own limit")
+    out.add_argument("--target", default=str(DEMO / "target"), help="the small checkpoint that is grown")
+    out.add_argument("--draft", default=str(DEMO / "draft"), help="its draft")
+    out.add_argument("--sanitize", action="store_true", help="run the parts under compute-sanitizer")
+    out.add_argument("--out", type=Path, help="file of results (default results/DEVICE.json)")
+    out.add_argument("--show", type=Path, help="print the table of a file and do nothing else")
+    return out
+
+
+def plan(args) -> tuple[torch.device, list[str], str | None]:
+    """Device, parts and sanitizer; ValueError with one sentence for what the caller can set right."""
+    parts = [part for part in args.only.split(",") if part] or list(PARTS)
+    if unknown := [part for part in parts if part not in PARTS | EXTRA]:
+        raise ValueError(f"--only has {unknown[0]!r}, wanted some of {', '.join([*PARTS, *EXTRA])}")
+    if args.limit < 0:
+        raise ValueError(f"--limit is {args.limit:g}, wanted seconds above 0: leave it out")
+    device, _ = parse_device(args.device)
+    for name in (args.target, args.draft):
+        load_config(name)
+    sanitizer = shutil.which("compute-sanitizer") if args.sanitize else None
+    if args.sanitize and sanitizer is None:
+        raise ValueError("--sanitize was given, but compute-sanitizer is not installed: install it or leave this out")
+    return device, parts, sanitizer
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    try:
+        if args.show:
+            print(table(json.loads(args.show.read_text())))
+            return 0
+        device, parts, sanitizer = plan(args)
+    except (ValueError, OSError, KeyError) as error:
+        say(f"gpu_check.py: {error}")
+        return MISTAKE
+    where, tiny = environment(device), device.type == "cpu"
+    name = re.sub(r"[^a-z0-9]+", "-", where["device"].lower()).strip("-")
+    out = args.out or ROOT / "results" / (f"{name}-toy.json" if tiny else f"{name}.json")
+    results = json.loads(out.read_text()) if out.exists() else {"parts": {}}
+    for part in parts:
+        say(f"{part} on {where['device']}")
+        grow = SMALL_TARGET if part in LARGE and not tiny else ""
+        how = {"device": args.device, "target": grow + args.target, "draft": args.draft, "tiny": tiny}
+        if part == "decode" and not tiny:
+            how["draft"] = f"inflate:llama-3.2-1b:{args.draft}"
+        found = run_part(part, how, args.limit or (PARTS | EXTRA)[part], sanitizer)
+        results["parts"].pop(part, None)
+        results["parts"][part] = found | {"environment": where, "sanitized": bool(sanitizer)}
+        order = [*PARTS, *EXTRA]
+        results["parts"] = dict(sorted(results["parts"].items(), key=lambda item: order.index(item[0])))
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(results, indent=1) + "\n")
+    print(table(results))
+    print(f"written to {out}")
+    return 0 if all_right(results, parts) else WRONG
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

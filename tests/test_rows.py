@@ -1,0 +1,50 @@
+"""A row's own text as a draft: the n-gram guess against a search through the whole text."""
+
+import random
+
+import pytest
+
+from rows import NGRAM, Row
+
+
+def row(ids):
+    return Row(0, ids, 1000, 10_000, frozenset(), None, ())
+
+
+def naive_guess(ids: list[int], k: int) -> list[int]:
+    """Behind the last earlier occurrence of the longest suffix of 2 to NGRAM tokens, repeating at the end of the text."""
+    for n in range(min(NGRAM, len(ids)), 1, -1):
+        places = [end for end in range(n, len(ids)) if ids[end - n : end] == ids[-n:]]
+        if places:
+            text = list(ids)
+            for i in range(k):
+                text.append(text[places[-1] + i])
+            return text[len(ids) :]
+    return []
+
+
+@pytest.mark.parametrize("vocabulary", [2, 3, 8])
+def test_a_guess_is_what_followed_the_longest_suffix(vocabulary):
+    rng = random.Random(vocabulary)
+    ids = [rng.randrange(vocabulary) for _ in range(3)]
+    growing, guessed = row(ids), 0
+    for step in range(300):
+        if step % 3:  # the index catches up over several tokens, as after a round
+            growing.ids.append(rng.randrange(vocabulary))
+            continue
+        k = 1 + step % 5
+        guess = growing.guess(k)
+        assert guess == naive_guess(growing.ids, k), growing.ids
+        assert len(guess) in (0, k)
+        guessed += bool(guess)
+    assert guessed > 20
+
+
+def test_nothing_to_guess_from():
+    assert row([1]).guess(4) == [] and row([1, 2]).guess(4) == [] and row([1, 2, 3, 4]).guess(4) == []
+    assert row([7, 7, 7]).guess(4) == [7] * 4
+
+
+def test_room_leaves_the_last_place_to_the_target():
+    assert [Row(0, [1, 2], m, 100, frozenset(), None, ()).room(4) for m in (1, 2, 3, 9)] == [0, 1, 2, 4]
+    assert Row(0, [1, 2], 9, 5, frozenset(), None, ()).room(4) == 2, "the context ends first"
