@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from model import Config, Transformer
-from runtime import Policy, pack
+from runtime import Policy, one_thread, pack
 from steps import Runner
 from tokenizer import Tokenizer, load_tokenizer, read_eos_ids, vocabulary_difference
 from weights import available_bytes, load_model, resolve, weight_bytes
@@ -38,7 +38,8 @@ class Model:
         if dtype is not None and dtype not in DTYPES:
             raise ValueError(f"dtype is {dtype!r}, wanted one of {', '.join(DTYPES)}")
         kind = DTYPES[dtype] if dtype else (torch.bfloat16 if device.type == "cuda" else torch.float32)
-        transformer = load_model(name, device, kind)
+        with one_thread():
+            transformer = load_model(name, device, kind)
         folder: Path = resolve(name)
         tokenizer = load_tokenizer(folder)
         return cls.of(transformer, str(name), tokenizer, frozenset(read_eos_ids(folder)), compile)
@@ -62,7 +63,8 @@ class Model:
         if compile:
             policy.compile(transformer)
         else:
-            pack(transformer)
+            with one_thread():
+                pack(transformer)
         if weight.device.type == "cuda":  # the lanes' streams do not wait for the one that filled the weights
             torch.cuda.synchronize(weight.device)
         return cls(name, transformer, config, tokenizer, eos, weight.dtype, policy, step_bytes)

@@ -22,6 +22,7 @@ from torch import nn
 # A lane that wants the interpreter's lock asks for it after this many seconds (Python's default is 5 ms, longer than a
 # round). Measured on 2 cores, a verification beside a busy draft: 5.2 ms by default, 4.5 ms at 20 us, 3.4 ms alone.
 SWITCH_S = 2e-5
+HANGS_S = 5.0  # a draft still busy with a run that ended so long ago hangs: it gets a new lane
 
 
 class LaneFault(RuntimeError):
@@ -89,6 +90,9 @@ class Pending:
     def done(self) -> bool:
         return self._finished.is_set()
 
+    def wait(self, limit_s: float) -> bool:
+        return self._finished.wait(limit_s)
+
     def result(self, limit_s: float | None = None):
         """Wait for the value. Raises what the work raised, or LaneFault after limit_s seconds."""
         if not self._finished.wait(limit_s):
@@ -118,6 +122,7 @@ class Lane:
         self.stream = torch.cuda.Stream(self.device, priority=-1 if high_priority else 0) if self.on_gpu else None
         self.broken = False  # its work failed or hangs: a new lane is needed
         self.error: BaseException | None = None  # what its work raised last
+        self.last: Pending | None = None
         self.spans: list[tuple[str, float, float]] = []
         self._queue: queue.SimpleQueue[Pending | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._serve, name=f"lane-{name}", daemon=True)
@@ -130,7 +135,7 @@ class Lane:
 
     def start(self, name: str, work: Callable, *args) -> Pending:
         """Queue work(*args) behind what is already there and return at once."""
-        pending = Pending(name, work, args)
+        self.last = pending = Pending(name, work, args)
         self._queue.put(pending)
         return pending
 
@@ -196,10 +201,25 @@ class Devices:
 
     def _lane(self, spec: str, role: str) -> Lane:
         lane = self._lanes.get((spec, role))
+        # A draft may hang in a round that no longer needed it. The target's lane is waited for by its queue, always.
+        if lane is not None and role == "draft" and lane.last is not None:
+            lane.broken |= not lane.last.wait(HANGS_S)
         if lane is None or lane.broken or lane.error:
             lane = self._lanes[spec, role] = Lane(spec, role, high_priority=role == "target")
         lane.spans.clear()
         return lane
+
+
+@contextmanager
+def one_thread():
+    """Work outside the lanes must not start OpenMP helpers: libgomp lets threads that outnumber the cores sleep at
+    every parallel region, so a second team in the process slows a lane on several cores (111 sleeps a step, not 3)."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 # ---- packed linear layers (CPU)
@@ -306,7 +326,8 @@ def _inductor(graph, inputs):
     from torch._inductor.compile_fx import compile_fx
 
     x_BTE = next(x for x in inputs if isinstance(x, torch.Tensor) and x.ndim == 3)  # all else has 1, 2 or 4 axes
-    return compile_fx(graph, inputs, config_patches={"coordinate_descent_tuning": x_BTE.shape[:-1].numel() <= TUNED_ROWS})
+    few = x_BTE.shape[:-1].numel() <= TUNED_ROWS
+    return compile_fx(graph, inputs, config_patches={"coordinate_descent_tuning": few})
 
 
 class Policy:

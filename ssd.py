@@ -360,6 +360,8 @@ class Engine:
         """The result of a generation, complete or interrupted."""
         rows, settings, figures = decoding.rows, decoding.settings, decoding.figures
         self.kept = None
+        if self.draft is not None and decoding.mode != settings.mode:
+            self.draft.runners.clear()  # what hangs may still write to their buffers
         # A draft that failed, or a prompt that was interrupted while it was read, leaves no KV worth keeping.
         if len(rows) == 1 and decoding.mode == settings.mode and figures.prefilled:
             self.kept = ([decoding.target, *([decoding.draft] if decoding.draft else [])], rows[0].ids)

@@ -236,13 +236,14 @@ class Runner:
 
     def _draft_draw(self, warped, noise, top_B):
         """Draw from q, or Saguaro's q', with the shared noise: _pack of tokens, unless `shared` the log q too."""
-        logq = None
+        logq, loudest = None, None
         if self.coupling != "shared":
+            loudest = warped.amax(-1)  # a greedy row's log q is finite whatever the logits are
             warped = logq = log_probs(warped, self.params)
             if self.saguaro_c < 1:
                 warped = logq = saguaro(logq, self.params, top_B[:, None].expand(logq.shape[:2]), self.saguaro_c)
         best = (warped if noise is None else warped + noise).max(-1)
-        drawn = _pack(best.values, best.indices)
+        drawn = _pack(best.values if logq is None else loudest, best.indices)
         return (drawn,) if logq is None else (drawn, logq)
 
     # ---- helpers

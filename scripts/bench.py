@@ -67,10 +67,16 @@ class Effort:
 
 FULL = Effort()
 QUICK = Effort(
-    sizes=(), batches=(1, 8), repeats=5, plain_tokens=32, pairs=6, new_tokens=48, sweep_prompts=1, sweep_tokens=24, ks=(1, 2, 4),
-    fan_outs=(4, 8), assisted_ks=(2, 4), assisted_fan_outs=(8,), thresholds=(0.0,), lookup_ks=(4,), quarter=False,
-    temperatures=(0.0, 1.0), budgets=(8, 24), predict_batch=4, predict_batches=1,
+    sizes=(), batches=(1, 8), repeats=5, plain_tokens=32, pairs=6, new_tokens=48, sweep_prompts=1, sweep_tokens=24,
+    ks=(1, 2, 4), fan_outs=(4, 8), assisted_ks=(2, 4), assisted_fan_outs=(8,), thresholds=(0.0,), lookup_ks=(4,),
+    quarter=False, temperatures=(0.0, 1.0), budgets=(8, 24), predict_batch=4, predict_batches=1,
 )  # fmt: skip
+
+BRIEF = Effort(
+    repeats=5, pairs=20, new_tokens=64, sweep_prompts=2, sweep_tokens=32, ks=(1, 2, 3, 4), fan_outs=(8, 16),
+    assisted_ks=(2, 4, 8), assisted_fan_outs=(16,), lookup_ks=(4,), predict_batches=2,
+)  # fmt: skip
+EFFORTS = {"quick": QUICK, "brief": BRIEF, "full": FULL}
 
 
 # ---- the parts
@@ -325,7 +331,9 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="bench.py", description=__doc__.splitlines()[0], allow_abbrev=False)
     add = p.add_argument
     add("--only", metavar="PART[,PART]", default=",".join(PARTS), help=f"some of {', '.join(PARTS)} (default: all)")
-    add("--quick", action="store_true", help="fewer sizes, settings, prompts and repeats: under 3 minutes on 2 cores")
+    add("--effort", choices=EFFORTS, default="full", help="how many sizes, settings, prompts and repeats: a part takes "
+        "about half a minute, 5 minutes or 12 minutes on 2 cores")  # fmt: skip
+    add("--quick", dest="effort", action="store_const", const="quick", help="--effort quick: under 3 minutes in all")
     add("--target", metavar="DIR", default=str(DEMO / "target"), help="a small checkpoint (default: the demo pair's)")
     add("--draft", metavar="DIR", default=str(DEMO / "draft"), help="its draft")
     add("--prompts", metavar="FILE", dest="prompt_file", help='.jsonl with a "prompt" a line (default: built in)')
@@ -363,7 +371,7 @@ def read_results(path: str) -> dict:
 def main(argv: list[str] | None = None, effort: Effort | None = None) -> int:
     args = parser().parse_args(argv)
     try:
-        effort = effort or (QUICK if args.quick else FULL)
+        effort = effort or EFFORTS[args.effort]
         results = read_results(args.show) if args.show else run_parts(args, effort)
     except ValueError as error:
         print(f"bench.py: {error}", file=sys.stderr)

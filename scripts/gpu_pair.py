@@ -11,6 +11,7 @@ from statistics import median
 
 import torch
 
+import pair
 import runtime
 import steps
 from cache import KVCache
@@ -82,7 +83,9 @@ def exactness(check) -> None:
     runtime.TUNED_ROWS = 0  # nothing is timed here: do not wait for tuning
     steps.PREFILL_CHUNKS = (64,)
     cpu = "cpu:" + ",".join(map(str, available_cores()[: 1 if check.tiny else 8]))
-    places = [check.spec, *([f"cuda:{check.device.index + 1}"] * (check.on_gpu and torch.cuda.device_count() > 1))]
+    places = [check.spec]
+    if check.on_gpu and check.device.index + 1 < torch.cuda.device_count():
+        places.append(f"cuda:{check.device.index + 1}")
     places += [cpu] if check.on_gpu else []
     eager = Model.load(check.target, check.device, "float32", compile=False)
     prompts, new = ids_of(eager), 8 if check.tiny else 96
@@ -106,7 +109,7 @@ def exactness(check) -> None:
                 stats, _ = play(engine, prompts, mode="ssd", coupling=coupling, **options)
                 whole = all(len(row) == new for row in stats["token_ids"])
                 label = f"ssd, {coupling}, T=1, draft on {place}, {'graphs' if graphs else 'eager'}: whole texts"
-                check.right(label, whole and stats["acceptance_rate"] > 0, acceptance=stats["acceptance_rate"])
+                check.right(label, whole, acceptance=stats["acceptance_rate"])
             for text in said:
                 check.say({"name": f"draft on {place}", "value": text, "unit": ""})
 
@@ -125,47 +128,49 @@ def compare(check, lane, model, prompts, want, got, temperature, label) -> None:
 # ---- AR, SD and SSD, timed
 
 
+def plans(check) -> list[tuple]:
+    """(what it is called, the draft, where it runs, is the target's stream preferred)."""
+    cores = available_cores()
+    small = f"cpu:{cores[0]}-{cores[len(cores) // 2]}" if check.on_gpu else check.spec
+    small = ("CPU, the checkpoint as it is", check.draft, small, True)
+    if check.tiny:
+        whole = ("the checkpoint as it is", check.draft, check.spec)
+        return [(*whole, True), ("no stream priority", *whole[1:], False), small]
+    grown = [(name, shape + check.draft, check.spec, True) for name, shape in DRAFTS.items()]
+    return [grown[0], ("1B, no stream priority", *grown[0][1:3], False), *grown[1:], small]
+
+
 def pairs(check) -> None:
     """The three modes on one GPU in two streams, drafts of three costs; without priority; with the draft on the CPU."""
-    from gpu_parts import machine, on_lane
-
-    on_lane(machine)(check)
-    steps.PREFILL_CHUNKS = (64,)  # one shape less to compile for each model
+    check.machine()
+    # One shape less to compile for each model, and the shapes of the part `decode`, whose compiled code is on disk.
+    steps.PREFILL_CHUNKS, pair.TRUNK_STEP = (64,), 64 if check.tiny else 768
     dtype = "bfloat16" if check.on_gpu else "float32"
-    target = Model.load(check.target, check.device, dtype)
-    targets = {"ar": own(target), "sd": target, "ssd": target}
-    k, M = (2, 4) if check.tiny else (7, 24)
-    cores = available_cores()
-    plans = [(name, check.draft if check.tiny else shape + check.draft, check.spec, 0.0, True)
-             for name, shape in DRAFTS.items()]  # fmt: skip
-    plans.insert(1, (*plans[0][:3], 1.0, True))
-    plans.insert(2, (*plans[0][:3], 0.0, False))
-    plans.append(("CPU (the checkpoint as it is)", check.draft, f"cpu:{cores[0]}-{cores[len(cores) // 2]}", 0.0, True))
-    plans += [(name, path, place, 1.0, True) for name, path, place, T, _ in plans[3:] if T == 0]
-    loaded: dict[tuple, dict] = {}
-    for name, path, place, temperature, priority in plans[: 4 if check.tiny else None]:
-        devices = Devices(check.spec, place)
+    target, last = Model.load(check.target, check.device, dtype), None
+    for name, path, place, priority in plans(check):
+        devices, said = Devices(check.spec, place), []
         if not priority:
             devices._lanes[check.spec, "target"] = Lane(check.spec, "target")
-        if (name, priority) not in loaded:
-            for old in [key for key in loaded if key[0] != name]:
-                del loaded[old]  # at most one draft beside the target
-            draft = next((m["sd"] for m in loaded.values()), None)
-            draft = draft or Model.load(path, devices.draft, dtype if devices.draft.type == "cuda" else "float32")
-            loaded[name, priority] = {"ar": None, "sd": own(draft), "ssd": own(draft)}
-        said = []
-        if not priority:  # kernels keep the priority they were captured with
-            targets = {mode: own(model) for mode, model in targets.items()}
-        engines = {mode: Engine(targets[mode], draft, devices, said.append)
-                   for mode, draft in loaded[name, priority].items()}  # fmt: skip
-        label = f"draft {name}, T={temperature:g}" + ("" if priority else ", no stream priority")
-        three_modes(check, engines, label, k, M, temperature)
-        if not priority:
-            targets = {mode: own(model) for mode, model in targets.items()}
-        check.result(f"{label}: compiling and capturing", sum(float(x.split()[2]) for x in said if "compiled" in x), "s")
+        if (path, place) != last:
+            draft = None  # at most one beside the target
+            draft = Model.load(path, devices.draft, dtype if devices.draft.type == "cuda" else "float32")
+            last = path, place
+        # Captured anew for every plan: kernels keep the priority of the stream that they were captured on.
+        both = own(target)
+        engines = {
+            "ar": Engine(own(target), None, devices, said.append),
+            "sd": Engine(both, own(draft), devices, said.append),
+            "ssd": Engine(both, own(draft), devices, said.append),
+        }
+        for temperature in (0.0, 1.0) if priority else (0.0,):
+            three_modes(check, engines, f"draft {name}, T={temperature:g}", temperature)
+        for text in said:
+            check.say({"name": f"draft {name}", "value": text, "unit": ""})
 
 
-def three_modes(check, engines: dict, label: str, k: int, M: int, temperature: float) -> None:
+def three_modes(check, engines: dict, label: str, temperature: float) -> None:
+    """Runs in turn, on the same prompts; a ratio is the median of the runs' own ratios."""
+    k, M = (2, 4) if check.tiny else (7, 24)
     prompts, new, repeats = ids_of(engines["ar"].target)[:2], 12 if check.tiny else 128, 1 if check.tiny else 3
     options = {"temperature": temperature, "seed": 1, "k": k, "fan_out": M}
     for mode, engine in engines.items():
@@ -187,7 +192,8 @@ def three_modes(check, engines: dict, label: str, k: int, M: int, temperature: f
             check.result(f"{label}: {mode.upper()}, between two verifications, of a round", share, most=0.02)
     for of, to in (("ssd", "sd"), ("ssd", "ar"), ("sd", "ar")):
         ratios = [a / b for a, b in zip(rates[of], rates[to])]  # runs of a mode are in the order of the prompts
-        check.result(f"{label}: {of.upper()} / {to.upper()}", median(ratios), low=min(ratios), high=max(ratios), n=len(ratios))
+        ends = {"low": min(ratios), "high": max(ratios), "n": len(ratios)}
+        check.result(f"{label}: {of.upper()} / {to.upper()}", median(ratios), **ends)
     texts = [[stats["token_ids"] for stats, _ in of] for of in runs.values()]
     same = sum(a == b == c for a, b, c in zip(*texts))
     check.say({"name": f"{label}: runs with three equal texts", "value": f"{same} of {len(texts[0])}", "unit": ""})
@@ -208,14 +214,12 @@ def between(runs: list[tuple], mode: str) -> float | None:
 
 def transformers_static(check) -> None:
     """Plain decoding by transformers with a static cache at the same shape, compiled by transformers itself."""
-    from gpu_parts import machine
-
     try:
         import transformers
     except ImportError:
         check.say({"name": "transformers", "value": "not installed: not measured", "unit": ""})
         return
-    machine(check)
+    check.machine()
     sizes = (64, 96, 2, 4, 2, 128) if check.tiny else (4096, 14336, 32, 32, 8, 128256)
     names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
     config = transformers.LlamaConfig(**dict(zip((*names, "vocab_size"), sizes)), tie_word_embeddings=False)

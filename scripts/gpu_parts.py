@@ -73,9 +73,9 @@ class Check:
         self.result(name, middle * scale, unit, low=low * scale, high=high * scale, n=len(seconds))
         return median(seconds)
 
-    def timed(self, work, repeats: int = 0, warm: int = 3) -> list[float]:
+    def timed(self, work, repeats: int = 0) -> list[float]:
         """Seconds of each call, on the device's own clock."""
-        for _ in range(warm):
+        for _ in range(1 if self.tiny else 3):
             work()
         if not self.on_gpu:
             return self.wall(work, repeats)
@@ -110,24 +110,19 @@ class Check:
         del kept
         return seconds
 
-
-# ---- the machine
-
-
-def machine(check: Check, matrix: bool = False) -> None:
-    """Copy bandwidth, the measure of everything that follows, and the rate of a large bfloat16 matrix product."""
-    numbers = 1 << (16 if check.tiny else 29)
-    source = torch.ones(numbers, dtype=torch.bfloat16, device=check.device)
-    target = torch.empty_like(source)
-    seconds = check.timed(lambda: target.copy_(source))
-    check.copy = 2 * source.nbytes / median(seconds)
-    rates = sorted(2 * source.nbytes / t / 1e9 for t in seconds)
-    check.result("copy bandwidth", check.copy / 1e9, "GB/s", low=rates[0], high=rates[-1], n=len(rates))
-    if matrix:
-        n = 128 if check.tiny else 8192
-        a, b = torch.randn(2, n, n, device=check.device).bfloat16()
-        rate = 2 * n**3 / median(check.timed(lambda: a @ b)) / 1e12
-        check.result("bfloat16 matrix rate", rate, "TFLOP/s")
+    def machine(self, matrix: bool = False) -> None:
+        """Copy bandwidth, the measure of all that follows, and the rate of a large bfloat16 matrix product."""
+        source = torch.ones(1 << (16 if self.tiny else 29), dtype=torch.bfloat16, device=self.device)
+        target = torch.empty_like(source)
+        seconds = self.timed(lambda: target.copy_(source))
+        self.copy = 2 * source.nbytes / median(seconds)
+        rates = sorted(2 * source.nbytes / t / 1e9 for t in seconds)
+        self.result("copy bandwidth", self.copy / 1e9, "GB/s", low=rates[0], high=rates[-1], n=len(rates))
+        if matrix:
+            n = 128 if self.tiny else 8192
+            a, b = torch.randn(2, n, n, device=self.device).bfloat16()
+            rate = 2 * n**3 / median(self.timed(lambda: a @ b)) / 1e12
+            self.result("bfloat16 matrix rate", rate, "TFLOP/s")
 
 
 # ---- attention
@@ -219,7 +214,8 @@ def correct(check: Check) -> None:
                 worst, where = share, case
         name = f"attention in {str(dtype)[6:]} against float64"
         check.right(name, worst <= 1, of_allowed=round(worst, 4), worst_case=str(where))
-    params = [Params.make([1.0, 0.0], [0, 0], [1.0, 1.0], [7, 1 << 63], [0, 5], device) for device in ("cpu", check.device)]
+    rows = ([1.0, 0.0], [0, 0], [1.0, 1.0], [7, 1 << 63], [0, 5])
+    params = [Params.make(*rows, device) for device in ("cpu", check.device)]
     words = torch.compile(hash_words, fullgraph=True, dynamic=False) if check.on_gpu else hash_words
     at = torch.tensor([[1, 999], [5, 1 << 20]])
     same = torch.equal(words(params[1], at.to(check.device), TOKEN, 5000).cpu(), hash_words(params[0], at, TOKEN, 5000))
@@ -254,7 +250,7 @@ def attention(check: Check) -> None:
 
 
 def kernel_part(check: Check) -> None:
-    machine(check, matrix=True)
+    check.machine(matrix=True)
     attention(check)
     correct(check)
 
@@ -264,7 +260,7 @@ def kernel_part(check: Check) -> None:
 
 def linear(check: Check) -> None:
     """cuBLAS, inductor's generated loop and its templates, by shape and rows: what runtime.TUNED_ROWS is to be."""
-    machine(check)
+    check.machine()
     shapes = ((64, 96),) if check.tiny else ((4096, 28672), (14336, 4096), (4096, 6144), (4096, 4096), (2048, 16384))
     for columns, out in shapes:
         copies = 2 if check.tiny else max(2, 1 + (400 << 20) // (2 * columns * out))  # past the L2
@@ -292,6 +288,7 @@ def runner_of(check: Check, name: str, k: int, branches: int) -> tuple[Model, Ru
     dtype = "bfloat16" if check.on_gpu else "float32"
     model = Model.load(name, check.device, dtype)
     runner = model.runner(1, 64 if check.tiny else 768, k, branches)
+    model.policy.enter_thread()
     runner.set_rows(Params.make([0.0], [0], [1.0], [0], [0], check.device), "shared", 1.0)
     return model, runner
 
@@ -304,12 +301,12 @@ def replays(check: Check, runner: Runner, name: str) -> list[float] | None:
 
 def steps(check: Check) -> None:
     """The target's decode step and verification, the draft's single-row and chain steps, at context 512."""
-    machine(check)
+    check.machine()
     at, M, K = (20, 4, 3) if check.tiny else (512, 24, 7)
     model, runner = runner_of(check, check.target, K, 0)
     last = {"token": 1, "at": at}
 
-    def decode():
+    def decode(runner=runner):
         feed = Feed([[last["token"]]], [last["at"]], [1])
         last["token"] = runner.verify(feed, [0], [None])[1][0]
         last["at"] += 1
@@ -319,7 +316,8 @@ def steps(check: Check) -> None:
     check.result("target: first decode step (compiles)", time.perf_counter() - began, "s")
     decode()
     plain = check.spread("target: plain decode step, wall", check.wall(decode), "ms")
-    check.result("target: plain decoding: of copy bandwidth", model.step_bytes / plain / check.copy, least=0.88, aim=0.95)
+    share = model.step_bytes / plain / check.copy
+    check.result("target: plain decoding: of copy bandwidth", share, least=0.88, aim=0.95)
     if alone := replays(check, runner, "verify"):
         busy = check.spread("target: decode step, graph alone", alone, "ms")
         check.result("target: decode graph alone: of copy bandwidth", model.step_bytes / busy / check.copy)
@@ -328,19 +326,17 @@ def steps(check: Check) -> None:
     began = time.perf_counter()
     runner.verify(feed, [1], [None])
     check.result(f"target: first verification of {K + 1} (compiles)", time.perf_counter() - began, "s")
-    verify = check.spread(f"target: verification of {K + 1} tokens, wall",
-                          check.wall(lambda: runner.verify(feed, [1], [None])), "ms")  # fmt: skip
+    seconds = check.wall(lambda run=runner: run.verify(feed, [1], [None]))
+    verify = check.spread(f"target: verification of {K + 1} tokens, wall", seconds, "ms")
     check.result(f"verification of {K + 1} tokens / plain decode step", verify / plain, most=1.15, aim=1.08)
     if alone := replays(check, runner, "verify"):
         check.spread(f"target: verification of {K + 1}, graph alone", alone, "ms")
-    del model, runner
-    if check.on_gpu:
-        torch.cuda.empty_cache()
-    chain_steps(check, at, M)
+    del model, runner, decode, seconds
+    chain_steps(check, at, M, K)
 
 
-def chain_steps(check: Check, at: int, M: int) -> None:
-    model, runner = runner_of(check, check.draft, 4, M)
+def chain_steps(check: Check, at: int, M: int, K: int) -> None:
+    model, runner = runner_of(check, check.draft, K, M)
     one = Feed([[1]], [at], [1])
     began = time.perf_counter()
     runner.decode(one, None)
@@ -352,7 +348,7 @@ def chain_steps(check: Check, at: int, M: int) -> None:
     tokens, depths = [list(range(1, M + 1))], [[m % 4 for m in range(M)]]
 
     def chain():
-        runner.chain_step(Feed([[1] * 5], [at], [5]), tokens, depths, 2, None)
+        runner.chain_step(Feed([[1] * (K + 1)], [at], [K + 1]), tokens, depths, 2, None)
 
     began = time.perf_counter()
     chain()
@@ -375,7 +371,7 @@ def on_lane(work):
 
 PARTS = {
     "kernels": on_lane(kernel_part), "decode": on_lane(steps), "ssd": pairs, "loop": exactness,
-    "linear": on_lane(linear), "transformers": on_lane(transformers_static), "correct": on_lane(correct),
+    "linear": on_lane(linear), "transformers": transformers_static, "correct": on_lane(correct),
 }  # fmt: skip
 
 

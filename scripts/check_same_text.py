@@ -1,0 +1,121 @@
+"""Do AR, SD and SSD print the same text? The whole grid of settings, on real prompts, with the demo pair.
+
+Knows: the grid, and what counts as a floating-point tie. Does not know: how anything is computed. Read next: ssd.py.
+
+    python scripts/check_same_text.py PROMPTS.jsonl              40 prompts, 128 new tokens, about 20 minutes on 2 cores
+    python scripts/check_same_text.py PROMPTS.jsonl --quick      8 prompts, 48 new tokens, about a minute
+
+Coupling `shared`: the text of a seed must not depend on the mode, K, the budget, the fallback, cutting or the batch.
+Where it does, the target is asked again: if its two best scores there lie within 1e-4 (float32), rounding decides
+between them, which is reported and counted as a tie; anything else is a difference, and the exit code 1.
+"""
+
+import argparse
+import itertools
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT)]
+
+from generate import DEMO, read_prompts  # noqa: E402
+from runtime import LaneFault  # noqa: E402
+from sampling import TOKEN, Params, gumbel  # noqa: E402
+from ssd import load  # noqa: E402
+
+TIE = 1e-4
+BATCH = 8
+HEAT = ((0.0, 0), (0.7, 0), (0.7, 1), (1.0, 0), (1.0, 1), (1.0, 2))  # temperature, seed
+BUDGETS, FALLBACKS = (4, 8, 16, 32), ("jit", "fast", "auto")
+
+
+def cells(quick: bool):
+    """(batch, settings) for every cell: K in 1..8 for SD and SSD, the rest of SSD's settings taking turns."""
+    for place, (temperature, seed) in enumerate(HEAT[::3] if quick else HEAT):
+        heat = {"temperature": temperature, "seed": seed}
+        turns = zip(itertools.cycle(BUDGETS), itertools.cycle(FALLBACKS), itertools.cycle((True, False, False, True)))
+        turns = itertools.islice(turns, place, None)
+        yield 1, heat | {"mode": "ar"}
+        for k in (2, 5) if quick else range(1, 9):
+            yield BATCH, heat | {"mode": "sd", "k": k}
+            for _ in range(2):
+                budget, fallback, cut = next(turns)
+                ssd = heat | {"mode": "ssd", "k": k, "fan_out": budget, "fallback": fallback, "cut": cut}
+                yield (1 if k in (3, 5) else BATCH), ssd
+
+
+def run(engine, prompts: list, batch: int, settings: dict, new: int) -> list[list[int]]:
+    """New tokens per prompt. Each row has its own seed, so that its text does not depend on who shares its batch."""
+    out = []
+    for at in range(0, len(prompts), batch):
+        part = prompts[at : at + batch]
+        seeds = [settings["seed"] * 1000 + at + i for i in range(len(part))]
+        options = settings | {"seed": seeds, "max_new_tokens": new, "ignore_eos": True}
+        out += engine.generate(part, **options).token_ids
+    return out
+
+
+def gap(engine, ids: list[int], settings: dict, number: int) -> float:
+    """The distance between the target's two best scores for the token behind `ids`, noise included."""
+    with torch.inference_mode():
+        logits_V = engine.target.transformer(torch.tensor([ids]))[0, -1].float()
+        temperature = settings["temperature"]
+        if temperature:
+            params = Params.make([temperature], [0], [1.0], [settings["seed"] * 1000 + number], [0], "cpu")
+            noise = gumbel(params, torch.tensor([[len(ids)]]), TOKEN, len(logits_V))
+            logits_V = logits_V / temperature + noise[0, 0]
+        best = logits_V.topk(2).values
+    return float(best[0] - best[1])
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("prompt_file", metavar="PROMPTS", help='.jsonl with a "prompt" a line')
+    parser.add_argument("--target", default=str(DEMO / "target"))
+    parser.add_argument("--draft", default=str(DEMO / "draft"))
+    parser.add_argument("--quick", action="store_true", help="a small part of the grid")
+    parser.add_argument("--out", metavar="FILE", help="write what was found as JSON")
+    args = parser.parse_args(argv)
+    count, new = (8, 48) if args.quick else (40, 128)
+    try:
+        texts = read_prompts(args)[:count]
+        engine = load(args.target, args.draft, "cpu:0", "cpu:1", "float32")
+    except ValueError as error:
+        print(f"check_same_text.py: {error}", file=sys.stderr)
+        return 2
+
+    def lost(text: str):  # a cell that quietly went on as AR would prove nothing
+        raise LaneFault(text)
+
+    engine.warn = lost
+    limit = engine.target.config.max_positions - new
+    prompts = [engine.tokenizer.encode(text)[:limit] for text in texts]
+    truth, ties, differences, done = {}, [], [], []
+    for batch, settings in cells(args.quick):
+        heat = settings["temperature"], settings["seed"]
+        if heat not in truth:
+            truth[heat] = run(engine, prompts, BATCH, {**settings, "mode": "ar"}, new)
+        found = run(engine, prompts, batch, settings, new)
+        for number, (ours, theirs) in enumerate(zip(found, truth[heat])):
+            if ours != theirs:
+                at = next(i for i, (a, b) in enumerate(zip(ours, theirs)) if a != b)
+                distance = gap(engine, prompts[number] + theirs[:at], settings, number)
+                where = {"prompt": number, "position": at, "gap": distance, "batch": batch, **settings}
+                (ties if distance < TIE else differences).append(where)
+                print(f"  {'tie' if distance < TIE else 'DIFFERENT'}: {where}", flush=True)
+        done.append({"batch": batch, **settings})
+        print(f"{len(done):3d}: batch {batch} {settings}", flush=True)
+    result = {"prompts": len(prompts), "new_tokens": new, "cells": len(done), "texts": len(done) * len(prompts),
+              "differences": len(differences), "ties": len(ties), "details": differences + ties}  # fmt: skip
+    if args.out:
+        Path(args.out).write_text(json.dumps(result, indent=1) + "\n")
+    print(f"{result['texts']} texts of {new} tokens in {len(done)} cells: {len(ties)} ties, "
+          f"{len(differences)} differences")  # fmt: skip
+    return 1 if differences else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

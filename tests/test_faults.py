@@ -1,0 +1,269 @@
+"""A draft that fails, hangs or talks nonsense: the target finishes with the right text, says so once, and nobody waits.
+
+The faults are put into the draft's own passes, in the middle of a run; the next run must be well again.
+"""
+
+import threading
+import time
+
+import pytest
+import torch
+from tiny import engine, play, settle, transformer
+
+import runtime
+import ssd
+from pair import Model, check_pair
+from runtime import Devices, available_cores
+from steps import Runner
+
+PROMPTS = [[3, 1, 4, 1, 5], [9, 2], [6, 5, 3], [5]]
+SETTINGS = {"max_new_tokens": 40, "temperature": [0.0, 1.0, 0.7, 1.0], "seed": 5, "k": 3, "fan_out": 5}
+# Where a draft can fail, and the kind of run that gets there.
+PLACES = [
+    ("prefill", {"mode": "sd"}), ("prefill", {"mode": "ssd"}), ("decode", {"mode": "sd"}),
+    ("decode", {"mode": "ssd", "fallback": "jit"}), ("extend", {"mode": "ssd"}), ("fork", {"mode": "ssd"}),
+    ("chain_step", {"mode": "ssd"}), ("chain_step", {"mode": "ssd", "cut": False}),
+]  # fmt: skip
+IDS = ["-".join([place, *map(str, settings.values())]) for place, settings in PLACES]
+
+
+class Bench:
+    """An engine, its warnings, the true text, and a way to break one of the draft's passes."""
+
+    def __init__(self, monkeypatch):
+        target = transformer(0)
+        self.warnings, self.monkeypatch = [], monkeypatch
+        self.engine = engine(target, transformer(1, base=target, noise=0.03), warn=self.warnings.append)
+        self.truth = self.engine.generate(PROMPTS, mode="ar", **SETTINGS).token_ids
+        self.model = self.engine.draft.transformer
+
+    def break_(self, place, fault, after=0):
+        """From its call number `after` on, the draft's pass returns fault(what it should return)."""
+        work, calls = getattr(Runner, place), []
+
+        def broken(runner, *args):
+            if runner.model is not self.model:
+                return work(runner, *args)
+            calls.append(place)
+            return work(runner, *args) if len(calls) <= after else fault(work(runner, *args))
+
+        self.monkeypatch.setattr(Runner, place, broken)
+        return calls
+
+    def survives(self, **settings):
+        """The text is right all the same, with one warning; the next run has no fault, and no warning."""
+        began = time.perf_counter()
+        result, decoding = play(self.engine, PROMPTS, **SETTINGS | settings)
+        took = time.perf_counter() - began
+        assert result.token_ids == self.truth and result.finish_reason == ["length"] * len(PROMPTS)
+        assert len(self.warnings) == 1 and self.warnings[0].startswith("the draft failed (")
+        assert decoding.mode == "ar" and result.stats["mode"] == settings["mode"]
+        self.monkeypatch.undo()
+        self.monkeypatch.setattr(ssd, "PATIENCE_S", 60.0)
+        again, decoding = play(self.engine, PROMPTS, **SETTINGS | settings)
+        assert again.token_ids == self.truth and len(self.warnings) == 1
+        assert decoding.mode == settings["mode"] and again.stats["acceptance_rate"] > 0.3
+        return took
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    monkeypatch.setattr(ssd, "PATIENCE_S", 60.0)
+    return Bench(monkeypatch)
+
+
+def fail(value):
+    raise RuntimeError("the device is lost")
+
+
+@pytest.mark.parametrize(("place", "settings"), PLACES, ids=IDS)
+@pytest.mark.parametrize("after", [0, 4])
+def test_an_exception(bench, place, settings, after):
+    if place == "prefill" and after:
+        pytest.skip("a prompt is read once")
+    calls = bench.break_(place, fail, after)
+    bench.survives(**settings)
+    assert len(calls) == after + 1 and "the device is lost" in bench.warnings[0]
+
+
+@pytest.mark.parametrize(("place", "settings"), PLACES, ids=IDS)
+def test_a_draft_that_hangs(bench, monkeypatch, place, settings):
+    woken = threading.Event()
+
+    def hang(value):
+        assert woken.wait(30), "nobody went on without the draft"
+        return value
+
+    monkeypatch.setattr(ssd, "PATIENCE_S", 0.4)
+    monkeypatch.setattr(ssd, "PATIENCE_TIMES", 0)
+    monkeypatch.setattr(ssd, "PREFILL_PATIENCE_S", 0.4)
+    bench.break_(place, hang, after=0 if place == "prefill" else 2)
+    try:
+        assert bench.survives(**settings) < 10
+        assert "within 0.4 s" in bench.warnings[0]
+    finally:
+        woken.set()
+
+
+@pytest.mark.parametrize("mode", ["sd", "ssd"])
+def test_a_draft_that_hangs_on_the_target_s_own_lane(bench, monkeypatch, mode):
+    """For SD on one device both share a lane: the target gets a new one instead of waiting behind the draft."""
+    woken = threading.Event()
+    bench.engine.devices = Devices(f"cpu:{available_cores()[0]}")
+    monkeypatch.setattr(ssd, "PATIENCE_S", 0.4)
+    monkeypatch.setattr(ssd, "PATIENCE_TIMES", 0)
+    bench.break_("decode" if mode == "sd" else "extend", lambda value: woken.wait(30) and value, after=2)
+    try:
+        assert bench.survives(mode=mode) < 10
+    finally:
+        woken.set()
+
+
+def test_a_draft_that_still_hangs_from_the_run_before(bench, monkeypatch):
+    """It began to hang in a round that no longer needed it, so nobody noticed: the next run takes a new lane."""
+    woken = threading.Event()
+    decoding = bench.engine.start(PROMPTS, mode="ssd", **SETTINGS)
+    for _ in decoding.rounds():
+        pass
+    settle(decoding)
+    decoding.draft_lane.start("hang", woken.wait, 30)
+    monkeypatch.setattr(runtime, "HANGS_S", 0.2)
+    try:
+        again, later = play(bench.engine, PROMPTS, mode="ssd", **SETTINGS)
+        assert again.token_ids == bench.truth and again.stats["hit_rate"] > 0.3 and not bench.warnings
+        assert later.draft_lane is not decoding.draft_lane and later.target_lane is decoding.target_lane
+    finally:
+        woken.set()
+
+
+def test_a_failure_after_the_look_up_is_noticed(bench):
+    """The second chain step fails, late and every time, when its first is long in use: the next round sees it."""
+    numbers = iter(range(1000))
+    bench.monkeypatch.setattr(ssd.Pending, "done", lambda work: False)
+
+    def second(value):
+        return fail(value) if next(numbers) % 3 == 1 else value
+
+    bench.break_("chain_step", second, after=6)
+    bench.survives(mode="ssd")
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), float("-inf")], ids=str)
+@pytest.mark.parametrize("settings", [
+    {"mode": "sd"}, {"mode": "ssd"}, {"mode": "ssd", "coupling": "maximal", "temperature": 0.0},
+    {"mode": "sd", "coupling": "independent", "temperature": 0.0},
+], ids=lambda settings: "-".join(map(str, settings.values())))  # fmt: skip
+def test_logits_that_are_no_numbers(bench, number, settings):
+    if "temperature" in settings:
+        bench.truth = bench.engine.generate(PROMPTS, **SETTINGS | {"mode": "ar", "temperature": 0.0}).token_ids
+    forward, calls = bench.model.forward, []
+
+    def broken(*args):
+        logits = forward(*args)
+        calls.append(1)
+        return logits if logits is None or len(calls) < 8 else torch.full_like(logits, number)
+
+    bench.monkeypatch.setattr(bench.model, "forward", broken)
+    bench.survives(**settings)
+    assert "not finite" in bench.warnings[0]
+
+
+def test_not_a_number_in_one_place_of_one_row(bench):
+    """One bad logit among good ones is enough to stop listening to the draft; under `maximal` as well."""
+    forward = bench.model.forward
+
+    def broken(*args):
+        logits = forward(*args)
+        if logits is not None:
+            logits[2, :, 7] = float("nan")
+        return logits
+
+    bench.monkeypatch.setattr(bench.model, "forward", broken)
+    bench.survives(mode="ssd")
+
+
+@pytest.mark.parametrize("token", [50, -1, 10**6])
+@pytest.mark.parametrize(("place", "settings"), PLACES[2:], ids=IDS[2:])
+@pytest.mark.parametrize("k", [1, 3])
+def test_tokens_that_do_not_exist(bench, place, settings, token, k):
+    if place == "extend":
+        pytest.skip("returns scores, no tokens")
+
+    def wrong(value):
+        tokens, other = value
+        return [[token] * len(row) if isinstance(row, list) else token for row in tokens], other
+
+    bench.break_(place, wrong, after=2)
+    bench.survives(**settings | {"k": k})
+
+
+def test_a_run_of_the_target_that_fails_is_the_users_to_see(bench):
+    """An error of the target is raised, and the engine is well afterwards."""
+    verify, calls = Runner.verify, []
+
+    def broken(runner, *args):
+        calls.append(1)
+        return verify(runner, *args) if len(calls) < 5 else fail(None)
+
+    bench.monkeypatch.setattr(Runner, "verify", broken)
+    with pytest.raises(RuntimeError, match="the device is lost"):
+        bench.engine.generate(PROMPTS, mode="ssd", **SETTINGS)
+    bench.monkeypatch.setattr(Runner, "verify", verify)
+    assert bench.engine.generate(PROMPTS, mode="ssd", **SETTINGS).token_ids == bench.truth and not bench.warnings
+
+
+# ---- pairs that do not fit
+
+
+class Words:
+    """As much of a tokenizer as a pair is checked by."""
+
+    eos_ids = ()
+
+    def __init__(self, *tokens):
+        self.tokens, self.vocab_size = tokens, len(tokens)
+
+    def token_bytes(self, id):
+        return self.tokens[id]
+
+    def stream(self):
+        return self
+
+    def push(self, token):
+        return ""
+
+    def flush(self):
+        return ""
+
+
+def test_vocabularies_that_differ_are_refused():
+    with pytest.raises(ValueError, match="target has 50 tokens and the draft draft 40: use a draft with the target's"):
+        engine(transformer(0), transformer(1, vocab=40))
+    a = Model.of(transformer(0, vocab=4), "big", Words(b"a", b"b", b"c", b"d"))
+    b = Model.of(transformer(0, vocab=4), "small", Words(b"a", b"b", b"x", b"y"))
+    with pytest.raises(ValueError, match="token 2 is b'c' in big and b'x' in small"):
+        check_pair(a, b)
+    check_pair(a, a)
+
+
+@pytest.mark.parametrize("sizes", [(50, 41), (41, 50)])
+@pytest.mark.parametrize("coupling", ["shared", "maximal", "independent"])
+def test_embeddings_padded_to_different_sizes(sizes, coupling):
+    """As Qwen2.5's are, for one and the same tokenizer. A draft's padding is never drafted, the target's never fed."""
+    words = Words(*(b"%d" % i for i in range(40)))
+    target, draft = transformer(0, vocab=sizes[0]), transformer(2, vocab=sizes[1])
+    if sizes[0] < sizes[1]:
+        draft.head.weight[41:] *= 3.0  # it would love to say what does not exist
+    pair = ssd.Engine(Model.of(target, "t", words), Model.of(draft, "d", words), engine(target).devices, pytest.fail)
+    expected = pair.generate(PROMPTS, mode="ar", **SETTINGS).token_ids
+    assert sizes[0] == 41 or max(map(max, expected)) > 41
+    for mode in ("sd", "ssd"):
+        result = pair.generate(PROMPTS, mode=mode, coupling=coupling, **SETTINGS)
+        assert result.token_ids[0] == expected[0]  # greedy
+        assert coupling != "shared" or result.token_ids == expected
+
+
+def test_a_budget_as_large_as_the_vocabulary_is_refused():
+    target = transformer(0, vocab=12)
+    with pytest.raises(ValueError, match="fan_out is 12, wanted less than the vocabulary"):
+        engine(target, transformer(base=target)).generate([[1]], mode="ssd", fan_out=12)
