@@ -369,18 +369,15 @@ class Engine:
         lane, draft_lane = decoding.target_lane, decoding.draft_lane
         stats = {name: getattr(settings, name) for name in SETTINGS_SHOWN} | dict.fromkeys(IDLE[settings.mode])
         stats |= {"target": self.target.name, "device": lane.spec, "dtype": str(self.target.dtype).split(".")[1]}
-        stats |= {"draft": None, "draft_device": None}
+        stats |= {"draft": NGRAM if settings.mode == "sd" else None, "draft_device": None}
         if decoding.draft:
             stats |= {"draft": self.draft.name, "draft_device": draft_lane.spec}
-        elif settings.mode == "sd":
-            stats["draft"] = NGRAM
         result = Result([row.new_ids for row in rows], [row.text for row in rows], [row.finish for row in rows], stats)
         stats |= {"prompts": len(rows), "token_ids": result.token_ids, "text": result.text}
         stats |= {"finish_reason": result.finish_reason}
         stats |= figures.report(draft_lane.spans if draft_lane and settings.mode != "ar" else [])
-        verify_ms = stats["verify_ms"]
-        floor_s = self.target.step_bytes / self.devices.bandwidth(lane)
-        stats["bandwidth_fraction"] = floor_s / (verify_ms / 1e3) if verify_ms else None
+        floor_ms = self.target.step_bytes / self.devices.bandwidth(lane) * 1e3
+        stats["bandwidth_fraction"] = floor_ms / stats["verify_ms"] if stats["verify_ms"] else None
         stats["peak_memory_gb"] = peak_memory_gb(lane.device)
         return result
 

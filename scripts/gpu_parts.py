@@ -30,7 +30,8 @@ from runtime import Lane, parse_device  # noqa: E402
 from sampling import TOKEN, Params, hash_words  # noqa: E402
 from steps import Feed, Runner  # noqa: E402
 
-ALLOWED = {torch.float32: 1e-5, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}  # of the largest output
+# Share of the largest output. 2 bytes: weights and outputs are each rounded by half a unit, and half as much to spare.
+ALLOWED = {torch.float32: 1e-5, torch.float16: 1.5 * 2.0**-10, torch.bfloat16: 1.5 * 2.0**-7}
 
 
 @dataclass
@@ -202,7 +203,7 @@ def correct(check: Check) -> None:
     """The kernel against float64, in every dtype; the noise against the CPU's."""
     if check.on_gpu:
         assert kernels.triton is not None, "there is a GPU but no Triton: nothing but the twin could be checked"
-    dtypes = (torch.float32, torch.float16, torch.bfloat16) if check.on_gpu else (torch.float32, torch.float16)
+    dtypes = (torch.bfloat16, torch.float32, torch.float16)[not check.on_gpu :]  # the interpreter is wrong in bfloat16
     for dtype in dtypes:
         worst, where = 0.0, None
         for number, case in enumerate(TINY_CASES if check.tiny else CASES):

@@ -6,11 +6,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 
 import pair
 import runtime
 import steps
+from pair import Model
+from ssd import Engine
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -132,3 +135,46 @@ def test_the_kernel_s_checks_run_in_the_interpreter(demo):
     if any("0-dimensional" in line for line in out.get("last_lines", ())):
         pytest.skip("this Triton's interpreter cannot loop with this numpy")
     assert out["end"] == "done" and [r["pass"] for r in out["records"]] == [True] * 3, out
+
+
+class FakeGraph:
+    """What a CUDA graph promises, on the CPU: fixed inputs, and outputs that die with the next replay in their pool."""
+
+    def __init__(self, work, device, pool):
+        self.work, self.pool, self.inputs = work, pool, None
+        self.pool.append(self)
+
+    def __call__(self, *args):
+        args = [arg.clone() for arg in args]  # they may be what another graph of the pool left
+        for graph in self.pool:
+            for out in getattr(graph, "outputs", ()):
+                out.fill_(float("nan") if out.is_floating_point() else -77)
+        self.inputs = self.inputs or args
+        for static, arg in zip(self.inputs, args, strict=True):
+            assert static.shape == arg.shape, "static shapes only"
+            static.copy_(arg)
+        outputs = self.work(*self.inputs)
+        self.outputs = [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
+        return outputs
+
+
+@pytest.mark.parametrize("coupling", ["shared", "maximal"])
+def test_nothing_is_read_from_a_graph_after_its_pool_replays(coupling, monkeypatch):
+    monkeypatch.setattr(runtime, "Graph", FakeGraph)
+    monkeypatch.setattr(runtime.Policy, "compile", lambda self, model: None)
+    monkeypatch.setattr(runtime.Policy, "fuse", lambda self, work: work)
+    monkeypatch.setattr(runtime.Policy, "new_pool", lambda self: [])
+    monkeypatch.setattr(runtime.Policy, "send", lambda self, numbers: torch.tensor(numbers))
+    target = tiny.transformer()
+    draft = tiny.transformer(1, base=target, noise=0.02)
+    eager, models = tiny.engine(target, draft), [Model.of(x, compile=True) for x in (target, draft)]
+    for model in models:
+        model.policy.graphs = True
+    captured = Engine(*models, tiny.DEVICES, lambda text: None)
+    prompts, options = [[1, 2, 3], [4, 5, 6, 7, 8]], {"temperature": 1.0, "seed": 3, "k": 3, "fan_out": 6, "cut": False}
+    options |= {"fallback": "jit", "coupling": coupling, "max_new_tokens": 16}
+    for mode in ("ar", "sd", "ssd"):
+        want, got = (e.generate(prompts, mode=mode, **options).stats for e in (eager, captured))
+        assert got["token_ids"] == want["token_ids"] and got["hit_rate"] == want["hit_rate"]
+    for part in (models[0].runners, models[1].runners):
+        assert all(isinstance(graph, FakeGraph) for runner in part.values() for graph in runner.steps.values())
