@@ -12,7 +12,7 @@ def row(ids):
 
 
 def naive_guess(ids: list[int], k: int) -> list[int]:
-    """Behind the last earlier occurrence of the longest suffix (2 to NGRAM tokens), repeating at the end of the text."""
+    """What stood behind the last earlier occurrence of the longest suffix, repeating at the end of the text."""
     for n in range(min(NGRAM, len(ids)), 1, -1):
         places = [end for end in range(n, len(ids)) if ids[end - n : end] == ids[-n:]]
         if places:
