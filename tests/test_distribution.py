@@ -13,7 +13,7 @@ import itertools
 import numpy as np
 import pytest
 from scipy.stats import chi2
-from tiny import engine, log_probs, play, transformer
+from tiny import engine, log_probs, play, settle, transformer
 
 import ssd
 from rows import Row
@@ -133,7 +133,9 @@ def fall_back_in_turns(monkeypatch):
 def cut_at(monkeypatch, *lengths):
     """Chains of these lengths, one after the other, whatever the clock says."""
     turns = itertools.cycle(length == 1 for length in lengths)  # asked once a round, before the second of two steps
+    take = Decoding.take
     monkeypatch.setattr(Pending, "done", lambda work: next(turns))
+    monkeypatch.setattr(Decoding, "take", lambda self, *args: (settle(self), take(self, *args))[1])
 
 
 def check(pair, decoding):
