@@ -10,7 +10,7 @@ import ssd
 from cache import SpeculationCache
 from fanout import FanOut
 from pair import Model
-from runtime import Devices, Pending
+from runtime import Devices, Pending, one_thread
 from sampling import CHAIN, FIXED, TOKEN, Params, gumbel
 from settings import FALLBACKS
 from ssd import Decoding
@@ -142,6 +142,20 @@ def test_both_models_on_one_core(models, truth):
         check(both, truth, part(2), mode=mode, fan_out=4)
 
 
+def test_guesses_from_the_text_alone(models, truth):
+    check(engine(models[0], ssd.NGRAM, eos={33}, warn=pytest.fail), truth, part(3), mode="sd", k=6)
+
+
+def test_float32_with_packed_weights():
+    """As a user runs it on a CPU: linear layers in oneDNN's layout, and noise in float32."""
+    target = transformer(0, dtype=torch.float32)
+    draft = transformer(1, base=target, noise=0.03, dtype=torch.float32)
+    pair = engine(target, draft, warn=pytest.fail)
+    prompts, settings = some(range(24))
+    texts = [pair.generate(prompts, mode=mode, fan_out=6, **settings).token_ids for mode in ("ar", "sd", "ssd")]
+    assert texts[0] == texts[1] == texts[2]
+
+
 def test_end_of_text_inside_an_accepted_proposal(models, monkeypatch):
     """With a draft that is always right: tokens behind the end are dropped, in every place of the proposal."""
     target = models[0]
@@ -205,7 +219,7 @@ def branch_chains(draft, prompts, proposals, settings, M, k):
     runner.set_rows(params, settings["coupling"], 1.0)
     depths = [sorted(m % (len(proposal) + 1) for m in range(M)) for proposal in proposals]
     ranks = [[row[:m].count(depth) for m, depth in enumerate(row)] for row in depths]
-    with torch.inference_mode():
+    with torch.inference_mode(), one_thread():
         runner.prefill([prompt[:-1] for prompt in prompts], [0] * n)
         forked, top = runner.fork(runner.extend(feed), depths, ranks)
         steps, branches = [], forked
@@ -232,21 +246,20 @@ def test_a_chain_is_ordinary_decoding_from_its_prefix(models, coupling, temperat
             assert of_depth == top[b][j][: len(of_depth)] and len(set(top[b][j])) == M
             assert j == len(proposal) or proposal[j] not in top[b][j]
         for m in range(M):
-            ids = prompt + proposal[: depths[b][m]] + [forked[b][m]]
-            for branches, logq in steps:
-                truth = log_probs(draft, ids)[-1]
-                if temperature > 0:
-                    truth = truth / temperature
-                    if top_k:
-                        truth = truth.masked_fill(truth < truth.topk(top_k).values[-1], float("-inf"))
-                    truth = truth.log_softmax(-1)
-                token = (truth + noise[len(ids)]).argmax().item()
-                assert branches[b][m] == token
-                if coupling == "shared":
-                    assert logq is None
-                elif temperature > 0:
-                    torch.testing.assert_close(logq[b, m], truth, rtol=0, atol=1e-9)
-                ids.append(token)
+            prefix = prompt + proposal[: depths[b][m]] + [forked[b][m]]
+            chain = [branches[b][m] for branches, _ in steps]
+            truth = log_probs(draft, prefix + chain)[len(prefix) - 1 : -1]
+            if temperature > 0:
+                truth = truth / temperature
+                if top_k:
+                    truth = truth.masked_fill(truth < truth.topk(top_k).values[:, -1:], float("-inf"))
+                truth = truth.log_softmax(-1)
+            assert chain == (truth + noise[len(prefix) : len(prefix) + k]).argmax(-1).tolist()
+            if coupling == "shared":
+                assert all(logq is None for _, logq in steps)
+            elif temperature > 0:
+                ours = torch.stack([logq[b, m] for _, logq in steps])
+                torch.testing.assert_close(ours, truth, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize(("mode", "fallback"), [("sd", "auto"), ("ssd", "jit"), ("ssd", "fast")])
@@ -262,7 +275,7 @@ def test_the_trunk_of_the_draft_is_repaired_every_round(pair, models, mode, fall
             ids = [row.ids for row in decoding.rows]
             fresh = Model.of(models[1]).runner(len(ids), max(map(len, ids)), 1, 0)
             fresh.set_rows(decoding.draft.params, "shared", 1.0)
-            with torch.inference_mode():
+            with torch.inference_mode(), one_thread():
                 fresh.prefill(ids, [0] * len(ids))
             for b in (b for b in live if decoding.rows[b].room(1)):  # a row's last round needs no draft
                 for ours, theirs in zip(decoding.draft.cache[slice(None)], fresh.cache[slice(None)]):

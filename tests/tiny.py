@@ -4,7 +4,7 @@ import torch
 
 from model import Config, Transformer
 from pair import Model
-from runtime import Devices, available_cores
+from runtime import Devices, available_cores, one_thread
 from ssd import Decoding, Engine, Result
 
 SHAPE = {
@@ -34,8 +34,9 @@ def transformer(seed=0, vocab=50, positions=256, sharpness=6.0, dtype=torch.floa
 
 
 def engine(target, draft=None, eos=(), warn=None, devices=DEVICES) -> Engine:
-    models = [Model.of(target, "target", eos=frozenset(eos)), draft and Model.of(draft, "draft")]
-    return Engine(*models, devices, warn)
+    """draft: a model, None, or "ngram"."""
+    draft = Model.of(draft, "draft") if isinstance(draft, Transformer) else draft
+    return Engine(Model.of(target, "target", eos=frozenset(eos)), draft, devices, warn)
 
 
 def play(engine: Engine, prompts, **settings) -> tuple[Result, Decoding]:
@@ -54,5 +55,5 @@ def settle(decoding: Decoding) -> None:
 def log_probs(model, ids: list[int]) -> torch.Tensor:
     """(T, V): the model's own log probabilities behind every token, by one pass without any cache: the slow truth."""
     model.set_positions(len(ids))
-    with torch.inference_mode():
+    with torch.inference_mode(), one_thread():
         return model(torch.tensor([ids]))[0].log_softmax(-1)
