@@ -203,8 +203,8 @@ class Devices:
     def _lane(self, spec: str, role: str) -> Lane:
         lane = self._lanes.get((spec, role))
         # A draft may hang in a round that no longer needed it. The target's lane is waited for by its queue, always.
-        if lane is not None and role == "draft" and lane.last is not None:
-            lane.broken |= not lane.last.wait(HANGS_S)
+        if lane is not None and role == "draft" and lane.last is not None and not lane.broken:
+            lane.broken = not lane.last.wait(HANGS_S)
         if lane is None or lane.broken or lane.error:
             lane = self._lanes[spec, role] = Lane(spec, role, high_priority=role == "target")
         lane.spans.clear()
