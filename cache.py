@@ -83,7 +83,7 @@ class KVCache:
         """
         limit_BM = start_B[:, None] + depth_BM
         branch_M = torch.arange(depth_BM.shape[1], device=depth_BM.device)
-        slots_BM = torch.where(live_B[:, None], self.trunk + branch_M + step_B[:, None] * self.branches, self.dead)
+        slots_BM = torch.where(live_B[:, None], self.trunk + branch_M + step_B[:, None] * len(branch_M), self.dead)
         chain = (self.trunk, self.steps if steps is None else steps, step_B)
         return Placement(limit_BM + step_B[:, None], slots_BM, limit_BM, extent, tight, chain)
 

@@ -9,6 +9,8 @@ that is largest, which is optimal as long as m is convex. Only past outcomes are
 """
 
 import heapq
+from collections.abc import Iterator
+from itertools import accumulate
 
 from sampling import CHAIN, FIXED, NONE
 
@@ -18,8 +20,8 @@ PRIOR_MISS = {"rejected": (0.45, 1.0), "bonus": (0.25, 1.2)}
 REVISE_EVERY = 16
 
 
-def allocate(probability: list[float], miss: list[list[float]], budget: int) -> list[int]:
-    """F_j for every outcome j, summing to exactly `budget`, that maximises sum_j P_j * (1 - miss[j][F_j]).
+def slots(probability: list[float], miss: list[list[float]], budget: int) -> Iterator[tuple[int, float]]:
+    """Where each next branch is worth most: (outcome j, probability gained), `budget` times.
 
     probability  P_j for j = 0..L
     miss         for each j the curve m_j(0) = 1, m_j(1), ..., at least budget + 1 long, decreasing and convex
@@ -29,10 +31,18 @@ def allocate(probability: list[float], miss: list[list[float]], budget: int) -> 
     heap = [(-gain(j), j) for j in range(len(probability))]
     heapq.heapify(heap)
     for _ in range(budget):
-        _, j = heapq.heappop(heap)
+        less, j = heapq.heappop(heap)
+        yield j, -less
         fan_out[j] += 1
         if fan_out[j] < budget:
             heapq.heappush(heap, (-gain(j), j))
+
+
+def allocate(probability: list[float], miss: list[list[float]], budget: int) -> list[int]:
+    """F_j for every outcome j, summing to exactly `budget`, that maximises sum_j P_j * (1 - miss[j][F_j])."""
+    fan_out = [0] * len(probability)
+    for j, _ in slots(probability, miss, budget):
+        fan_out[j] += 1
     return fan_out
 
 
@@ -53,52 +63,72 @@ def convex(curve: list[float]) -> list[float]:
 
 
 class FanOut:
-    """The fan-out lists of one run. observe() after every row's round, lists() before every fork."""
+    """The fan-out lists of one run. observe() after every row's round, lists() before every fork.
+
+    k and budget are the most there will be; `budget` may be set lower at any time.
+    """
 
     def __init__(self, k: int, budget: int, adaptive: bool = True):
-        self.k, self.budget, self.adaptive = k, budget, adaptive
+        self.k, self.budget, self.most, self.adaptive = k, budget, budget, adaptive
         kinds = (NONE, CHAIN, FIXED)  # each has its own profile: a guess from the text holds up unlike a drafted chain
         self.tested, self.accepted = ({kind: [0] * k for kind in kinds} for _ in range(2))
         self.seen = {"rejected": 0, "bonus": 0}
-        self.ranks = {use: [0] * (budget + 1) for use in self.seen}  # the last bin: not among the `budget` best
+        self.ranks = {use: [0] * budget for use in self.seen}
+        self.beyond = {use: [0] * (budget + 1) for use in self.seen}  # not among the best M: by that M
         self._lists, self._age = {}, 0
 
-    def observe(self, kind: int, length: int, accepted: int, rank: int | None) -> None:
-        """One row's outcome. rank: the place of the next token among the draft's scores for it, None if beyond M."""
+    def observe(self, kind: int, length: int, accepted: int, rank: int | None, among: int | None = None) -> None:
+        """One row's outcome. rank: the place of the next token among the draft's `among` best scores for it, None if
+        it is not there. among: by default the budget; 0 where the draft ranked nothing."""
         for place in range(min(accepted + 1, length)):  # what lies behind a rejection was not tested
             self.tested[kind][place] += 1
             self.accepted[kind][place] += place < accepted
-        use = "rejected" if accepted < length else "bonus"
-        self.seen[use] += 1
-        self.ranks[use][self.budget if rank is None else rank] += 1
+        among = self.budget if among is None else among
+        if among:
+            use = "rejected" if accepted < length else "bonus"
+            self.seen[use] += 1
+            if rank is None:
+                self.beyond[use][among] += 1
+            else:
+                self.ranks[use][rank] += 1
         self._age += 1
         if self._age >= REVISE_EVERY and self.adaptive:
             self._lists, self._age = {}, 0
 
-    def outcome_probabilities(self, kind: int, length: int) -> list[float]:
-        """P_0..P_L: each place's measured acceptance, drawn towards the kind's rate while it has few tests."""
+    def outcome_probabilities(self, kind: int, length: int, weight: float = PRIOR_WEIGHT) -> list[float]:
+        """P_0..P_L: each place's measured acceptance, drawn towards the kind's rate as if by `weight` tests."""
         tested, accepted = self.tested[kind], self.accepted[kind]
         overall = (sum(accepted) + PRIOR_WEIGHT * PRIOR_ACCEPTANCE) / (sum(tested) + PRIOR_WEIGHT)
         still, out = 1.0, []
         for place in range(length):
-            a = (accepted[place] + PRIOR_WEIGHT * overall) / (tested[place] + PRIOR_WEIGHT)
+            a = (accepted[place] + weight * overall) / (tested[place] + weight)
             out.append(still * (1 - a))
             still *= a
         return out + [still]
 
     def miss_curve(self, use: str) -> list[float]:
+        """m(0)..m(most). Of a token that was not among the best M only so much is known (Kaplan and Meier, 1958)."""
         c, b = PRIOR_MISS[use]
-        beyond, curve = self.seen[use], [1.0]
-        for F in range(1, self.budget + 1):
-            beyond -= self.ranks[use][F - 1]
-            curve.append((beyond + PRIOR_WEIGHT * c * F**-b) / (self.seen[use] + PRIOR_WEIGHT))
+        prior = [PRIOR_WEIGHT * (c * F**-b if F else 1.0) for F in range(self.most + 1)]
+        known, curve = self.seen[use], [1.0]
+        for F in range(self.most):
+            still = known - self.ranks[use][F]
+            curve.append(curve[F] * (still + prior[F + 1]) / (known + prior[F]))
+            known = still - self.beyond[use][F + 1]
         return convex(curve)
+
+    def curves(self, kind: int, length: int) -> tuple[list[float], list[list[float]]]:
+        rejected, bonus = self.miss_curve("rejected"), self.miss_curve("bonus")
+        return self.outcome_probabilities(kind, length), [rejected] * length + [bonus]
 
     def lists(self, kind: int, length: int) -> list[int]:
         """F_0..F_L for a round whose proposal has this kind and length."""
-        key = (kind, length)
+        key = (kind, length, self.budget)
         if key not in self._lists:
-            rejected, bonus = self.miss_curve("rejected"), self.miss_curve("bonus")
-            P = self.outcome_probabilities(kind, length)
-            self._lists[key] = allocate(P, [rejected] * length + [bonus], self.budget)
+            self._lists[key] = allocate(*self.curves(kind, length), self.budget)
         return self._lists[key]
+
+    def hits(self, kind: int, length: int) -> list[float]:
+        """The probability of a hit with the best lists of every budget from 0 to the most."""
+        gains = [0.0, *(gain for _, gain in slots(*self.curves(kind, length), self.most))]
+        return list(accumulate(gains))

@@ -15,7 +15,7 @@ import time
 import warnings
 from pathlib import Path
 
-from report import MODES, compare, explain, figures_line, table, write_trace
+from report import AUTO, MODES, compare, explain, figures_line, table, write_trace
 
 DEMO = Path(__file__).resolve().parent / "assets" / "demo"
 PROMPT = "def fibonacci(n):\n"
@@ -35,6 +35,13 @@ def whole(text: str) -> int:
         return int(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"got {text[:40]!r}, wanted a whole number") from None
+
+
+def whole_or_auto(text: str) -> int | str:
+    try:
+        return AUTO if text == AUTO else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"got {text[:40]!r}, wanted a whole number or {AUTO}") from None
 
 
 def number(text: str) -> float:
@@ -71,8 +78,8 @@ def parser() -> argparse.ArgumentParser:
     add("--seed", type=whole, default=0, metavar="S", help="same seed, same text, in every mode (0)")
     add("--stop", nargs="+", action="extend", default=[], metavar="TEXT", help="texts that end the output")
     add("--ignore-eos", action="store_true", help="go on behind the end of the text")
-    add("--k", type=whole, default=argparse.SUPPRESS, metavar="K", help="SD, SSD: most draft tokens a round (4)")
-    add("--fan-out", type=whole, default=argparse.SUPPRESS, metavar="M", help="SSD: outcomes prepared a round (16)")
+    add("--k", type=whole_or_auto, default=AUTO, metavar="K|auto", help="SD, SSD: most draft tokens a round (auto)")
+    add("--fan-out", type=whole_or_auto, default=AUTO, metavar="M|auto", help="SSD: outcomes prepared a round (auto)")
     add("--cut", action=switch, default=True, help="SSD: use what is ready when the verdict is in, or wait for all")
     add("--fallback", default="auto", metavar="auto|jit|fast", help="SSD, on a miss: draft now, guess, or the faster")
     add("--coupling", default="shared", metavar="shared|maximal|independent", help="how the models share randomness")
@@ -134,9 +141,8 @@ def note_idle_flags(args, mode: str) -> None:
 
 
 def settings_of(args, mode: str) -> dict:
-    names = "max_new_tokens temperature top_k top_p seed ignore_eos cut fallback coupling saguaro_c".split()
-    chosen = {name: getattr(args, name) for name in names} | {"mode": mode, "stop": tuple(args.stop)}
-    return chosen | {name: getattr(args, name) for name in ("k", "fan_out") if hasattr(args, name)}
+    names = "max_new_tokens temperature top_k top_p seed ignore_eos k fan_out cut fallback coupling saguaro_c".split()
+    return {name: getattr(args, name) for name in names} | {"mode": mode, "stop": tuple(args.stop)}
 
 
 def complete(engine, prompts: list[str], settings: dict, quiet: bool, keep: bool = False):

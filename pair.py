@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from model import Config, Transformer
+from rows import sampling_params
 from runtime import Policy, one_thread, pack
 from steps import Runner
 from tokenizer import Tokenizer, load_tokenizer, read_eos_ids, vocabulary_difference
@@ -79,6 +80,14 @@ class Model:
             self.runners.clear()  # one set of buffers at a time
             self.runners[key] = Runner(self.transformer, batch, trunk, k, branches, self.policy, vocab)
         return self.runners[key]
+
+    def set_up(self, rows, settings, trunk: int, k: int, branches: int, vocab: int, before: Runner | None) -> Runner:
+        """A runner that knows how these rows sample, with the KV of the tokens that an earlier runner has read."""
+        runner = self.runner(len(rows), trunk, k, branches, vocab)
+        runner.set_rows(sampling_params(rows, settings, runner.device), settings.coupling, settings.saguaro_c)
+        if before is not None:
+            runner.cache.copy_trunk(before.cache, rows[0].kept)
+        return runner
 
 
 def check_pair(target: Model, draft: Model) -> None:

@@ -7,8 +7,12 @@ speed.py, where the figures come from.
 import json
 from pathlib import Path
 
+from settings import AUTO
+
 MODES = ("ar", "sd", "ssd")
 ROWS = (  # key, label, format, factor
+    ("k", "K", "{}", 1),
+    ("fan_out", "M", "{}", 1),
     ("tokens_per_s", "tokens/s", "{:.1f}", 1),
     ("over_ar", "x AR", "{:.2f}", 1),
     ("over_sd", "x SD", "{:.2f}", 1),
@@ -24,11 +28,34 @@ ROWS = (  # key, label, format, factor
     ("distinct_4grams", "distinct 4-grams %", "{:.1f}", 100),
 )
 
+SETTINGS_SHOWN = ("mode", "cut", "fallback", "coupling", "temperature", "seed")
+IDLE = {"ar": ("k", "fan_out", "cut", "fallback", "coupling"), "sd": ("fan_out", "cut", "fallback"), "ssd": ()}
+
+
+def run_stats(decoding, floor_s: float) -> dict:
+    """What is told of a run: its settings (None where its mode has no use for one), its texts, its figures.
+
+    floor_s: seconds that reading the target's weights once takes at the speed of a plain read.
+    """
+    settings, rows, figures, lane = decoding.settings, decoding.rows, decoding.figures, decoding.draft_lane
+    k, fan_out = figures.usual_choice() or (decoding.k, decoding.fan_out.budget)
+    stats = {name: getattr(settings, name) for name in SETTINGS_SHOWN} | {"k": k, "fan_out": fan_out}
+    stats |= dict.fromkeys(IDLE[settings.mode])
+    stats["auto"] = [name for name in ("k", "fan_out") if getattr(settings, name) == AUTO and stats[name] is not None]
+    stats |= {"device": decoding.target_lane.spec, "draft_device": lane.spec if decoding.draft else None}
+    stats |= {"prompts": len(rows), "token_ids": [row.new_ids for row in rows], "text": [row.text for row in rows]}
+    stats |= {"finish_reason": [row.finish for row in rows]}
+    stats |= figures.report(lane.spans if lane and settings.mode != "ar" else [])
+    stats["bandwidth_fraction"] = floor_s * 1e3 / stats["verify_ms"] if stats["verify_ms"] else None
+    return stats
+
 
 def figures_line(stats: dict) -> str:
     """One line of figures: speed first, then what explains it."""
     show = [f"{stats['mode']}: {sum(stats['new_tokens'])} tokens, {stats['tokens_per_s']:.1f} tokens/s"]
     for key, text, factor in (
+        ("k", "K {}", 1),
+        ("fan_out", "M {}", 1),
         ("tokens_per_round", "{:.2f} tokens a round", 1),
         ("acceptance_rate", "acceptance {:.0f}%", 100),
         ("hit_rate", "hits {:.0f}%", 100),

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from sampling import COUPLINGS
 
 MODES = ("ar", "sd", "ssd")
-FALLBACKS = ("auto", "jit", "fast")
+AUTO = "auto"
+FALLBACKS = (AUTO, "jit", "fast")
 PER_ROW = ("temperature", "top_k", "top_p", "seed", "max_new_tokens")
 
 
@@ -22,7 +23,7 @@ class Settings:
     temperature     0 is greedy; top_k 0 and top_p 1 are off; order: temperature, top-k, top-p
     seed            one seed: rows draw independently; a list: each row draws as if it were alone with its seed
     stop            texts that end a row (not included in its text)
-    k, fan_out      most draft tokens a round (K); outcomes prepared a round (M)
+    k, fan_out      most draft tokens a round (K); outcomes prepared a round (M); "auto" lets the speed model choose
     cut             use the chains that are ready when the verdict is in, instead of waiting for all of them
     fallback        what follows a miss: "jit" drafts now, "fast" guesses from the text, "auto" whichever is faster
     coupling        how the two models' randomness is joined: "shared", "maximal", "independent"
@@ -37,8 +38,8 @@ class Settings:
     seed: int | list[int] = 0
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
-    k: int = 4
-    fan_out: int = 16
+    k: int | str = AUTO
+    fan_out: int | str = AUTO
     cut: bool = True
     fallback: str = "auto"
     coupling: str = "shared"
@@ -55,8 +56,9 @@ class Settings:
         _each(self.top_k, "top_k", int, 0, 1 << 24)
         _each(self.top_p, "top_p", float, 0, 1, above=True)
         _each(self.seed, "seed", int, 0, (1 << 64) - 1)
-        _each(self.k, "k", int, 1, 64, lists=False)
-        _each(self.fan_out, "fan_out", int, 1, 1024, lists=False)
+        for name, most in (("k", 64), ("fan_out", 1024)):
+            if getattr(self, name) != AUTO:
+                _each(getattr(self, name), name, int, 1, most, lists=False, otherwise=f", or {AUTO!r}")
         _each(self.saguaro_c, "saguaro_c", float, 0, 1, above=True, lists=False)
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
@@ -83,11 +85,11 @@ def _one_of(name: str, value, choices) -> None:
         raise ValueError(f"{name} is {value!r}, wanted one of {', '.join(choices)}")
 
 
-def _each(value, name: str, kind: type, low, high, above: bool = False, lists: bool = True) -> None:
+def _each(value, name: str, kind: type, low, high, above=False, lists=True, otherwise="") -> None:
     for x in value if lists and isinstance(value, (list, tuple)) else [value]:
         allowed = (int, float) if kind is float else int
         number = isinstance(x, allowed) and not isinstance(x, bool) and math.isfinite(x)
         if not number or not low <= x <= high or (above and x <= low):
             what = "a whole number" if kind is int else "a number"
             bounds = f"above {low} and at most {high}" if above else f"from {low} to {high}"
-            raise ValueError(f"{name} is {x!r:.60}, wanted {what} {bounds}")
+            raise ValueError(f"{name} is {x!r:.60}, wanted {what} {bounds}{otherwise}")

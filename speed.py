@@ -51,12 +51,14 @@ class Figures:
         self.kinds = {CHAIN: [0, 0, 0], FIXED: [0, 0, 0]}  # accepted, rejected, drafted
         self.lookups: list[tuple[float, float, int, list[int], int]] = []  # begin, end, rows, missed rows, steps
         self.jit_s: list[float] = []
+        self.choices: list[tuple[int, int]] = []  # each round's K and M
 
-    def verified(self, kinds, lengths, accepted, live, verdict) -> None:
+    def verified(self, kinds, lengths, accepted, live, verdict, choice) -> None:
         """One verification is in: what was tried and how much of it held, for the rows in `live`."""
         self.verifies.append((verdict.begin, verdict.end))
         self.emitted.append(sum(accepted[b] + 1 for b in live))
         self.live.append(len(live))
+        self.choices.append(choice)
         for b in live:
             if lengths[b]:
                 count = self.kinds[kinds[b]]
@@ -85,6 +87,16 @@ class Figures:
         since = self.verifies[-min(33, len(self.verifies))][0]
         recent = self.emitted[-32:]
         return gain / median(self.jit_s[-9:]) > sum(recent) / max(self.verifies[-1][1] - since, 1e-9)
+
+    def usual_exposed(self) -> float:
+        """Seconds between two verifications in SSD's recent rounds."""
+        recent = self.verifies[-24:]
+        gaps = [after[0] - before[1] for before, after in zip(recent, recent[1:])]
+        return median(gaps) if gaps and self.settings.mode == "ssd" else 0.0
+
+    def usual_choice(self) -> tuple[int, int] | None:
+        """The K and M of most rounds."""
+        return max(set(self.choices), key=self.choices.count) if self.choices else None
 
     # ---- the report
 
@@ -172,7 +184,7 @@ class Figures:
         )
         steps = [end - begin for name, begin, end in spans if name == "chain step"]
         if steps and self.lookups:  # none where the draft failed at once
-            k, a = self.settings.k, self.acceptance(CHAIN, 0.8)
+            k, a = self.usual_choice()[0], self.acceptance(CHAIN, 0.8)
             length = median(lookup[4] for lookup in self.lookups)
             gain = expected_tokens(a, length) / expected_tokens(a, k)
             out["speedup_ceiling"] = (1 + k * median(steps) / t_verify) * gain

@@ -21,16 +21,16 @@ import torch
 from cache import SpeculationCache
 from fanout import FanOut
 from pair import Model, check_memory, check_pair
-from rows import Row, make_rows, sampling_params
+from report import run_stats
+from rows import Row, make_rows
 from runtime import Devices, Lane, Pending, peak_memory_gb
 from sampling import CHAIN, FIXED, NONE
 from settings import Settings
 from speed import Figures
 from steps import Feed, Runner
+from tuner import Times, Tuner
 
 NGRAM = "ngram"  # a draft that is no model
-SETTINGS_SHOWN = ("mode", "k", "fan_out", "cut", "fallback", "coupling", "temperature", "seed")
-IDLE = {"ar": ("k", "fan_out", "cut", "fallback", "coupling"), "sd": ("fan_out", "cut", "fallback"), "ssd": ()}
 # How long the target waits for a draft that should have answered: this, or so many times the draft's slowest job yet.
 PATIENCE_S, PATIENCE_TIMES = 2.0, 20
 # The same for its first passes, which may still fetch weights from memory or disk, or compile.
@@ -58,11 +58,11 @@ class Decoding:
     """One generation: its rows, the target and the draft on their lanes, and the rounds that advance them."""
 
     def __init__(self, rows: list[Row], settings: Settings, target: Runner, target_lane: Lane,
-                 draft: Runner | None, draft_lane: Lane | None, warn):  # fmt: skip
+                 draft: Runner | None, draft_lane: Lane | None, tuner: Tuner, warn):  # fmt: skip
         self.rows, self.settings, self.mode, self.warn = rows, settings, settings.mode, warn
-        self.target, self.target_lane = target, target_lane
-        self.draft, self.draft_lane = draft, draft_lane
-        self.fan_out = FanOut(settings.k, settings.fan_out)
+        self.target, self.draft, self.target_lane, self.draft_lane = target, draft, target_lane, draft_lane
+        self.tuner, self.fan_out = tuner, FanOut(max(tuner.ks), max(tuner.budgets))
+        self.k, self.fan_out.budget = tuner.k, tuner.budget
         self.figures = Figures(rows, settings)
         self.slowest_draft_s = 0.0
 
@@ -77,6 +77,7 @@ class Decoding:
             verdict = self.target_lane.start("verify", self.target.verify, feed, proposal.kind, proposal.logq)
             chains = self.start_preparing(feed, proposal, verdict) if self.mode == "ssd" else None
             yield  # the caller prints the last round's text while this one runs
+            self.tune()  # --k auto
             accepted, following = verdict.result()
             self.emit(proposal, accepted, following, verdict)
             if self.mode == "ssd":
@@ -98,11 +99,11 @@ class Decoding:
                 ranks = [[rank for F in row for rank in range(F)] for row in fan_out]
                 branches, best = self.draft.fork(scores, depths, ranks)
                 chains.fork(branches, depths, best)
-            for step in range(self.settings.k):
+            for step, top in enumerate(weigh):
                 if step > 0 and self.settings.cut and verdict.done():
                     break  # cut by the clock alone: no token's value decides whether it is drawn
                 with self.draft_lane.span("chain step"):
-                    branches, logq = self.draft.chain_step(feed, branches, depths, step, weigh[step])
+                    branches, logq = self.draft.chain_step(feed, branches, depths, step, top)
                     chains.append(branches, logq)
 
     def take(self, chains: SpeculationCache, tried: Proposal, accepted, following) -> Proposal:
@@ -122,26 +123,27 @@ class Decoding:
             if branch[b] is None:
                 missed.append(b)
             else:
-                proposal.put(b, CHAIN, *chains.chain(b, branch[b], self.rows[b].room(self.settings.k)))
+                proposal.put(b, CHAIN, *chains.chain(b, branch[b], self.rows[b].room(self.k)))
         self.figures.looked_up(begin, len(live), missed, len(chains.steps))
         for b in live:
             rank = chains.rank(b, accepted[b], following[b])
-            self.fan_out.observe(tried.kind[b], len(tried.tokens[b]), accepted[b], rank)
+            among = len(chains.top[b][accepted[b]])
+            self.fan_out.observe(tried.kind[b], len(tried.tokens[b]), accepted[b], rank, among)
         return self.fall_back(proposal, missed) if missed else proposal
 
     def fall_back(self, proposal: Proposal, missed: list[int]) -> Proposal:
         """Rows that missed: draft now and wait (jit), or guess from their own text (fast)."""
-        k, how = self.settings.k, self.settings.fallback
+        how = self.settings.fallback
         guess = self.guess(missed, proposal) if how != "jit" else proposal
         if how == "auto":
-            how = "jit" if self.figures.prefers_jit([len(guess.tokens[b]) for b in missed], k) else "fast"
+            how = "jit" if self.figures.prefers_jit([len(guess.tokens[b]) for b in missed], self.k) else "fast"
         return self.draft_now(missed, proposal) if how == "jit" else guess
 
     def guess(self, wanted: list[int], proposal: Proposal | None = None) -> Proposal:
         """A fixed proposal for the wanted rows from their own text: what followed the same n-gram before, or none."""
         proposal = self.nothing() if proposal is None else proposal
         for b in wanted:
-            proposal.put(b, FIXED, self.rows[b].guess(self.rows[b].room(self.settings.k)))
+            proposal.put(b, FIXED, self.rows[b].guess(self.rows[b].room(self.k)))
         return proposal
 
     # ---- the steps of a round
@@ -158,22 +160,30 @@ class Decoding:
         self.figures.begin = time.perf_counter()
         ids, kept = [row.ids[row.kept : -1] for row in self.rows], [row.kept for row in self.rows]
         reading = self.target_lane.start("prefill", self.target.prefill, ids, kept)
-        if self.draft:
+        if self.draft and self.mode != "ar":
             drafting = self.draft_lane.start("prefill", self.draft.prefill, ids, kept)
         reading.result()
-        if self.draft:
+        if self.draft and self.mode != "ar":
             self.await_draft(drafting, PREFILL_PATIENCE_S + PATIENCE_TIMES * (reading.end - reading.begin))
 
     def warm_up(self) -> None:
         """Compile and capture what is not yet, one lane after the other, and tell how long it took."""
-        began, T = time.perf_counter(), 1 + (self.settings.k if self.mode != "ar" else 0)
-        fresh = self.target_lane.start("warm-up", self.target.warm_up, "target", T).result()
+        began, lengths = time.perf_counter(), [1 + k for k in self.tuner.ks] if self.mode != "ar" else [1]
+        fresh = self.target_lane.start("warm-up", self.target.warm_up, "target", lengths).result()
         if self.draft is not None:
-            work = self.draft_lane.start("warm-up", self.draft.warm_up, "draft", T)
+            work = self.draft_lane.start("warm-up", self.draft.warm_up, "draft", lengths, self.tuner.budgets)
             fresh |= bool(self.await_draft(work, WARM_UP_PATIENCE_S))
-            self.slowest_draft_s = 0.0  # compiling says nothing about later jobs
         if fresh:
             self.warn(f"compiled in {time.perf_counter() - began:.1f} s; the same shapes will not compile again")
+        if self.mode != "ar":
+            self.tuner.calibrate(self)
+        self.slowest_draft_s = 0.0  # compiling and calibrating say nothing about later jobs
+
+    def tune(self) -> None:
+        """K and M for the next round, chosen while the target verifies this one."""
+        if not self.tuner.idle:
+            self.tuner.revise(self.fan_out, self.figures.usual_exposed())
+            self.k, self.fan_out.budget = self.tuner.k, self.tuner.budget
 
     def feed(self, proposal: Proposal) -> Feed:
         live, V = set(self.live()), self.target.model.config.vocab_size
@@ -181,7 +191,9 @@ class Decoding:
             self.lose_draft(f"it proposed the token id {wrong[0]}")
             proposal = self.nothing()
         longest = max(len(tokens) for tokens in proposal.tokens)
-        T = 1 + (self.settings.k if self.target.policy.static and self.mode != "ar" else longest)
+        if self.target.policy.static and self.mode != "ar":
+            longest = min(k for k in self.tuner.ks if k >= max(longest, self.k))
+        T = 1 + longest
         feed = Feed([], [], [])
         for b, row in enumerate(self.rows):
             fed = [row.ids[-1], *proposal.tokens[b]] if b in live else []
@@ -198,17 +210,19 @@ class Decoding:
 
     def weigh(self) -> list[int | None]:
         """Saguaro: how many of the draft's top tokens to weigh down at each place of a chain (None: off)."""
-        k = self.settings.k
         if self.settings.saguaro_c == 1:
-            return [None] * k
-        return [F + 1 for F in self.fan_out.lists(CHAIN, k)[:k]]
+            return [None] * self.k
+        return [F + 1 for F in self.fan_out.lists(CHAIN, self.k)[: self.k]]
 
     def emit(self, proposal: Proposal, accepted: list[int], following: list[int], verdict: Pending) -> None:
         """Append d_1..d_j and r' to every live row, at once; what lies behind an end of text is dropped."""
         live = self.live()
         self.figures.prefilled = self.figures.prefilled or time.perf_counter()
-        self.figures.verified(proposal.kind, [len(d) for d in proposal.tokens], accepted, live, verdict)
+        lengths = [len(d) for d in proposal.tokens]
+        self.figures.verified(proposal.kind, lengths, accepted, live, verdict, (self.k, self.fan_out.budget))
         for b in live:
+            if self.mode == "sd":
+                self.fan_out.observe(proposal.kind[b], lengths[b], accepted[b], None, among=0)
             for token in (*proposal.tokens[b][: accepted[b]], following[b]):
                 if self.rows[b].finish is None:
                     self.rows[b].push(token)
@@ -226,7 +240,7 @@ class Decoding:
     def decode_now(self, wanted: list[int], weigh) -> dict[int, tuple[list[int], list | None]]:
         """On the draft's lane: ordinary decoding of up to K tokens. The last two tokens are fed first, because after a
         wholly accepted proposal the draft has not read its own last token yet."""
-        rows, k = self.rows, self.settings.k
+        rows, k = self.rows, len(weigh)
         out = {b: ([], None if self.settings.coupling == "shared" else []) for b in wanted}
         feed = Feed([r.ids[-2:] for r in rows], [len(r.ids) - 2 for r in rows], [2] * len(rows))
         for b in set(range(len(rows))) - set(wanted):
@@ -291,6 +305,7 @@ class Engine:
         self.draft = draft = None if self.ngram else draft
         self.tokenizer, self.eos = target.tokenizer, target.eos
         self.warn = warn or (lambda text: print(f"warning: {text}", file=sys.stderr))
+        self.times: dict[tuple, Times] = {}  # measured for --k auto, by kind of run
         self.kept: tuple | None = None  # (runners, ids) of the last generation, for the next turn of a chat
         if draft is not None:
             check_pair(target, draft)
@@ -320,31 +335,25 @@ class Engine:
         """Check everything a user can get wrong, allocate the KV caches, and set up one generation."""
         settings = Settings(**settings)
         rows = make_rows(prompts, settings, self.tokenizer, self.eos, self.target.config)
-        mode, M, V = settings.mode, settings.fan_out, self.target.config.vocab_size
+        mode, V = settings.mode, self.target.config.vocab_size
         drafts = [self.draft] if self.draft is not None and mode != "ar" else []
         if mode != "ar" and not drafts and (mode == "ssd" or not self.ngram):
             raise ValueError(f"mode {mode} needs a draft model: load one with draft=..., or use mode ar")
-        if mode == "ssd" and M >= (common := min(V, self.draft.config.vocab_size)):
-            raise ValueError(f"fan_out is {M}, wanted less than the vocabulary, {common} tokens")
+        tuner = Tuner(settings, len(rows), [self.target, *drafts], self.times)
         target_lane, draft_lane = self.devices.lanes(mode)
-        k = settings.k if mode != "ar" else 0
+        k, M = max(tuner.ks) if mode != "ar" else 0, max(tuner.budgets)
         longest = max(row.limit for row in rows) + k + 1
         models = [(self.target, 0)] + [(draft, M if mode == "ssd" else 0) for draft in drafts]
         check_memory(models, len(rows), longest, k)
         old = self.reuse(rows[0], len(models)) if keep and len(rows) == 1 else [None] * len(models)
-
-        def set_up(model: Model, branches: int, before: Runner | None) -> Runner:
-            runner = model.runner(len(rows), longest, k, branches, V)
-            runner.set_rows(sampling_params(rows, settings, runner.device), settings.coupling, settings.saguaro_c)
-            if before is not None:
-                runner.cache.copy_trunk(before.cache, rows[0].kept)
-            return runner
-
         # On the lanes themselves: a GPU's streams would not wait for what another stream allocates and zeroes.
         lanes = zip((target_lane, draft_lane), models, old)
-        runners = [lane.start("set up", set_up, *model, before).result() for lane, model, before in lanes]
-        draft = runners[1] if drafts else None
-        return Decoding(rows, settings, runners[0], target_lane, draft, draft_lane, self.warn)
+        runners = [
+            lane.start("set up", model.set_up, rows, settings, longest, k, branches, V, before).result()
+            for lane, (model, branches), before in lanes
+        ]
+        runners += [None]  # where there is no draft model
+        return Decoding(rows, settings, runners[0], target_lane, runners[1], draft_lane, tuner, self.warn)
 
     def reuse(self, row: Row, models: int) -> list[Runner | None]:
         """The runners of the previous call, if their KV holds a beginning of this prompt: row.kept tokens of it."""
@@ -366,20 +375,12 @@ class Engine:
         if len(rows) == 1 and decoding.mode == settings.mode and figures.prefilled:
             self.kept = ([decoding.target, *([decoding.draft] if decoding.draft else [])], rows[0].ids)
         figures.end = figures.end or time.perf_counter()
-        lane, draft_lane = decoding.target_lane, decoding.draft_lane
-        stats = {name: getattr(settings, name) for name in SETTINGS_SHOWN} | dict.fromkeys(IDLE[settings.mode])
-        stats |= {"target": self.target.name, "device": lane.spec, "dtype": str(self.target.dtype).split(".")[1]}
-        stats |= {"draft": NGRAM if settings.mode == "sd" else None, "draft_device": None}
-        if decoding.draft:
-            stats |= {"draft": self.draft.name, "draft_device": draft_lane.spec}
-        result = Result([row.new_ids for row in rows], [row.text for row in rows], [row.finish for row in rows], stats)
-        stats |= {"prompts": len(rows), "token_ids": result.token_ids, "text": result.text}
-        stats |= {"finish_reason": result.finish_reason}
-        stats |= figures.report(draft_lane.spans if draft_lane and settings.mode != "ar" else [])
-        floor_ms = self.target.step_bytes / self.devices.bandwidth(lane) * 1e3
-        stats["bandwidth_fraction"] = floor_ms / stats["verify_ms"] if stats["verify_ms"] else None
+        lane = decoding.target_lane
+        draft = self.draft.name if decoding.draft else NGRAM if settings.mode == "sd" else None
+        stats = {"target": self.target.name, "draft": draft, "dtype": str(self.target.dtype).split(".")[1]}
+        stats |= run_stats(decoding, self.target.step_bytes / self.devices.bandwidth(lane))
         stats["peak_memory_gb"] = peak_memory_gb(lane.device)
-        return result
+        return Result(stats["token_ids"], stats["text"], stats["finish_reason"], stats)
 
 
 def load(target: str, draft: str | None = None, device: str | None = None, draft_device: str | None = None,

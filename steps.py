@@ -78,25 +78,29 @@ class Runner:
         self.params, self.coupling, self.saguaro_c = params, coupling, saguaro_c
         self.steps, self.warm, self.pool = {}, None, self.policy.new_pool()
 
-    def warm_up(self, role: str, T: int) -> bool:
-        """Static policies: compile and capture every step of a role before it counts, on rows that leave no trace."""
-        if not self.policy.static or self.warm == (role, T):
+    def warm_up(self, role: str, lengths: list[int], budgets: tuple[int, ...] = ()) -> bool:
+        """Static policies: compile and capture every step of a role before it counts, on rows that leave no trace.
+
+        lengths: how many tokens a verification or extend may be fed; budgets: how many branches there may be.
+        """
+        shapes = (role, *lengths, *budgets)
+        if not self.policy.static or self.warm == shapes:
             return False
         self.policy.enter_thread()
-        B, M, feeds = self.batch, self.branches, {}
-        for t in (1, 2, T, *PREFILL_CHUNKS):
+        B, feeds = self.batch, {}
+        for t in (1, 2, *lengths, *PREFILL_CHUNKS):
             feeds[t] = Feed([[0] * t] * B, [0] * B, [0] * B)
         for t in PREFILL_CHUNKS:
             self._call("prefill", self._prefill, feeds[t])
-        if role == "target":
+        for T in lengths if role == "target" else ():
             self.verify(feeds[T], [0] * B, [None] * B)
-        else:
-            for t in (2, 1):
-                self.decode(feeds[t], None)
-        if role == "draft" and M:
-            branches, _ = self.fork(self.extend(feeds[T]), [[0] * M] * B, [list(range(M))] * B)
-            self.chain_step(feeds[T], branches, [[0] * M] * B, 0, None)
-        self.warm = (role, T)
+        for T in (2, 1) if role == "draft" else ():
+            self.decode(feeds[T], None)
+        for T in lengths if role == "draft" and self.branches else ():
+            for M in budgets:
+                branches, _ = self.fork(self.extend(feeds[T]), [[0] * M] * B, [list(range(M))] * B)
+                self.chain_step(feeds[T], branches, [[0] * M] * B, 0, None)
+        self.warm = shapes
         return True
 
     # ---- target

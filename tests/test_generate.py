@@ -27,7 +27,7 @@ PROGRAM = Path(generate.__file__)
 SPOKEN = 9  # tokens of SCRIPT, without the end-of-text token
 KEYS = (
     *("mode", "target", "draft", "device", "draft_device", "dtype", "k", "fan_out", "cut", "fallback", "coupling"),
-    *("temperature", "seed", "prompts", "prompt_tokens", "new_tokens", "token_ids", "text", "finish_reason"),
+    *("temperature", "seed", "auto", "prompts", "prompt_tokens", "new_tokens", "token_ids", "text", "finish_reason"),
     *("prefill_s", "decode_s", "tokens_per_s", "rounds", "tokens_per_round", "acceptance_rate", "accepted_fraction"),
     *("hit_rate", "distinct_4grams", "round_ms", "verify_ms", "draft_ms", "exposed_ms", "hidden"),
     *("predicted_tokens_per_s", "speedup_ceiling", "bandwidth_fraction", "peak_memory_gb"),

@@ -2,6 +2,7 @@
 
 import copy
 import os
+import random
 import threading
 import time
 
@@ -9,6 +10,7 @@ import pytest
 import tiny
 import torch
 
+import tuner
 from pair import Model
 from runtime import Devices, Lane, LaneFault, PackedLinear, available_cores, pack, parse_device, read_bandwidth
 from ssd import Engine
@@ -110,7 +112,12 @@ def test_read_bandwidth_is_plausible():
     assert 1e8 < read_bandwidth(Lane("cpu", "test")) < 1e13
 
 
-def test_compiled_steps_equal_eager_ones_and_never_recompile():
+def restless(self, *_):
+    """Another K and M in every round."""
+    self.k, self.budget = random.choice(self.ks), random.choice(self.budgets)
+
+
+def test_compiled_steps_equal_eager_ones_and_never_recompile(monkeypatch):
     """One compiled engine, every mode: the same text as eager, and no new graph after each mode's warm-up."""
     from torch._dynamo.utils import counters
 
@@ -119,14 +126,17 @@ def test_compiled_steps_equal_eager_ones_and_never_recompile():
     said, before, eager = [], 0, tiny.engine(copy.deepcopy(target), copy.deepcopy(draft))
     compiled = Engine(Model.of(target, compile=True), Model.of(draft, compile=True), tiny.DEVICES, said.append)
     prompts = [[1, 2, 3], [4, 5, 6, 7, 8, 9], [3]]
-    for mode in ("ar", "ssd"):
-        for temperature in (0.0, 1.0):
-            options = {"mode": mode, "temperature": temperature, "k": 2, "fan_out": 6, "seed": 3}
-            for number, rows in enumerate(([[9], [8], [7]], prompts, [p * 9 for p in prompts])):
-                got = compiled.generate(rows, max_new_tokens=20, **options)
-                graphs = counters["stats"]["unique_graphs"]
-                assert number == 0 or graphs == before, f"{mode} at {temperature}, run {number}: compiled again"
-                before = graphs
-                assert got.token_ids == eager.generate(rows, max_new_tokens=20, **options).token_ids
+    monkeypatch.setattr(tuner, "STATIC_KS", (1, 2))
+    monkeypatch.setattr(tuner, "STATIC_BUDGETS", (3, 6))
+    monkeypatch.setattr(tuner.Tuner, "revise", restless)
+    fixed = {"k": 2, "fan_out": 6}
+    for mode, temperature, choice in (("ar", 0.0, {}), ("ar", 1.0, {}), ("ssd", 0.0, fixed), ("ssd", 1.0, {})):
+        options = {"mode": mode, "temperature": temperature, "seed": 3, **choice}
+        for number, rows in enumerate(([[9], [8], [7]], prompts, [p * 9 for p in prompts])):
+            got = compiled.generate(rows, max_new_tokens=20, **options)
+            graphs = counters["stats"]["unique_graphs"]
+            assert number == 0 or graphs == before, f"{mode} at {temperature}, run {number}: compiled again"
+            before = graphs
+            assert got.token_ids == eager.generate(rows, max_new_tokens=20, **options).token_ids
     assert said and all("compiled in" in text for text in said)
 

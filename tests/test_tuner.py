@@ -1,0 +1,206 @@
+"""--k auto and --fan-out auto: the choice is the best of what the model says, and no choice changes the text."""
+
+import itertools
+import random
+
+import pytest
+from tiny import engine, play, transformer
+
+import ssd
+import tuner
+from fanout import FanOut
+from sampling import CHAIN, NONE
+from settings import Settings
+from speed import expected_tokens, sd_rate
+from tuner import BUDGETS, KS, Times, Tuner, between, choices
+
+PROMPTS = [[3, 1, 4, 1, 5], [9, 2], [6, 5, 3], [5], [8, 9, 7, 9, 3, 2, 3, 8], [46]]
+HEAT = [0.0, 1.0, 0.7, 1.3, 0.0, 1.0]
+ROWS = {"temperature": HEAT, "seed": list(range(6)), "max_new_tokens": [40, 33, 47, 25, 40, 9]}
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch):
+    monkeypatch.setattr(ssd, "PATIENCE_S", 60.0)
+
+
+@pytest.fixture(scope="module")
+def pair():
+    target = transformer(0)
+    return engine(target, transformer(1, base=target, noise=0.03), warn=pytest.fail)
+
+
+class Untold:
+    """Models as Tuner sees them."""
+
+    class policy:
+        static = False
+
+    class config:
+        vocab_size = 4096
+
+
+def tuned(acceptance: float, times: Times, rounds=400, best=0.6, seed=0, **settings) -> Tuner:
+    """A tuner after `rounds` rounds in which tokens hold with `acceptance` and the draft's best guess with `best`."""
+    one = Tuner(Settings(**settings), 1, [Untold, Untold], {})
+    one.times, fan_out, rng = times, FanOut(max(one.ks), max(one.budgets)), random.Random(seed)
+    for _ in range(rounds):
+        accepted = next((i for i in range(one.k) if rng.random() >= acceptance), one.k)
+        rank = next((i for i in range(one.budget) if rng.random() < best), None)
+        fan_out.observe(CHAIN, one.k, accepted, rank, one.budget if one.settings.mode == "ssd" else 0)
+        one.revise(fan_out, 0.0)
+    return one
+
+
+def test_between():
+    points = {2: 1.0, 5: 4.0, 9: 6.0}
+    assert [between(points, x) for x in (2, 3, 5, 7, 9)] == [1, 2, 4, 5, 6]
+    assert between(points, 1) == 1e-9 and between(points, 11) == 7 and between({4: 3.0}, 100) == 3
+
+
+def test_choices():
+    assert choices(3, KS) == (3,) and choices("auto", KS) == KS
+    assert choices("auto", BUDGETS, 20) == (4, 8, 16) and choices("auto", BUDGETS, 3) == (1,)
+    with pytest.raises(ValueError, match="fan_out is 20, wanted less than the vocabulary, 20 tokens"):
+        choices(20, BUDGETS, 20)
+
+
+@pytest.mark.parametrize("acceptance", [0.2, 0.5, 0.7, 0.9, 0.97])
+@pytest.mark.parametrize("step", [0.02, 0.1, 0.4])
+def test_sd_chooses_what_the_closed_form_says(acceptance, step):
+    times = Times({2: 1.0, 5: 1.15, 9: 1.4}, step)
+    rates = {k: sd_rate(expected_tokens(acceptance, k), k * step, between(times.verify, k + 1)) for k in KS}
+    chosen = tuned(acceptance, times, rounds=2000, mode="sd")
+    assert rates[chosen.k] > 0.98 * max(rates.values()), f"chose {chosen.k}: {rates}"
+
+
+def test_ssd_weighs_chains_against_budget():
+    free = Times({2: 1.0, 9: 1.1}, 0.01, {2: 0.05, 9: 0.05}, {4: 0.01, 32: 0.01})
+    assert tuned(0.95, free, mode="ssd").k == max(KS), "steps cost nothing: chains as long as they go"
+    assert tuned(0.95, free, mode="ssd").budget >= 16
+    assert tuned(0.02, Times({2: 1.0, 9: 4.0}, 0.1, {2: 0.1, 9: 0.1}, {4: 0.1, 32: 0.2}), mode="ssd").k == 1
+    slow = Times({2: 1.0, 9: 1.1}, 0.1, {2: 0.1, 9: 0.1}, {4: 0.12, 32: 2.0})
+    assert tuned(0.9, slow, best=0.95, mode="ssd").budget == min(BUDGETS), "many branches do not pay"
+    waited = [tuned(0.9, slow, mode="ssd", fan_out=16, cut=cut).k for cut in (True, False)]
+    assert waited[0] >= waited[1], "chains that are waited for should be shorter"
+
+
+def test_the_chosen_is_the_best_of_all_and_a_fixed_one_stays():
+    times = Times({2: 1.0, 9: 1.3}, 0.1, {2: 0.1, 9: 0.15}, {4: 0.15, 32: 0.3})
+    for settings in ({}, {"k": 3}, {"fan_out": 12}, {"fallback": "jit"}, {"fallback": "fast"}, {"cut": False}):
+        one = tuned(0.8, times, mode="ssd", **settings)
+        fan_out = FanOut(max(one.ks), max(one.budgets))
+        rates = one.ssd_rates(fan_out, 0.0)
+        assert set(rates) == set(itertools.product(one.ks, one.budgets)) and all(rate > 0 for rate in rates.values())
+        one.due = 0
+        one.revise(fan_out, 0.0)
+        assert rates[one.k, one.budget] == max(rates.values())
+        assert one.k == settings.get("k", one.k) and one.budget == settings.get("fan_out", one.budget)
+    assert Tuner(Settings(mode="ssd", k=3, fan_out=5), 1, [Untold], {}).idle
+
+
+def test_rates_follow_from_hits_and_times():
+    """With every outcome in the cache, a round lasts a verification and gives what its chain gives."""
+    one = Tuner(Settings(mode="ssd", k=4, fan_out=16), 1, [Untold], {})
+    one.times = Times({5: 2.0}, 0.1, {5: 0.2}, {16: 0.1})
+    hits, tokens = [[1.0] * 17] * 5, [1.0, 1.5, 2.0, 2.5, 3.0]
+    assert one.ssd_rate(4, 16, hits, tokens, exposed=0.5) == pytest.approx(3.0 / 2.5)
+    one.times = Times({5: 2.0}, 0.1, {5: 0.2}, {16: 0.9})  # two steps fit, half a step is lost
+    assert one.ssd_rate(4, 16, hits, tokens, exposed=0.0) == pytest.approx(1.75 / 2.0)
+    one.times = Times({5: 2.0}, 0.1, {5: 0.2}, {16: 3.0})  # not one step fits: it is waited for
+    assert one.ssd_rate(4, 16, hits, tokens, exposed=0.0) == pytest.approx(1.5 / 3.2)
+
+
+@pytest.mark.parametrize("mode", ["sd", "ssd"])
+@pytest.mark.parametrize("cut", [True, False])
+def test_no_choice_changes_the_text(pair, monkeypatch, mode, cut):
+    """Another K and M every round, up and down at random."""
+    truth = pair.generate(PROMPTS, mode="ar", **ROWS)
+    rng, chosen = random.Random(5), set()
+
+    def restless(self, fan_out, exposed):
+        self.k, self.budget = rng.choice(self.ks), rng.choice(self.budgets)
+        chosen.add((self.k, self.budget))
+
+    monkeypatch.setattr(Tuner, "revise", restless)
+    for _ in range(4):
+        result = pair.generate(PROMPTS, mode=mode, cut=cut, **ROWS)
+        assert result.token_ids == truth.token_ids and result.finish_reason == truth.finish_reason
+        assert result.stats["auto"] == ["k", "fan_out"][: 2 if mode == "ssd" else 1]
+    assert len(chosen) >= len(KS)
+
+
+def test_calibration_leaves_no_trace_and_is_done_once(pair, monkeypatch):
+    pair.times.clear()
+    calls, measure = [], tuner.measure
+    monkeypatch.setattr(tuner, "measure", lambda *args: (calls.append(1), measure(*args))[1])
+    truth = pair.generate(PROMPTS, mode="ar", **ROWS)
+    for _ in range(2):
+        for mode in ("sd", "ssd"):
+            result, decoding = play(pair, PROMPTS, mode=mode, **ROWS)
+            assert result.token_ids == truth.token_ids
+            times = decoding.tuner.times
+            assert set(times.verify) == {2, 5, 9} and min(times.verify.values()) > 0 and times.decode > 0
+            assert set(times.step) == ({4, 16, 32} if mode == "ssd" else set())
+    assert len(calls) == 2
+    play(pair, PROMPTS, mode="ssd", k=2, fan_out=6)
+    assert len(calls) == 2, "nothing to choose, nothing to measure"
+
+
+def test_a_chat_keeps_what_it_read_before_calibration(pair):
+    pair.times.clear()
+    settings = {"mode": "ssd", "max_new_tokens": 20}
+    first = pair.generate([PROMPTS[4]], keep=True, **settings)
+    longer = PROMPTS[4] + first.token_ids[0] + [7, 7, 7]
+    pair.times.clear()
+    again = pair.generate([longer], keep=True, **settings)
+    assert again.token_ids == pair.generate([longer], mode="ar", max_new_tokens=20).token_ids
+
+
+def test_n_grams_choose_k_too():
+    pair = engine(transformer(0), "ngram")
+    result, decoding = play(pair, [[5, 6, 7] * 8], mode="sd", max_new_tokens=60)
+    assert decoding.tuner.times.decode == 0 and result.stats["auto"] == ["k"]
+    assert result.token_ids == pair.generate([[5, 6, 7] * 8], max_new_tokens=60).token_ids
+
+
+@pytest.mark.parametrize("where", ["decode", "extend", "chain_step"])
+def test_a_draft_that_fails_while_it_is_measured(monkeypatch, where):
+    said, target = [], transformer(0)
+    pair = engine(target, transformer(2), warn=said.append)
+    truth = pair.generate(PROMPTS, mode="ar", **ROWS)
+
+    def fail(*_):
+        raise RuntimeError("the device is lost")
+
+    monkeypatch.setattr(ssd.Runner, where, fail)
+    result, decoding = play(pair, PROMPTS, mode="ssd", **ROWS)
+    assert result.token_ids == truth.token_ids and decoding.mode == "ar" and not pair.times
+    assert said == ["the draft failed (the device is lost): the target goes on alone, the text stays right"]
+
+
+def test_hits_of_every_budget_are_those_of_its_lists():
+    fan_out, rng = FanOut(5, 24), random.Random(1)
+    for _ in range(300):
+        fan_out.budget = rng.choice((4, 9, 24))
+        rank = min(int(rng.expovariate(0.3)), 30)
+        accepted = rng.randrange(6)
+        fan_out.observe(CHAIN, 5, accepted, rank if rank < fan_out.budget else None, fan_out.budget)
+    for kind, length in ((CHAIN, 5), (CHAIN, 2), (NONE, 0)):
+        hits, (P, miss) = fan_out.hits(kind, length), fan_out.curves(kind, length)
+        for M in (1, 4, 9, 24):
+            fan_out.budget = M
+            lists = fan_out.lists(kind, length)
+            assert sum(lists) == M
+            assert hits[M] == pytest.approx(sum(p * (1 - curve[F]) for p, curve, F in zip(P, miss, lists)))
+
+
+def test_ranks_beyond_a_small_budget_are_not_taken_for_misses_of_a_large_one():
+    """Ranks seen through a small window now and then: the curve is the one that the full view gives."""
+    rng, window = random.Random(2), FanOut(3, 32)
+    ranks = [min(int(rng.expovariate(0.2)), 40) for _ in range(20000)]
+    for rank in ranks:
+        among = rng.choice((4, 8, 32))
+        window.observe(CHAIN, 3, 1, rank if rank < among else None, among)
+    true = [sum(rank >= F for rank in ranks) / len(ranks) for F in range(33)]
+    assert max(abs(a - b) for a, b in zip(window.miss_curve("rejected"), true)) < 0.02

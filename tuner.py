@@ -1,0 +1,216 @@
+"""--k auto, --fan-out auto: the K and the budget M that the speed model expects to be fastest on this machine.
+
+Knows: how long the steps take at a few sizes, what was accepted and hit so far, the formulas of speed.py. Does not
+know: tensors, tokens, how the loop plays a round. Read next: speed.py, and fanout.py for the profiles.
+
+Times are measured once per engine and kind of run, on the run's own lanes and rows just before its prompts are read:
+for SSD with both lanes busy, as they will be. Acceptance and hits come from the run. Which K and M are chosen depends
+on the clock and on past outcomes only, never on a token still to be drawn, so every coupling stays exact.
+"""
+
+import threading
+import time
+from dataclasses import dataclass
+from statistics import median
+
+from fanout import FanOut
+from sampling import CHAIN, FIXED, NONE
+from settings import AUTO
+from speed import sd_rate, ssd_rate
+from steps import Feed
+
+KS, BUDGETS = (1, 2, 3, 4, 5, 6, 8), (4, 8, 16, 24, 32)
+STATIC_KS, STATIC_BUDGETS = (2, 4, 7), (8, 24)  # every one is compiled and captured
+FIRST_K, FIRST_BUDGET = 4, 16  # until something is known
+FIRST_REVISION, REVISE_EVERY = 6, 24  # rounds
+# Places behind the present K are not tested any more: a few bad draws there must not keep K small for ever.
+PLACE_WEIGHT = 32.0
+MEASURE_S, MEASURE_LEAST = 0.12, 4  # a point takes so long, and so many repeats at least; the first is not counted
+
+
+def choices(asked: int | str, auto: tuple[int, ...], common: int = 0) -> tuple[int, ...]:
+    """What may be chosen: the one number that was asked for, or the list, as far as the `common` vocabulary allows."""
+    if asked != AUTO and common and asked >= common:
+        raise ValueError(f"fan_out is {asked}, wanted less than the vocabulary, {common} tokens")
+    return (asked,) if asked != AUTO else tuple(x for x in auto if not common or x < common) or (1,)
+
+
+def between(points: dict[int, float], x: float) -> float:
+    """Linear between measured sizes; past the ends along the nearest two."""
+    sizes = sorted(points)
+    if len(sizes) == 1:
+        return points[sizes[0]]
+    above = next((i for i, size in enumerate(sizes) if size >= x), len(sizes) - 1)
+    low, high = sizes[max(above - 1, 0)], sizes[max(above, 1)]
+    return max(points[low] + (points[high] - points[low]) * (x - low) / (high - low), 1e-9)
+
+
+@dataclass
+class Times:
+    """Seconds. verify by tokens fed (K + 1), prepare (extend and fork) likewise, step (a chain step) by branches M."""
+
+    verify: dict[int, float]
+    decode: float = 0.0  # one ordinary step of the draft
+    prepare: dict[int, float] | None = None
+    step: dict[int, float] | None = None
+
+
+# ---- measuring
+
+
+def measure(decoding, ks: tuple[int, ...], budgets: tuple[int, ...]) -> Times | None:
+    """Time the steps of `decoding` at a few sizes; None if its draft failed. What they write lies behind every row's
+    last token, where the next round writes anyway."""
+    rows, target, draft = decoding.rows, decoding.target, decoding.draft
+    B, times = len(rows), Times({}, 0.0, {}, {})
+
+    def feed(T: int) -> Feed:
+        return Feed([[row.ids[-1]] + [0] * (T - 1) for row in rows], [len(row.ids) - 1 for row in rows], [T] * B)
+
+    def on_draft_lane(*work):
+        return decoding.draft_lane.start("calibrate", *work)
+
+    if draft is not None:
+        work = on_draft_lane(repeat, draft.decode, feed(1), None)
+        times.decode = decoding.await_draft(work, decoding.patience())
+    for k, M in _points(ks, budgets):
+        stop, work = threading.Event(), None
+        if decoding.mode == "ssd":
+            if decoding.draft_lane is decoding.target_lane:  # they take turns anyway
+                stop.set()
+            work = on_draft_lane(_prepare, draft, feed(k + 1), M, stop)
+        verify = (repeat, target.verify, feed(k + 1), [NONE] * B, [None] * B)
+        times.verify[k + 1] = decoding.target_lane.start("calibrate", *verify).result()
+        stop.set()
+        if work is not None and (found := decoding.await_draft(work, decoding.patience())):
+            times.prepare[k + 1], times.step[M] = found
+    return times if decoding.mode == decoding.settings.mode else None
+
+
+def _points(ks: tuple[int, ...], budgets: tuple[int, ...]) -> list[tuple[int, int]]:
+    """At most three sizes of each, together."""
+    ks, budgets = (sorted({sizes[0], sizes[len(sizes) // 2], sizes[-1]}) for sizes in (ks, budgets))
+    at = lambda sizes, i: sizes[min(i, len(sizes) - 1)]  # noqa: E731
+    return [(at(ks, i), at(budgets, i)) for i in range(max(len(ks), len(budgets)))]
+
+
+def repeat(work, *args) -> float:
+    """The median seconds of work(*args), the first time left out."""
+    lasts, begin = [], time.perf_counter()
+    while len(lasts) < MEASURE_LEAST or time.perf_counter() - begin < MEASURE_S:
+        lasts.append(_timed(work, *args)[0])
+    return median(lasts[1:])
+
+
+def _timed(work, *args) -> tuple[float, object]:
+    begin = time.perf_counter()
+    value = work(*args)
+    return time.perf_counter() - begin, value
+
+
+def _prepare(draft, feed: Feed, M: int, stop: threading.Event) -> tuple[float, float]:
+    """Extend, fork and one chain step, again and again until `stop`. -> seconds of the first two, of the last."""
+    depths, ranks, lasts = [[0] * M] * len(feed.tokens), [list(range(M))] * len(feed.tokens), []
+    while len(lasts) < 2 or not stop.is_set():
+        before, (branches, _) = _timed(lambda: draft.fork(draft.extend(feed), depths, ranks))
+        lasts.append((before, _timed(draft.chain_step, feed, branches, depths, 0, None)[0]))
+    prepares, steps = zip(*lasts[1:])
+    return median(prepares), median(steps)
+
+
+# ---- choosing
+
+
+class Tuner:
+    """Chooses K and M of one run: first by habit, then, every few rounds, by the speed model.
+
+    models: target and draft, or the target alone; measured: the engine's Times by kind of run, kept for the next run.
+    """
+
+    def __init__(self, settings, batch: int, models: list, measured: dict[tuple, Times]):
+        self.settings, self.batch, self.measured = settings, batch, measured
+        static = any(model.policy.static for model in models)
+        common = min(model.config.vocab_size for model in models)
+        self.ks, self.budgets = (1,), (1,)
+        if settings.mode != "ar":
+            self.ks = choices(settings.k, STATIC_KS if static else KS)
+        if settings.mode == "ssd":
+            self.budgets = choices(settings.fan_out, STATIC_BUDGETS if static else BUDGETS, common)
+        self.k = max(k for k in self.ks if k <= max(FIRST_K, self.ks[0]))
+        self.budget = max(M for M in self.budgets if M <= max(FIRST_BUDGET, self.budgets[0]))
+        self.times: Times | None = None
+        self.rounds, self.due = 0, FIRST_REVISION
+
+    @property
+    def idle(self) -> bool:
+        """Nothing to choose."""
+        return len(self.ks) == len(self.budgets) == 1
+
+    def calibrate(self, decoding) -> None:
+        """Measure, unless this kind of run was measured before. If the draft fails at it, nothing will be chosen."""
+        s = self.settings
+        kind = (s.mode, self.batch, s.coupling, any(s.per_row("temperature", None)), self.ks, self.budgets)
+        if not self.idle and kind not in self.measured and (times := measure(decoding, self.ks, self.budgets)):
+            self.measured[kind] = times
+        self.times = self.measured.get(kind)
+
+    def revise(self, fan_out: FanOut, exposed: float) -> None:
+        """Once a round. exposed: seconds between two verifications, as the run has it so far."""
+        self.rounds += 1
+        if self.times is None or self.rounds < self.due:
+            return
+        self.due = self.rounds + min(self.rounds, REVISE_EVERY)
+        rate = self.sd_rates(fan_out) if self.settings.mode == "sd" else self.ssd_rates(fan_out, exposed)
+        self.k, self.budget = max(rate, key=rate.get)
+
+    def sd_rates(self, fan_out: FanOut) -> dict[tuple[int, int], float]:
+        """Tokens a second and row by (K, M); drafts that are no model take no time, and their kind is FIXED."""
+        times = self.times
+        kind = CHAIN if times.decode else FIXED
+        tokens = expected(fan_out, kind, self.ks[-1])
+        return {(k, self.budget): sd_rate(tokens[k], k * times.decode, between(times.verify, k + 1))
+                for k in self.ks}  # fmt: skip
+
+    def ssd_rates(self, fan_out: FanOut, exposed: float) -> dict[tuple[int, int], float]:
+        hits = [fan_out.hits(CHAIN, length) if length else fan_out.hits(NONE, 0) for length in range(self.ks[-1] + 1)]
+        tokens, out = expected(fan_out, CHAIN, self.ks[-1]), {}
+        for k in self.ks:
+            for M in self.budgets:
+                out[k, M] = self.ssd_rate(k, M, hits, tokens, exposed)
+        return out
+
+    def ssd_rate(self, k: int, M: int, hits: list[list[float]], tokens: list[float], exposed: float) -> float:
+        """algorithm.md, section 7, for chains of K tokens or as many as the clock allows."""
+        times, step = self.times, between(self.times.step, M)
+        length, t_round = float(k), 0.0
+        for _ in range(3):  # the shorter the chain, the shorter its verification
+            t_verify, t_prepare = (between(of, length + 1) for of in (times.verify, times.prepare))
+            steps = (t_verify + exposed - t_prepare) / step
+            if self.settings.cut and steps < k:
+                # The step that the verdict interrupts is lost, half a step on average.
+                length = max(steps - 0.5, 1.0)
+            needed = 1 if self.settings.cut else k
+            t_round = max(t_verify, t_prepare + needed * step) + exposed
+        h_hit = _at([row[M] for row in hits], length)
+        ways = []
+        if self.settings.fallback != "fast":
+            ways.append((hits[k][M], tokens[k], t_round + step / 2 + k * times.decode))
+        if self.settings.fallback != "jit":
+            ways.append((hits[0][M], 1.0, t_round))
+        rates = []
+        for h_miss, tokens_miss, t_miss in ways:
+            share = h_miss / max(1 - h_hit + h_miss, 1e-9)
+            rates.append(ssd_rate(min(share, 1.0), _at(tokens, length), tokens_miss, t_round, t_miss, self.batch))
+        return max(rates)
+
+
+def expected(fan_out: FanOut, kind: int, k: int) -> list[float]:
+    """Tokens a round emits with a proposal of 0..k tokens."""
+    profiles = (fan_out.outcome_probabilities(kind, length, PLACE_WEIGHT) for length in range(k + 1))
+    return [sum(P * (j + 1) for j, P in enumerate(profile)) for profile in profiles]
+
+
+def _at(values: list[float], x: float) -> float:
+    """values[x], linear between whole numbers."""
+    low = min(int(x), len(values) - 2) if len(values) > 1 else 0
+    return values[low] if len(values) == 1 else values[low] + (values[low + 1] - values[low]) * (x - low)
