@@ -1,13 +1,13 @@
 """Speed, overlap and predictability, measured on this machine against what one would use instead.
 
-Knows: what is compared with what, and the tables. Does not know: how cells are timed (measure.py), how an engine is
-called (peers.py). Read next: PARTS and the functions it names, then measure.py.
+Knows: what is compared with what. Does not know: how cells are timed (measure.py), how an engine is called (peers.py),
+how tables look (tables.py). Read next: PARTS and the functions it names, then measure.py.
 
     python scripts/bench.py --quick                                          under 3 minutes on 2 cores
     python scripts/bench.py --only plain,overlap --prompts P.jsonl --out results/cpu.json
     python scripts/bench.py --show results/cpu.json                          the tables again, from the file alone
 
-Everything is float32 and, but for the part `predict`, greedy. One repeat runs every cell of a comparison once on the
+Everything is float32, and greedy where no temperature is said. One repeat runs every cell of a comparison once on the
 same prompts, in an order that turns round each time; a ratio is the median of the repeats' own ratios. Its interval
 comes from order statistics: 95% or a little more from 6 repeats on, with fewer simply the lowest and the highest.
 """
@@ -22,8 +22,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
-from measure import Bench, Cell, environment, interval, ratio  # noqa: E402
+from ablate import ablations  # noqa: E402
+from measure import Bench, Cell, environment, ratio  # noqa: E402
+from modes import modes, prediction, tune  # noqa: E402
 from peers import NGRAM  # noqa: E402
+from tables import headline, render  # noqa: E402
 
 from generate import DEMO  # noqa: E402
 
@@ -63,6 +66,17 @@ class Effort:
     predict_k: int = 4
     predict_batch: int = 8
     predict_batches: int = 4
+    mode_sizes: tuple[str, ...] = ("60m",)
+    mode_batches: tuple[int, ...] = (1, 2, 4, 8, 16)
+    mode_ks: tuple[int, ...] = (1, 2, 3, 4, 6)
+    mode_fan_outs: tuple[int, ...] = (8, 16)
+    tune_ks: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 8)
+    tune_fan_outs: tuple[int, ...] = (2, 4, 8, 16, 24)
+    tune_tokens: int = 128
+    long_prompts: int = 16  # prediction: runs that are long enough for a rest behind the first rounds
+    long_tokens: int = 320
+    saguaro_cs: tuple[float, ...] = (0.1, 0.25, 0.5, 0.75)
+    slow_ks: tuple[int, ...] = (1, 2, 4, 8)
 
 
 FULL = Effort()
@@ -70,11 +84,15 @@ QUICK = Effort(
     sizes=(), batches=(1, 8), repeats=5, plain_tokens=32, pairs=6, new_tokens=48, sweep_prompts=1, sweep_tokens=24,
     ks=(1, 2, 4), fan_outs=(4, 8), assisted_ks=(2, 4), assisted_fan_outs=(8,), thresholds=(0.0,), lookup_ks=(4,),
     quarter=False, temperatures=(0.0, 1.0), budgets=(8, 24), predict_batch=4, predict_batches=1,
+    mode_sizes=(), mode_batches=(1,), mode_ks=(2,), mode_fan_outs=(8,), tune_ks=(1, 2, 4), tune_fan_outs=(8,),
+    tune_tokens=48, long_prompts=2, long_tokens=160, saguaro_cs=(0.25,), slow_ks=(1, 4),
 )  # fmt: skip
 
 BRIEF = Effort(
     repeats=5, pairs=20, new_tokens=64, sweep_prompts=2, sweep_tokens=32, ks=(1, 2, 3, 4), fan_outs=(8, 16),
-    assisted_ks=(2, 4, 8), assisted_fan_outs=(16,), lookup_ks=(4,), predict_batches=2,
+    assisted_ks=(2, 4, 8), assisted_fan_outs=(16,), lookup_ks=(4,), predict_batches=2, mode_sizes=(),
+    mode_batches=(1, 4, 16), mode_ks=(1, 2, 4), mode_fan_outs=(16,), tune_ks=(1, 2, 3, 4, 6), tune_fan_outs=(4, 8, 16),
+    tune_tokens=96, long_prompts=12, long_tokens=256, saguaro_cs=(0.1, 0.25, 0.5, 0.75), slow_ks=(1, 2, 4, 8),
 )  # fmt: skip
 EFFORTS = {"quick": QUICK, "brief": BRIEF, "full": FULL}
 
@@ -174,7 +192,7 @@ def predict(bench: Bench) -> dict:
     """Acceptance, hits and tokens a round. Chains are waited for and misses drafted anew: nothing hangs on timing."""
     e, target, draft = bench.effort, bench.grown("target", None), bench.grown("draft", None)
     out = {"models": {}, "cells": []}
-    fixed = {"k": e.predict_k, "cut": False, "fallback": "jit", "seed": 0}
+    fixed = {"k": e.predict_k, "cut": False, "fallback": "jit"}
     with bench.workers() as ask:
         out["models"][bench.label] = bench.ceiling(ask, target)
         for temperature in e.temperatures:
@@ -184,27 +202,9 @@ def predict(bench: Bench) -> dict:
                     how = {"target": target, "draft": draft, "device": device, "draft_device": device, **fixed}
                     how |= {"fan_out": M, "temperature": temperature, "coupling": coupling}
                     cell = Cell(f"predict T={temperature} {coupling} M={M}", "ssd", how)
-                    for number in range(e.predict_batches):
-                        cell.runs.append(bench.run(ask, cell, bench.batch(number, e.predict_batch), e.new_tokens))
-                    out["cells"].append(pooled(cell, bench.label, any_coupling=not temperature))
-                    bench.say(f"{cell.name}: hits {out['cells'][-1]['hit_rate']:.3f}")
+                    same = {} if temperature else {"coupling": "any"}  # at temperature 0 they are one
+                    out["cells"].append(bench.count(ask, "predict", cell, model=bench.label) | same)
     return out
-
-
-def pooled(cell: Cell, model: str, any_coupling: bool) -> dict:
-    """Rates over all runs of a cell, from counts; at temperature 0 the couplings are one and the same."""
-    counts = [run["stats"]["counts"] for run in cell.runs]
-    share = lambda a, b, of: sum(c[a] for c in of) / max(1, sum(c[b] for c in of))  # noqa: E731
-    record = cell.record(model=model) | ({"coupling": "any"} if any_coupling else {})
-    for key in ("tokens_per_s", "end_to_end_tokens_per_s", "predicted_tokens_per_s"):
-        del record[key]  # timing is beside the point here
-    return record | {
-        "acceptance_rate": share("accepted", "tested", counts),
-        "hit_rate": share("hits", "lookups", counts),
-        "hit_rates": interval([share("hits", "lookups", [c]) for c in counts]),
-        "tokens_per_round": share("emitted", "row_rounds", counts),
-        "lookups": sum(c["lookups"] for c in counts),
-    }
 
 
 def assisted(bench: Bench) -> dict:
@@ -243,85 +243,10 @@ def assisted(bench: Bench) -> dict:
     return out
 
 
-PARTS = {"plain": plain, "overlap": overlap, "predict": predict, "assisted": assisted}
-
-
-# ---- tables, from the results alone
-
-TOKENS = ("tokens/s", "tokens_per_s", "{:.1f}")
-PLACE = (("K", "k", "{}"), ("M", "fan_out", "{}"), ("target on", "device", "{}"), ("draft on", "draft_device", "{}"))
-TEXT = (
-    ("acceptance", "acceptance_rate", "{:.3f}"), ("hits", "hit_rate", "{:.3f}"),
-    ("tokens a round", "tokens_per_round", "{:.2f}"), ("distinct 4-grams", "distinct_4grams", "{:.2f}"),
-)  # fmt: skip
-TIMES = tuple((f"{name} ms", f"{name}_ms", "{:.2f}") for name in ("verify", "round", "draft", "exposed"))
-CELLS = {
-    "plain": (("model", "model", "{}"), ("batch", "batch", "{}"), ("peer", "name", "{}"), TOKENS,
-              ("of the read bandwidth", "of_bandwidth", "{:.0%}")),
-    "overlap": (("pair", "model", "{}"), ("mode", "name", "{}"), *PLACE, TOKENS, *TEXT, *TIMES,
-                ("hidden", "hidden", "{:.2f}"), ("hit round / verify", "hit_round_over_verify", "{:.2f}")),
-    "predict": (("temperature", "temperature", "{}"), ("coupling", "coupling", "{}"), ("K", "k", "{}"),
-                ("M", "fan_out", "{}"), *TEXT, ("row rounds", "lookups", "{}")),
-    "assisted": (("pair", "model", "{}"), ("peer", "name", "{}"), *PLACE, ("threshold", "threshold", "{}"), TOKENS,
-                 *TEXT),
+PARTS = {
+    "plain": plain, "overlap": overlap, "predict": predict, "assisted": assisted, "modes": modes, "tune": tune,
+    "prediction": prediction, "ablations": ablations,
 }  # fmt: skip
-RATIOS = (("pair", "model", "{}"), ("batch", "batch", "{}"), ("of", "of", "{}"), ("to", "to", "{}"),
-          ("ratio", "", "{:.2f}"), ("repeats", "n", "{}"), ("coverage", "coverage", "{:.0%}"))  # fmt: skip
-JUDGED = (("SSD / SD at most", "ssd_over_sd_ceiling", "{:.2f}"), ("share of it reached", "share_of_ceiling", "{:.0%}"),
-          ("hidden on hits", "hidden", "{:.0%}"), ("round on a hit / verification", "hit_round_over_verify", "{:.2f}"),
-          ("draft step / verification", "draft_step_over_verify", "{:.2f}"))  # fmt: skip
-
-
-def shown(record: dict, key: str, form: str) -> str:
-    """A figure, or a median with its interval; nothing where there is none."""
-    value = record.get(key) if key else record
-    if isinstance(value, dict):
-        middle, low, high = (form.format(value[key]) for key in ("median", "low", "high"))
-        return f"{middle} [{low}, {high}]"
-    return "" if value is None else form.format(value)
-
-
-def table(records: list[dict], columns) -> list[str]:
-    """A Markdown table; a column that nothing fills is left out."""
-    rows = [[shown(record, key, form) for _, key, form in columns] for record in records]
-    used = [i for i in range(len(columns)) if any(row[i] for row in rows)]
-    lines = [[columns[i][0] for i in used], ["---"] * len(used), *([row[i] for i in used] for row in rows)]
-    return ["| " + " | ".join(line) + " |" for line in lines] + [""]
-
-
-def render(results: dict) -> str:
-    env = results["environment"]
-    lines = [", ".join(f"{key} {value}" for key, value in env.items())]
-    lines += [f"{name} is left out: {why}" for name, why in results["skipped"].items()]
-    for part, found in results["parts"].items():
-        lines += ["", f"## {part}", ""]
-        for model, facts in found["models"].items():
-            for device, speed in facts["read_bytes_per_s"].items():
-                steps = f"{facts['steps_per_s'][device]:.1f} steps/s of {facts['step_bytes'] / 1e6:.0f} MB"
-                lines.append(f"Ceiling of {model} on {device}: {speed / 1e9:.1f} GB/s read, at most {steps}.")
-            judged = [f"{label} {shown(facts, key, form)}" for label, key, form in JUDGED if facts.get(key) is not None]
-            lines += [f"{model}: {', '.join(judged)}."] if judged else []
-            for text in facts.get("texts", ()):
-                lines.append(f"{text['texts']} texts compared: {text['near_ties']} near-ties, {text['differ']} differ.")
-        lines += ["", *table(found["cells"], CELLS[part])]
-        if found.get("ratios"):
-            lines += table(found["ratios"], RATIOS)
-    return "\n".join(lines)
-
-
-def headline(results: dict) -> dict:
-    """The ratios that are claimed, by name; texts_differ counts texts that should be the same and are not."""
-    out, differ = {}, 0
-    for part, found in results["parts"].items():
-        for r in found.get("ratios", ()):
-            batch = f" batch {r['batch']}" if "batch" in r else ""
-            out[f"{part} {r['model']}{batch}: {r['of']} / {r['to']}"] = round(r["median"], 3)
-        for model, facts in found["models"].items():
-            out |= {f"{part} {model}: {label}": round(facts[key], 3) for label, key, _ in JUDGED if facts.get(key)}
-            differ += sum(text["differ"] for text in facts.get("texts", ()))
-    for cell in results["parts"].get("predict", {}).get("cells", ()):
-        out[f"hits T={cell['temperature']} {cell['coupling']} M={cell['fan_out']}"] = round(cell["hit_rate"], 3)
-    return out | {"texts_differ": differ}
 
 
 # ---- the program

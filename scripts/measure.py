@@ -41,6 +41,14 @@ PROMPTS = [
     "def binary_search(values, wanted):\n    low, high = 0, len(values)\n    while low < high:\n",
     "for line in lines:\n    name, _, value = line.partition('=')\n    if not value:\n",
     'def merge(left, right):\n    """Merge two sorted lists into one."""\n    result = []\n',
+    "import argparse\n\n\ndef main():\n    parser = argparse.ArgumentParser()\n    parser.add_argument(\n",
+    "class Point:\n    def __init__(self, x, y):\n        self.x, self.y = x, y\n\n    def __eq__(self, other):\n",
+    'def word_count(text):\n    """How often each word occurs."""\n    counts = {}\n',
+    "try:\n    value = int(text)\nexcept ValueError:\n    raise TypeError(\n",
+    "from collections import namedtuple\n\nToken = namedtuple('Token', 'kind value line')\n\n\ndef tokenize(code):\n",
+    "with open(filename, 'rb') as stream:\n    header = stream.read(4)\n    if header != MAGIC:\n",
+    'def is_prime(n):\n    """True if n has no divisor but 1 and itself."""\n    if n < 2:\n        return False\n',
+    "async def handle(reader, writer):\n    data = await reader.readline()\n    message = data.decode()\n",
 ]
 
 
@@ -105,9 +113,14 @@ class Cell:
         """For the JSON file: labels, settings, speed with its spread, medians of the other figures."""
         settings = self.settings()
         out = {**labels, "name": self.name, "peer": self.peer, **settings}
-        devices = [settings[d] for d in ("device", "draft_device") if settings.get(d)]
-        out["threads"] = [len(peers.cores_of(device)) for device in devices]
+        cores = [peers.cores_of(settings[d]) for d in ("device", "draft_device") if settings.get(d)]
+        out["threads"] = list(map(len, cores))
         out["tokens_per_s"] = {**interval(self.rates()), "runs": self.rates()}
+        out["tokens_per_s_per_core"] = median(self.rates()) / len(set().union(*cores))
+        out["first_token_ms"] = median(run["first_s"] for run in self.runs) * 1e3
+        pieces = sorted(gap for run in self.runs for gap in run["pieces_s"])
+        for percent in (50, 90, 99) if pieces else ():
+            out[f"piece_p{percent}_ms"] = pieces[min(len(pieces) * percent // 100, len(pieces) - 1)] * 1e3
         out["end_to_end_tokens_per_s"] = interval([sum(map(len, r["ids"])) / r["total_s"] for r in self.runs])
         shares = [s for run in self.runs for row in run["ids"] if (s := distinct_4grams(row)) is not None]
         out["distinct_4grams"] = sum(shares) / len(shares) if shares else None
@@ -115,6 +128,20 @@ class Cell:
             values = [v for run in self.runs if (v := run["stats"].get(key)) is not None]
             out[key] = median(values) if values else None
         return out
+
+    def pooled(self, **labels) -> dict:
+        """The record of a cell whose timing is beside the point: rates over all of its runs, from counts."""
+        counts = [run["stats"]["counts"] for run in self.runs]
+        share = lambda a, b, of=counts: sum(c[a] for c in of) / max(1, sum(c[b] for c in of))  # noqa: E731
+        record = self.record(**labels)
+        timed = [key for key in record if "tokens_per_s" in key or key.endswith("_ms")]
+        return {key: value for key, value in record.items() if key not in timed} | {
+            "acceptance_rate": share("accepted", "tested"),
+            "hit_rate": share("hits", "lookups"),
+            "hit_rates": interval([share("hits", "lookups", [c]) for c in counts]),
+            "tokens_per_round": share("emitted", "row_rounds"),
+            "lookups": sum(c["lookups"] for c in counts),
+        }
 
 
 class Bench:
@@ -140,7 +167,9 @@ class Bench:
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         config, tokenizer = load_config(self.sources["target"]), load_tokenizer(self.sources["target"])
-        room = min(LONGEST_PROMPT, config.max_positions - max(self.effort.new_tokens, self.effort.sweep_tokens))
+        e = self.effort
+        longest = max(e.new_tokens, e.plain_tokens, e.sweep_tokens, e.tune_tokens, e.long_tokens)
+        room = min(LONGEST_PROMPT, config.max_positions - longest)
         if room < 8:
             raise ValueError(f"the target's context of {config.max_positions} tokens is too short: use another target")
         if tokenizer is None:  # a checkpoint for tests: any ids will do
@@ -180,8 +209,10 @@ class Bench:
 
             yield ask
 
-    def run(self, ask, cell: Cell, prompts, new: int) -> dict:
-        return ask("run", peer=cell.peer, prompts=prompts, new=new, **cell.how)
+    def run(self, ask, cell: Cell, prompts, new: int, seed: int = 0) -> dict:
+        """Once; prompts come round again, so whoever samples draws with another seed then."""
+        how = cell.how | ({"seed": seed} if cell.how.get("temperature") else {})
+        return ask("run", peer=cell.peer, prompts=prompts, new=new, **how)
 
     def time(self, ask, what: str, cells: list[Cell], repeats: int, new: int, batch: int = 1) -> None:
         """Every repeat runs every cell once on the same prompts; a first, short run of each does not count."""
@@ -189,13 +220,23 @@ class Bench:
             self.run(ask, cell, self.batch(0, batch), min(new, 8))
         for repeat in range(repeats):
             for cell in cells[:: -1 if repeat % 2 else 1]:
-                cell.runs.append(self.run(ask, cell, self.batch(repeat, batch), new))
+                cell.runs.append(self.run(ask, cell, self.batch(repeat, batch), new, repeat))
         for cell in cells:
             self.say(f"{what}: {cell.title()}: {median(cell.rates()):.1f} tokens/s")
 
-    def best(self, ask, what: str, cells: list[Cell]) -> tuple[Cell, list[dict]]:
+    def count(self, ask, what: str, cell: Cell, **labels) -> dict:
+        """Run a cell for its counts: acceptance, hits, tokens a round."""
+        for number in range(self.effort.predict_batches):
+            prompts = self.batch(number, self.effort.predict_batch)
+            cell.runs.append(self.run(ask, cell, prompts, self.effort.new_tokens, number))
+        record = cell.pooled(**labels)
+        self.say(f"{what}: {cell.title()}: acceptance {record['acceptance_rate']:.3f}, hits {record['hit_rate']:.3f}")
+        return record
+
+    def best(self, ask, what: str, cells: list[Cell], batch: int = 1) -> tuple[Cell, list[dict]]:
         """The fastest of several settings over a few short prompts, fresh for measuring; and the whole sweep."""
-        self.time(ask, f"{what}, sweep", cells, self.effort.sweep_prompts, self.effort.sweep_tokens)
+        repeats = -(-self.effort.sweep_prompts // batch)
+        self.time(ask, f"{what}, sweep", cells, repeats, self.effort.sweep_tokens, batch)
         rate = [sum(r["decoded"] for r in cell.runs) / sum(r["decode_s"] for r in cell.runs) for cell in cells]
         best = cells[rate.index(max(rate))]
         self.say(f"{what}: best is {best.title()}")

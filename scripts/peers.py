@@ -7,7 +7,8 @@ Read next: bench.py.
 
 prompts are lists of token ids, a batch of equal lengths; decoding is greedy unless the settings say otherwise, EOS is
 ignored. A run gives `ids` (the new tokens of each row), `decoded` and `decode_s` (what followed the first round's
-tokens, and how long that took: prefill is not decoding), `total_s`, and `stats`, whatever else the engine tells.
+tokens, and how long that took: prefill is not decoding), `total_s`, `first_s` and `pieces_s` (until the first token,
+and between the pieces of text of every row, as who reads along gets them), and `stats`, whatever else the engine tells.
 
 Each side runs in a process of its own on its own cores, because affinity, thread counts and OpenMP's teams belong to a
 process: an engine must neither inherit another's helpers nor share a core with its waiting ones. A process waits on
@@ -25,14 +26,15 @@ from pathlib import Path
 from statistics import median
 
 ROOT = Path(__file__).resolve().parent.parent
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 import torch  # noqa: E402
+from altered import altered  # noqa: E402
 
 from cache import KVCache  # noqa: E402
 from pair import Model  # noqa: E402
 from runtime import Devices, available_cores, parse_device, read_bandwidth  # noqa: E402
+from speed import CALIBRATION_ROUNDS  # noqa: E402
 from ssd import NGRAM, Engine  # noqa: E402
 
 DTYPE = "float32"
@@ -124,6 +126,29 @@ class Server:
         return self.theirs[name]
 
 
+class Arrivals:
+    """When new text came, row by row: what a reader of the stream sees."""
+
+    def __init__(self, lengths: list[int]):
+        self.begin, self.lengths = time.perf_counter(), lengths
+        self.last: list[float | None] = [None] * len(lengths)
+        self.pieces_s: list[float] = []
+
+    def note(self, lengths: list[int]) -> None:
+        now = time.perf_counter()
+        for row, (before, length) in enumerate(zip(self.lengths, lengths)):
+            if length > before:
+                if self.last[row] is None:
+                    self.first_s = now - self.begin
+                else:
+                    self.pieces_s.append(now - self.last[row])
+                self.last[row] = now
+        self.lengths = lengths
+
+    def told(self) -> dict:
+        return {"first_s": self.first_s, "pieces_s": self.pieces_s}
+
+
 # ---- ours
 
 
@@ -137,22 +162,35 @@ def ours(mode: str, always: str | None = None) -> Callable:
     return build
 
 
-def run_ours(engine: Engine, prompts: list, **settings) -> dict:
+def run_ours(engine: Engine, prompts: list, without=(), **settings) -> dict:
+    """One generation. without: names of altered.ALTERED."""
+    arrivals = Arrivals([len(prompt) for prompt in prompts])
     decoding = engine.start(prompts, ignore_eos=True, **settings)
-    begin = time.perf_counter()
-    for _ in decoding.rounds():
-        pass
-    total_s = time.perf_counter() - begin
+    with altered(decoding, without):
+        for _ in decoding.rounds():
+            arrivals.note([len(row.ids) for row in decoding.rows])
+    total_s = time.perf_counter() - arrivals.begin
     stats = engine.finish(decoding).stats
     if decoding.mode != settings["mode"]:
         raise RuntimeError(f"the draft was lost in mode {settings['mode']}: such a run measures nothing")
+    told = {key: stats[key] for key in STATS} | {"k_used": stats["k"], "fan_out_used": stats["fan_out"]}
     return {
         "ids": stats["token_ids"],
         "decoded": sum(stats["new_tokens"]) - len(prompts),
         "decode_s": stats["decode_s"],
         "total_s": total_s,
-        "stats": {key: stats[key] for key in STATS} | round_by_round(decoding) | {"counts": counts(decoding)},
+        **arrivals.told(),
+        "stats": told | foretold(decoding, told) | round_by_round(decoding) | {"counts": counts(decoding)},
     }
+
+
+def foretold(decoding, stats: dict) -> dict:
+    """The prediction beside the rate of the rounds that it was not made from; the limit cuts the last one."""
+    verifies, first, last = decoding.figures.verifies, CALIBRATION_ROUNDS, len(decoding.figures.verifies) - 1
+    if last < 1.5 * first or not stats["predicted_tokens_per_s"]:
+        return {}
+    rest = sum(decoding.figures.emitted[first:last]) / (verifies[last][0] - verifies[first][0])
+    return {"rest_tokens_per_s": rest, "prediction_error": abs(stats["predicted_tokens_per_s"] / rest - 1)}
 
 
 def counts(decoding) -> dict:
@@ -183,37 +221,53 @@ def round_by_round(decoding) -> dict:
         "extend_ms": median(spans["extend"]) * 1e3,
         "chain_step_ms": median(spans["chain step"]) * 1e3,
         "chain_length": sum(lookup[4] for lookup in figures.lookups) / len(figures.lookups),
+        **longest_wait(decoding, hits),
     }
+
+
+def longest_wait(decoding, hits: list[int]) -> dict:
+    """From the trace: the target's longest wait on a hit, beside what cutting allows it to wait for at most, the
+    extend, the fork and one chain step of that round; and how many waits were longer than theirs."""
+    verifies, allowed = decoding.figures.verifies, []
+    for name, begin, end in sorted(decoding.draft_lane.spans, key=lambda span: span[1]):
+        if name == "extend":
+            allowed.append({})
+        if name in ("extend", "fork", "chain step") and allowed:
+            allowed[-1].setdefault(name, end - begin)
+    waits = [(verifies[n + 1][0] - verifies[n][1], sum(allowed[n].values())) for n in hits]
+    wait, most = max(waits)
+    return {"longest_wait_ms": wait * 1e3, "allowed_wait_ms": most * 1e3, "too_long": sum(w > m for w, m in waits)}
 
 
 # ---- transformers
 
 
-class Clock:
-    """A stopping criterion that stops nothing: notes when the first round was done, and how long the row was then."""
+class Clock(Arrivals):
+    """A stopping criterion that stops nothing: notes when rounds were done, and how long the rows were after the first
+    one."""
 
-    def __init__(self):
-        self.first_s, self.length, self.rounds = 0.0, 0, 0
+    length = rounds = 0
 
     def __call__(self, input_ids, scores, **_):
-        if not self.rounds:
-            self.first_s, self.length = time.perf_counter(), input_ids.shape[1]
+        B, T = input_ids.shape
+        self.note([T] * B)
+        self.length = self.length or T
         self.rounds += 1
-        return torch.zeros(input_ids.shape[0], dtype=torch.bool)
+        return torch.zeros(B, dtype=torch.bool)
 
 
-def transformers_plain(server, target, **_):
+def transformers_plain(server, target, **how):
     model = server.transformers(target)
-    return lambda prompts, new: run_transformers(model, prompts, new)
+    return lambda prompts, new: run_transformers(model, prompts, new, **sampled(**how))
 
 
-def transformers_assisted(server, target, draft, k, threshold, **_):
+def transformers_assisted(server, target, draft, k, threshold, **how):
     """Their speculative decoding. threshold: the draft stops early where it is less sure than this; 0 is off."""
     model, assistant = server.transformers(target), server.transformers(draft)
     config = assistant.generation_config
     config.num_assistant_tokens, config.num_assistant_tokens_schedule = k, "constant"
     config.assistant_confidence_threshold = threshold
-    return lambda prompts, new: run_transformers(model, prompts, new, assistant_model=assistant)
+    return lambda prompts, new: run_transformers(model, prompts, new, assistant_model=assistant, **sampled(**how))
 
 
 def transformers_lookup(server, target, k, **_):
@@ -222,13 +276,18 @@ def transformers_lookup(server, target, k, **_):
     return lambda prompts, new: run_transformers(model, prompts, new, prompt_lookup_num_tokens=k)
 
 
+def sampled(temperature: float = 0.0, seed: int = 0, **_) -> dict:
+    """Their names for a temperature, with nothing cut off the distribution, as with us."""
+    torch.manual_seed(seed)
+    return {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
+
+
 def run_transformers(model, prompts: list, new: int, **how) -> dict:
-    ids_BT, clock = torch.tensor(prompts), Clock()
+    ids_BT, clock = torch.tensor(prompts), Clock(list(map(len, prompts)))
     with torch.inference_mode():
-        begin = time.perf_counter()
         out_BT = model.generate(
-            ids_BT, attention_mask=torch.ones_like(ids_BT), do_sample=False, use_cache=True, max_new_tokens=new,
-            stopping_criteria=[clock], **how,
+            ids_BT, attention_mask=torch.ones_like(ids_BT), use_cache=True, max_new_tokens=new,
+            stopping_criteria=[clock], **({"do_sample": False} | how),
         )  # fmt: skip
         end = time.perf_counter()
     B, T = ids_BT.shape
@@ -237,8 +296,9 @@ def run_transformers(model, prompts: list, new: int, **how) -> dict:
     return {
         "ids": out_BT[:, T:].tolist(),
         "decoded": decoded,
-        "decode_s": end - clock.first_s,
-        "total_s": end - begin,
+        "decode_s": end - clock.begin - clock.first_s,
+        "total_s": end - clock.begin,
+        **clock.told(),
         "stats": {"tokens_per_round": decoded / B / max(clock.rounds - 1, 1)},
     }
 

@@ -5,25 +5,32 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
+from types import SimpleNamespace
 
 import pytest
 import tiny
 import torch
 
 import runtime
+import tuner
 from weights import save_model
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
 
+import ablate  # noqa: E402
+import altered  # noqa: E402
 import bench  # noqa: E402
 import measure  # noqa: E402
+import modes  # noqa: E402
 import peers  # noqa: E402
 
 TOY = bench.Effort(
     sizes=("hidden=48,layers=3",), batches=(1, 2), repeats=3, plain_tokens=12, pairs=3, new_tokens=12, sweep_prompts=1,
     sweep_tokens=8, ks=(1, 2), fan_outs=(4,), assisted_ks=(2,), assisted_fan_outs=(4,), thresholds=(0.0,),
     lookup_ks=(2,), temperatures=(0.0, 1.0), budgets=(4, 8), predict_k=2, predict_batch=2, predict_batches=2,
+    mode_sizes=(), mode_batches=(1, 2), mode_ks=(2,), mode_fan_outs=(2, 4), tune_ks=(1, 2), tune_fan_outs=(2, 4),
+    tune_tokens=12, long_prompts=2, long_tokens=210, saguaro_cs=(0.5,), slow_ks=(1, 2),
 )  # fmt: skip
 
 
@@ -58,6 +65,7 @@ def run(pair, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(peers, "Worker", Here)
     for module in (peers, runtime):  # the probe takes longer than a toy model's whole run
         monkeypatch.setattr(module, "read_bandwidth", lambda lane: 1e10)
+    monkeypatch.setattr(tuner, "MEASURE_S", 0.0)
     monkeypatch.setattr(bench, "DRAFT_SHAPES", ("layers=3", "hidden=48"))
 
     def run_part(part, effort=TOY):
@@ -77,9 +85,10 @@ def run(pair, monkeypatch, tmp_path, capsys):
     torch.set_num_threads(threads)
 
 
-def check_ratios(part, same=("model", "batch")):
+def check_ratios(part, same=("model", "temperature", "batch", "table")):
     """Each is the median of its repeats' own ratios, tokens/s over tokens/s, both from the cells of the file."""
-    speeds = {(c["name"], *(c.get(key) for key in same)): c["tokens_per_s"]["runs"] for c in part["cells"]}
+    speeds = {(c["name"], *(c.get(key) for key in same)): c.get("tokens_per_s", {}).get("runs") for c in part["cells"]}
+    assert part["ratios"]
     for r in part["ratios"]:
         of, to = (speeds[(r[side], *(r.get(key) for key in same))] for side in ("of", "to"))
         assert r["pairs"] == [a / b for a, b in zip(of, to, strict=True)]
@@ -161,6 +170,129 @@ def test_assisted(run):
     assert headline["texts_differ"] == 0
 
 
+def names_of_rivals(several: list[str], temperature: float, batch: int) -> set[str]:
+    joined = [" shared", " maximal", " independent"] if temperature else [""]
+    names = {f"{mode}{s}" for mode in ("AR", "transformers", *(f"SD{c}" for c in joined)) for s in several}
+    names |= {f"SSD{c}" for c in joined} | {"SD auto", "SSD auto"}
+    return names | ({f"transformers assisted{s}" for s in several} if batch == 1 else set())
+
+
+def test_who_takes_part_in_modes():
+    bench = SimpleNamespace(effort=TOY, one="cpu:0", other="cpu:1", devices=["cpu:0", "cpu:0,1"], theirs=True)
+    for temperature, batch in ((0.0, 1), (1.0, 1), (1.0, 2)):
+        plans = list(modes.rivals(bench, {"target": "t", "draft": "d"}, temperature, batch))
+        wanted = names_of_rivals(["", " both cores"], temperature, batch)
+        assert {cell.name for cells in plans for cell in cells} == wanted
+        assert plans[0][0].name == "AR" and all(len({cell.name for cell in cells}) == 1 for cells in plans)
+
+
+def test_modes(run, monkeypatch):
+    """On one core: two threads on two busy ones would take ten times as long."""
+    pytest.importorskip("transformers")
+    monkeypatch.setattr(measure, "available_cores", lambda: [runtime.available_cores()[0]])
+    part, _, headline = run("modes", replace(TOY, repeats=2))
+    check_ratios(part)
+    cells = {(c["temperature"], c["batch"], c["name"]): c for c in part["cells"]}
+    for place in ((T, batch) for T in (0.0, 1.0) for batch in TOY.mode_batches):
+        assert {name for *at, name in cells if tuple(at) == place} == names_of_rivals([""], *place)
+    for cell in part["cells"]:
+        cores = {core for d in ("device", "draft_device") if d in cell for core in peers.cores_of(cell[d])}
+        assert cell["tokens_per_s_per_core"] == pytest.approx(cell["tokens_per_s"]["median"] / len(cores))
+        assert 0 < cell["piece_p50_ms"] <= cell["piece_p90_ms"] <= cell["piece_p99_ms"] and cell["first_token_ms"] > 0
+        assert 0 <= cell["distinct_4grams"] <= 1
+    assert 1 <= cells[1.0, 1, "SSD auto"]["k_used"] <= 8 and cells[1.0, 1, "SSD auto"]["k"] == "auto"
+    best = max((c for key, c in cells.items() if key[:2] == (1.0, 2) and key[2].startswith("SSD ") and "auto" not in
+                key[2]), key=lambda c: c["tokens_per_s"]["median"])  # fmt: skip
+    assert {r["of"] for r in part["ratios"] if (r["temperature"], r["batch"]) == (1.0, 2)} >= {best["name"]}
+    assert headline["texts_differ"] == 0
+
+
+def test_tune(run):
+    part, _, _ = run("tune", replace(TOY, sizes=()))
+    check_ratios(part)
+    assert [(r["temperature"], r["of"]) for r in part["ratios"]] == [
+        (T, f"{mode} auto") for T in (0.0, 1.0) for mode in ("SD", "SSD")
+    ]
+    places = {(row["peer"], row["temperature"], row["k"], row.get("fan_out")) for row in part["sweeps"]}
+    assert places == {("sd", T, k, None) for T in (0.0, 1.0) for k in (1, 2)} | {
+        ("ssd", T, k, M) for T in (0.0, 1.0) for k in (1, 2) for M in (2, 4)
+    }
+    assert modes.judged({"median": 0.96, "high": 0.97})["good"] and modes.judged({"median": 0.9, "high": 1.0})["good"]
+    assert not modes.judged({"median": 0.9, "high": 0.99})["good"]
+
+
+def test_prediction(run):
+    part, _, _ = run("prediction", replace(TOY, sizes=()))
+    assert all(1 <= cell["judged"] <= TOY.long_prompts for cell in part["cells"]), "where enough rounds were left"
+    for cell in part["cells"]:
+        points = [p for p in part["points"] if all(p[key] == cell[key] for key in ("name", "temperature"))]
+        errors = [abs(p["predicted"] / p["measured"] - 1) for p in points]
+        assert cell["prediction_error"] == pytest.approx(median(errors))
+
+
+def test_ablations(run):
+    part, _, _ = run("ablations", replace(TOY, budgets=(4,), predict_batches=1, repeats=1))
+    check_ratios(part)
+    tables = {name: [c for c in part["cells"] if c["table"] == name] for name in ablate.TABLES}
+    assert len(tables["couplings"]) == 2 * (3 + 1) and len(tables["lists"]) == 4 * 2 and len(tables["adaptive"]) == 6
+    assert {c["name"] for c in tables["fallback"]} == {"jit", "fast", "auto", "jit for the whole batch"}
+    assert len(tables["cut"]) == 2 * len(ablate.CUT_KS)
+    slow = {c["name"]: c for c in tables["slow draft"]}
+    assert len(slow) == 3 * (1 + len(TOY.slow_ks))
+    waits = slow["SSD, K=2"]
+    assert waits["longest_wait_ms"] > 0 and waits["allowed_wait_ms"] > 0 and waits["too_long"] >= 0
+
+
+def test_altered_pieces(pair):
+    """What is put in place of a piece does what it is called, and only for one generation."""
+    uniform = altered.Uniform(3, 16)
+    assert uniform.lists(0, 3) == [4, 4, 4, 4] and uniform.lists(0, 4) == [4, 3, 3, 3, 3]
+    assert uniform.lists(0, 0) == [16]
+    fixed = altered.Fixed(3, 16)
+    before = list(fixed.lists(1, 3))
+    for _ in range(64):
+        fixed.observe(1, 3, 0, None, among=16)
+    assert altered.Fixed(3, 16).lists(1, 3) == before == fixed.lists(1, 3)
+    engine = peers.Server().engine(pair[1], pair[3], *[f"cpu:{measure.available_cores()[0]}"] * 2)
+    settings = {"mode": "ssd", "k": 2, "fan_out": 4, "max_new_tokens": 12, "cut": False, "fallback": "jit"}
+    texts = {}
+    for name in (None, *altered.ALTERED):
+        run = peers.run_ours(engine, [[1, 2, 3], [4, 5, 6]], without=[name] if name else [], **settings)
+        texts[name] = run["ids"]
+    assert len({json.dumps(ids) for ids in texts.values()}) == 1, "the text never depends on it"
+    decoding = engine.start([[1, 2, 3]], ignore_eos=True, **settings)
+    with altered.altered(decoding, ["slow draft"]):
+        assert "decode" in decoding.draft.__dict__
+    assert not {"extend", "fork", "chain_step", "decode"} & set(decoding.draft.__dict__)
+
+
+def test_the_slow_draft_is_slow(monkeypatch):
+    times, slept = iter((0.0, 2.0)), []
+    monkeypatch.setattr(altered.time, "perf_counter", lambda: next(times))
+    monkeypatch.setattr(altered.time, "sleep", slept.append)
+    assert altered.slowed(lambda x: x + 1)(1) == 2 and slept == [4.0], "three times its own two seconds"
+
+
+def test_the_longest_wait_is_judged_by_its_own_round():
+    """Two hits: the first waited 3 where 6 is allowed, the second 5 where 4 is."""
+    spans = [("extend", 0, 2), ("fork", 2, 3), ("chain step", 3, 6), ("chain step", 6, 99)]
+    spans += [("extend", 13, 14), ("fork", 14, 15), ("chain step", 15, 17)]
+    figures = SimpleNamespace(verifies=[(0, 10), (13, 20), (25, 30)])
+    decoding = SimpleNamespace(figures=figures, draft_lane=SimpleNamespace(spans=spans))
+    found = peers.longest_wait(decoding, [0, 1])
+    assert found == {"longest_wait_ms": 5e3, "allowed_wait_ms": 4e3, "too_long": 1}
+
+
+def test_arrivals(monkeypatch):
+    """Row 1 gets nothing in the second round: its next piece comes after two."""
+    times = iter((0.0, 1.0, 1.5, 3.0))
+    monkeypatch.setattr(peers.time, "perf_counter", lambda: next(times))
+    arrivals = peers.Arrivals([3, 3])
+    for lengths in ([4, 4], [6, 4], [7, 9]):
+        arrivals.note(lengths)
+    assert arrivals.told() == {"first_s": 1.0, "pieces_s": [0.5, 1.5, 2.0]}
+
+
 def test_interval_holds_the_median():
     assert measure.interval([3.0, 1.0, 2.0, 5.0, 4.0]) == {
         "median": 3.0, "low": 1.0, "high": 5.0, "coverage": pytest.approx(1 - 2 / 32), "n": 5,
@@ -227,5 +359,8 @@ def test_mistakes_are_one_sentence(pair, flags, words, capsys):
 def test_quick_is_a_part_of_the_whole():
     """--quick measures less of everything, and still often enough for medians with a spread."""
     assert bench.QUICK.repeats >= 5 and bench.FULL.pairs >= 20
-    for name in ("ks", "fan_outs", "budgets", "temperatures", "assisted_ks", "thresholds", "lookup_ks"):
+    for name in (
+        "ks", "fan_outs", "budgets", "temperatures", "assisted_ks", "thresholds", "lookup_ks", "mode_batches",
+        "mode_ks", "mode_fan_outs", "tune_ks", "tune_fan_outs", "saguaro_cs", "slow_ks",
+    ):  # fmt: skip
         assert set(getattr(bench.QUICK, name)) <= set(getattr(bench.FULL, name)), name
