@@ -8,9 +8,9 @@ and what is fitted to it (published.py). Read next: clock.py, then simulate() be
     python scripts/simulate.py --verify-ms 18.3 --step-ms 2 --profiles results/cpu_predict.json
     python scripts/simulate.py --paper --ask --out results/simulated_paper.json
 
---run takes verification, drafting, waiting, acceptance and hits from each cell of the part `overlap` and asks whether
-the loop, played with them, gives the tokens per second that were measured beside them. --paper fits three free numbers
-a pair and prints every error. --ask answers what needs more GPUs than there are here.
+--run takes verification, drafting, waiting, acceptance and hits from each cell of the parts `overlap` and `modes` and
+asks whether the loop, played with them, gives the tokens per second that were measured beside them. --paper fits three
+free numbers a pair and prints every error. --ask answers what needs more GPUs than there are here.
 """
 
 import argparse
@@ -25,6 +25,8 @@ import published  # noqa: E402
 from clock import FALLBACKS, Plan, Profile, Times, play  # noqa: E402
 
 MISTAKE = 2  # exit code, as in generate.py
+MEASURED = ("overlap", "modes")  # the parts of scripts/bench.py that time the modes
+SHOWN = ("model", "name", "peer", "device", "temperature", "batch", "k", "fan_out")
 DIGITS = 4  # of every number written
 NEEDED = {  # of a measured cell, by mode
     "ar": ("verify_ms", "round_ms"),
@@ -44,8 +46,9 @@ def measured_times(cell: dict, cells: list[dict]) -> Times:
         return Times(verify, 0.0, handover=max(0.0, ms["round_ms"] - verify))
     if cell["peer"] == "sd":
         return Times(verify, ms["draft_ms"] / cell["k"], handover=max(0.0, ms["exposed_ms"] - ms["draft_ms"]))
-    alike = [c for c in cells if c.get("peer") == "sd" and c.get("draft_ms") and c.get("device") == cell.get("device")]
-    now = [c["draft_ms"] / 1e3 / c["k"] for c in alike if (c.get("model"), c["k"]) == (cell.get("model"), cell["k"])]
+    same = ("model", "device", "k", "batch", "temperature", "coupling")
+    alike = [c for c in cells if c.get("peer") == "sd" and all(c.get(key) == cell.get(key) for key in same)]
+    now = [c["draft_ms"] / 1e3 / c["k"] for c in alike if usable(c, "draft_ms")]
     steps = 1 if cell.get("cut", True) else cell["k"]
     late = max(0.0, ms["extend_ms"] + steps * ms["chain_step_ms"] - verify)  # the clock plays this part of the waiting
     return Times(
@@ -73,7 +76,7 @@ def measured_plan(cell: dict) -> Plan:
 def reproduce(path: str) -> dict:
     """Every cell of AR, SD and SSD in a results file: measured and predicted tokens a second."""
     out = {"source": Path(path).name, "cells": [], "left_out": []}
-    cells = cells_of(path, "overlap")
+    cells = [as_played(cell) for cell in cells_of(path, *MEASURED)]
     speeds = [cell.get("tokens_per_s") for cell in cells]
     if not speeds or not all(isinstance(s, dict) and {"low", "median", "high"} <= set(s) for s in speeds):
         raise ValueError(f"{path} has cells without an interval: give a file that scripts/bench.py wrote")
@@ -88,7 +91,7 @@ def reproduce(path: str) -> dict:
         profile = Profile(cell.get("acceptance_rate") or 0.0, missed, missed)
         played = play(measured_plan(cell), measured_times(cell, cells), profile)
         speed = cell["tokens_per_s"]
-        out["cells"].append({key: cell.get(key) for key in ("model", "name", "peer", "device", "k", "fan_out")} | {
+        out["cells"].append({key: cell.get(key) for key in SHOWN} | {
             "measured": {key: speed[key] for key in ("median", "low", "high")},
             "predicted": played["tokens_per_s"], "error": played["tokens_per_s"] / speed["median"] - 1,
             "inside": speed["low"] <= played["tokens_per_s"] <= speed["high"],
@@ -96,11 +99,20 @@ def reproduce(path: str) -> dict:
     return out
 
 
-def cells_of(path: str, part: str) -> list[dict]:
-    wanted = f"wanted a file that scripts/bench.py wrote with the part {part}"
+def as_played(cell: dict) -> dict:
+    """Where K or M was chosen by the run itself, what it chose."""
+    used = {key: round(cell[f"{key}_used"]) for key in ("k", "fan_out") if usable(cell, f"{key}_used")}
+    return cell | used
+
+
+def cells_of(path: str, *parts: str) -> list[dict]:
+    wanted = f"wanted a file that scripts/bench.py wrote with the part {' or '.join(parts)}"
     try:
-        cells = json.loads(Path(path).read_text(encoding="utf-8"))["parts"][part]["cells"]
-        whole = isinstance(cells, list) and all(isinstance(cell, dict) for cell in cells)
+        found = json.loads(Path(path).read_text(encoding="utf-8"))["parts"]
+        cells = [cell for part in parts if part in found for cell in found[part]["cells"]]
+        if not any(part in found for part in parts):
+            raise KeyError(parts[0])
+        whole = all(isinstance(cell, dict) for cell in cells)
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror}): {wanted}") from error
     except (ValueError, KeyError, TypeError, RecursionError) as error:
@@ -160,7 +172,8 @@ ASKED = (("K", "k", "{}"), ("M", "fan_out", "{}"), *SPEED, ("per sequence", "per
 KIND = (("temperature", "temperature", "{}"), ("coupling", "coupling", "{}"))
 TABLES = {  # part, its list: title, columns
     ("run", "cells"): ("Measured here, and predicted from the parts of a round", (
-        ("pair", "model", "{}"), ("mode", "name", "{}"), ("on", "device", "{}"), ("K", "k", "{}"),
+        ("pair", "model", "{}"), ("mode", "name", "{}"), ("on", "device", "{}"), ("temperature", "temperature", "{}"),
+        ("batch", "batch", "{}"), ("K", "k", "{}"),
         ("M", "fan_out", "{}"), ("measured tokens/s", "measured", "{:.1f}"), ("predicted", "predicted", "{:.1f}"),
         ("error", "error", "{:+.1%}"), ("inside", "inside", "{}"))),
     ("given", "cells"): ("As given", (("coupling", "coupling", "{}"), ("mode", "mode", "{}"), *SPEED,
@@ -229,7 +242,7 @@ class Parser(argparse.ArgumentParser):
 def parser() -> argparse.ArgumentParser:
     p = Parser(prog="simulate.py", description=__doc__.splitlines()[0], allow_abbrev=False)
     add = p.add_argument
-    add("--run", metavar="FILE", help="predict the measured cells of a file that scripts/bench.py wrote (overlap)")
+    add("--run", metavar="FILE", help="predict the measured cells of a file of scripts/bench.py (overlap, modes)")
     add("--paper", action="store_true", help="fit the paper's cells at temperature 0, predict the others")
     add("--ask", action="store_true", help="70B on 4 GPUs with cutting, optimal lists, shared noise, batches to 64")
     add("--verify-ms", type=float, metavar="MS", help="a verification; with --step-ms: play these times")

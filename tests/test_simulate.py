@@ -251,8 +251,9 @@ def results_file(tmp_path, hit: float = 0.7) -> Path:
     ssd["tokens_per_s"] = around(ssd_rate(hit, tokens, tokens, 12.5e-3, 19e-3))
     cells = [ar, sd, ssd, {"name": "other", "peer": "transformers", "tokens_per_s": around(1.0)}]
     cells.append(ssd | {"name": "no hits", "extend_ms": None})
+    tuned = sd | {"name": "SD auto", "k": "auto", "k_used": 4.0}
     path = tmp_path / "cells.json"
-    path.write_text(json.dumps({"parts": {"overlap": {"cells": cells}}}))
+    path.write_text(json.dumps({"parts": {"overlap": {"cells": cells}, "modes": {"cells": [tuned]}}}))
     return path
 
 
@@ -260,14 +261,17 @@ def test_a_measured_run_is_predicted_from_its_parts(tmp_path, capsys):
     path, out = results_file(tmp_path), tmp_path / "out.json"
     assert simulate.main(["--run", str(path), "--out", str(out)]) == 0
     run = json.loads(out.read_text())["run"]
-    assert [(cell["name"], cell["inside"]) for cell in run["cells"]] == [("AR", True), ("SD", True), ("SSD", True)]
+    assert {c["name"]: (c["k"], c["inside"]) for c in run["cells"]} == {
+        "AR": (None, True), "SD": (4, True), "SSD": (4, True), "SD auto": (4, True),
+    }  # fmt: skip
     assert run["left_out"] == ["m no hits has no extend_ms"]
     printed = capsys.readouterr().out
-    assert "| m | SSD | cpu:0 | 4 | 8 |" in printed and "has no extend_ms" in printed and str(tmp_path) not in printed
+    assert "| m | SSD | cpu:0 |  |  | 4 | 8 |" in printed and "has no extend_ms" in printed
+    assert str(tmp_path) not in printed
     wrong = json.loads(path.read_text())
     wrong["parts"]["overlap"]["cells"][0]["verify_ms"] = 20.0
     path.write_text(json.dumps(wrong))
-    assert [cell["inside"] for cell in simulate.reproduce(str(path))["cells"]] == [False, True, True]
+    assert [cell["inside"] for cell in simulate.reproduce(str(path))["cells"]] == [False, True, True, True]
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "results").glob("cpu_overlap*.json")), ids=lambda path: path.name)
