@@ -5,10 +5,11 @@ Knows: which settings, or which pieces taken out (altered.py), are compared. Doe
 
 Tables that are about counts (acceptance, hits, tokens a round) wait for chains and draft anew on a miss, so that
 nothing hangs on timing. The others are timed like every comparison. Where nothing else is said K is Effort.predict_k
-and M is BUDGET; the pair is the small one.
+and M is BUDGET; the pair is the small one, but for the slow draft, where it is also grown to the first size.
 """
 
 from measure import Bench, Cell, ratio
+from modes import pairs
 
 from sampling import COUPLINGS
 
@@ -100,21 +101,29 @@ def cut(bench: Bench, ask, apart: dict):
 
 
 def slow_draft(bench: Bench, ask, apart: dict):
-    """The same pair with a draft three times as slow: SD, and SSD that cuts its chains, or waits for them."""
-    e, without = bench.effort, {"without": ["slow draft"]}
-    turns = {key: value for key, value in apart.items() if key != "fan_out"} | {"draft_device": apart["device"]}
-    plans = {"SD": ("sd", turns), "SSD": ("ssd", apart), "SSD, waits": ("ssd", apart | {"cut": False})}
-    at_best, by_k = [], {}
-    for name, (mode, how) in plans.items():
-        grid = [Cell(f"{name}, best K", mode, how | without | {"k": k}) for k in e.slow_ks]
-        at_best.append(bench.best(ask, "ablations, slow draft", grid)[0])
-        by_k[name] = [Cell(f"{name}, K={k}", mode, how | without | {"k": k}) for k in e.slow_ks]
-    cells = [*at_best, *sum(by_k.values(), [])]
-    bench.time(ask, "ablations, slow draft", cells, e.repeats, e.new_tokens)
-    sd, *others = at_best
-    against = [(cell, sd) for cell in others]
-    against += [(cell, same) for name in plans if name != "SD" for cell, same in zip(by_k[name], by_k["SD"])]
-    return [c.record(model=bench.label) for c in cells], [{"model": bench.label, **ratio(a, b)} for a, b in against]
+    """Pairs with a draft three times as slow: SD, and SSD that cuts its chains, or waits for them, at the K (and M)
+    that is best for each, and at equal K with the M that was."""
+    e, without, records, ratios = bench.effort, {"without": ["slow draft"]}, [], []
+    for model, pair in pairs(bench, e.sizes[:1]):
+        how = apart | pair | without
+        turns = {key: value for key, value in how.items() if key != "fan_out"} | {"draft_device": how["device"]}
+        both, cells, against = [{"k": k, "fan_out": M} for k in e.slow_ks for M in e.slow_fan_outs], [], []
+        plans = {
+            "SD": ("sd", turns, [{"k": k} for k in e.slow_ks]),
+            "SSD": ("ssd", how, both),
+            "SSD, waits": ("ssd", how | {"cut": False}, both),
+        }
+        for name, (mode, place, grid) in plans.items():
+            what = f"ablations, slow draft, {model}"
+            best, _ = bench.best(ask, what, [Cell(f"{name}, best", mode, place | at) for at in grid])
+            budget = {key: best.how[key] for key in ("fan_out",) if mode == "ssd"}
+            equal = [Cell(f"{name}, K={k}", mode, place | {"k": k} | budget) for k in e.slow_ks]
+            against += list(zip([best, *equal], cells[: 1 + len(equal)]))  # to SD's, which come first
+            cells += [best, *equal]
+        bench.time(ask, what, cells, e.repeats, e.new_tokens)
+        records += [cell.record(model=model) for cell in cells]
+        ratios += [{"model": model, **ratio(a, b)} for a, b in against]
+    return records, ratios
 
 
 TABLES = {

@@ -77,6 +77,7 @@ class Effort:
     long_tokens: int = 320
     saguaro_cs: tuple[float, ...] = (0.1, 0.25, 0.5, 0.75)
     slow_ks: tuple[int, ...] = (1, 2, 4, 8)
+    slow_fan_outs: tuple[int, ...] = (4, 16)
 
 
 FULL = Effort()
@@ -86,6 +87,7 @@ QUICK = Effort(
     quarter=False, temperatures=(0.0, 1.0), budgets=(8, 24), predict_batch=4, predict_batches=1,
     mode_sizes=(), mode_batches=(1,), mode_ks=(2,), mode_fan_outs=(8,), tune_ks=(1, 2, 4), tune_fan_outs=(8,),
     tune_tokens=48, long_prompts=2, long_tokens=160, saguaro_cs=(0.25,), slow_ks=(1, 4),
+    slow_fan_outs=(4,),
 )  # fmt: skip
 
 BRIEF = Effort(

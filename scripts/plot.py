@@ -1,9 +1,13 @@
 """The plots, one message each, as SVG: from a trace of a real run or from committed results; no numbers live in here.
 
-Knows: the layout of a trace file (report.write_trace), colours, axes. Does not know: how anything was measured.
+Knows: the layout of a trace file (report.write_trace) and of a file of results (bench.py), colours, axes. Does not
+know: how anything was measured. Read next: bench.py.
 
     python generate.py --ssd --trace trace.json
     python scripts/plot.py timeline trace.json docs/timeline.svg --from 12 --rounds 5
+    python scripts/plot.py waterfall results/cpu_modes.json docs/waterfall.svg
+    python scripts/plot.py speed-by-k results/cpu_tune.json docs/speed-by-k.svg
+    python scripts/plot.py hits-by-budget results/cpu_ablations.json docs/hits-by-budget.svg
 
 A plot is a function from the parsed arguments to a figure, listed in PLOTS; `save` gives the same bytes for the same
 input. matplotlib comes with the optional extra: pip install -e ".[plots]".
@@ -19,6 +23,7 @@ MISTAKE = 2  # exit code, as in generate.py
 # One colour per mode in every plot (blue and orange stay apart for colour-blind readers).
 AR, SD, SSD = "#6b6b6b", "#1f77b4", "#e8710a"
 INK, HIT, MISS = "#222222", "#1a7f37", "#c0182b"
+COUPLINGS = {"any": INK, "shared": "#7b3fa0", "maximal": "#1b8a8a", "independent": "#a0752c"}
 # What runs on the lanes: verification in a neutral tone, preparing in shades of SSD's colour, drafting while the target
 # waits in SD's: that is what SD does all the time.
 SPANS = {
@@ -137,19 +142,180 @@ def _timeline_title(first, shown, following, looked) -> str:
     return title + ("; the next begins " + ", ".join(waits) if waits else "")
 
 
+# ---- plots of results
+
+
+def read_part(path: str, part: str) -> dict:
+    """One part of a file of results, as bench.py wrote it."""
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))["parts"][part]
+        if not found["cells"]:
+            raise ValueError("it is empty")
+        return found
+    except OSError as error:
+        raise ValueError(f"the results {path} cannot be read ({error.strerror}): check the path") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        make = f"python scripts/bench.py --only {part} --out {path}"
+        raise ValueError(f"{path} holds no results of the part {part}, wanted a file that `{make}` wrote") from error
+
+
+def rate(cell: dict) -> float:
+    return cell["tokens_per_s"]["median"]
+
+
+def colour_of(name: str) -> str:
+    return {"AR": AR, "SD": SD, "SSD": SSD}.get(name.split()[0], "#b9bec6")
+
+
+def waterfall(args):
+    """A bar for each way to decode, from the plainest on, at one place: the first model, greedy, one prompt."""
+    cells = read_part(args.source, "modes")["cells"]
+    first = {key: cells[0][key] for key in ("model", "temperature", "batch")}
+    cells = [cell for cell in cells if all(cell[key] == value for key, value in first.items())]
+    order = ("transformers", "AR", "SD", "SSD")
+    several = lambda name: name.endswith("both cores")  # noqa: E731
+    cells.sort(key=lambda c: (order.index(c["name"].split()[0]), "auto" in c["name"], several(c["name"])))
+    base = rate(next((cell for cell in cells if cell["name"] == "AR"), cells[0]))
+    figure, axes = _axes(8, 0.7 + 0.32 * len(cells))
+    for place, cell in enumerate(reversed(cells)):
+        middle, low, high = (cell["tokens_per_s"][key] for key in ("median", "low", "high"))
+        axes.barh(place, middle, height=0.7, color=colour_of(cell["name"]), xerr=[[middle - low], [high - middle]],
+                  error_kw={"ecolor": INK, "elinewidth": 0.8})  # fmt: skip
+        axes.text(max(middle, high), place, f"  {middle:.0f} ({middle / base:.2f}x)", va="center")
+    axes.set_yticks(range(len(cells)), [_named(cell) for cell in reversed(cells)])
+    axes.tick_params(axis="y", length=0)
+    axes.margins(x=0.15)
+    axes.set_xlabel("tokens/s, median and interval of the repeats (times plain decoding on one core)")
+    axes.set_title(f"{first['model']}, temperature {first['temperature']:g}, batch {first['batch']}")
+    return figure
+
+
+def _label(axes, ends: list[tuple]) -> None:
+    """Names at the right ends of lines, (x, y, name, colour), moved up where they would lie on each other."""
+    axes.figure.draw_without_rendering()  # the layout, for the height of a line of text
+    line = 11 / (axes.get_window_extent().height / axes.figure.dpi * 72) * (axes.get_ylim()[1] - axes.get_ylim()[0])
+    above = float("-inf")
+    for x, y, name, colour in sorted(ends, key=lambda end: end[1]):
+        above = max(y, above + line)
+        axes.text(x, above, f"  {name}", color=colour, va="center")
+
+
+def _named(cell: dict) -> str:
+    settings = [f"{letter}={cell[key]}" for letter, key in (("K", "k"), ("M", "fan_out")) if type(cell.get(key)) is int]
+    return f"{cell['name']} ({', '.join(settings)})" if settings else cell["name"]
+
+
+def speed_by_k(args):
+    """SD and SSD at every K (SSD with the M that is best for that K), and what the engine reached on its own."""
+    part = read_part(args.source, "tune")
+    models, heats = (list(dict.fromkeys(row[key] for row in part["sweeps"])) for key in ("model", "temperature"))
+    figure, grid = _axes(2.9 * len(models) + 1, 2.5 * len(heats) + 0.3, len(heats), len(models))
+    for axes, (heat, model) in zip(grid.flat, [(heat, model) for heat in heats for model in models]):
+        here, ends = lambda row: row["model"] == model and row["temperature"] == heat, []
+        for name, mode in (("SD", "sd"), ("SSD", "ssd")):
+            speeds = {}
+            for row in (row for row in part["sweeps"] if here(row) and row["peer"] == mode):
+                speeds[row["k"]] = max(speeds.get(row["k"], 0), row["tokens_per_s"])
+            ks = sorted(speeds)
+            axes.plot(ks, [speeds[k] for k in ks], color=colour_of(name), marker="o", markersize=3)
+            ends.append((ks[-1], speeds[ks[-1]], name, colour_of(name)))
+            for ratio in (r for r in part["ratios"] if here(r) and r["of"] == f"{name} auto"):
+                used = next(c["k_used"] for c in part["cells"] if here(c) and c["name"] == ratio["of"])
+                best = max(speeds.values())
+                middle, low, high = (best * ratio[key] for key in ("median", "low", "high"))
+                axes.errorbar(used, middle, [[middle - low], [high - middle]], color=colour_of(name), marker="*",
+                              linestyle="none", markersize=11, markeredgecolor=INK, elinewidth=0.8)  # fmt: skip
+        axes.set_ylim(bottom=0)
+        axes.margins(x=0.15)
+        _label(axes, ends)
+        axes.set_xticks(sorted({row["k"] for row in part["sweeps"]}))
+        axes.set_title(f"{model}, temperature {heat:g}")
+    figure.supxlabel("K; the stars: what the engine chose and reached by itself", size=9)
+    figure.supylabel("tokens/s", size=9)
+    return figure
+
+
+def hits_by_budget(args):
+    """Hits against M, a colour for each coupling; optimal lists solid, uniform ones dashed."""
+    cells = [cell for cell in read_part(args.source, "ablations")["cells"] if cell.get("table") == "lists"]
+    (figure, axes), ends = _axes(6.5, 4), []
+    for heat, coupling in dict.fromkeys((cell["temperature"], cell["coupling"]) for cell in cells):
+        for lists, line in (("optimal lists", "-"), ("uniform lists", "--")):
+            mine = [c for c in cells if (c["temperature"], c["coupling"], c["name"]) == (heat, coupling, lists)]
+            M, hits = [c["fan_out"] for c in mine], [100 * c["hit_rate"] for c in mine]
+            axes.plot(M, hits, line, color=COUPLINGS[coupling], marker="o", markersize=3)
+            if lists == "optimal lists":
+                name = "temperature 0" if coupling == "any" else f"{coupling}, {heat:g}"
+                ends.append((M[-1], hits[-1], name, COUPLINGS[coupling]))
+    axes.set_ylim(0, 100)
+    axes.margins(x=0.2)
+    _label(axes, ends)
+    axes.set_xticks(sorted({cell["fan_out"] for cell in cells}))
+    axes.set_xlabel("M, outcomes prepared a round")
+    axes.set_ylabel("hits, % of the rounds")
+    axes.set_title(f"K = {cells[0]['k']}: fan-out lists that are optimal (solid) and uniform (dashed)")
+    return figure
+
+
+def hits_by_acceptance(args):
+    """Saguaro's trade: as C falls the independent coupling hits more and accepts less; the other two for comparison."""
+    cells = [cell for cell in read_part(args.source, "ablations")["cells"] if cell.get("table") == "couplings"]
+    figure, axes = _axes(6.5, 4)
+    for heat, marker, line in zip(dict.fromkeys(cell["temperature"] for cell in cells), "os^", ("-", "--", ":")):
+        path = []
+        for cell in (cell for cell in cells if cell["temperature"] == heat):
+            at, coupling = (100 * cell["acceptance_rate"], 100 * cell["hit_rate"]), cell["coupling"]
+            path += [(cell.get("saguaro_c", 1), at)] if coupling == "independent" else []
+            axes.plot(*at, marker, color=COUPLINGS[coupling])
+            name = f"C={cell.get('saguaro_c', 1):g}" if coupling == "independent" else f"{coupling}, T={heat:g}"
+            axes.annotate(f"{name}", at, (5, 4), textcoords="offset points", color=COUPLINGS[coupling], size=8)
+        path = [at for _, at in sorted(path, reverse=True)]
+        axes.plot(*zip(*path), line, color=COUPLINGS["independent"])
+        axes.annotate(f"independent, T={heat:g}", path[0], (5, -11), textcoords="offset points", size=8,
+                      color=COUPLINGS["independent"])  # fmt: skip
+    axes.margins(0.15)
+    axes.set_xlabel("acceptance, %")
+    axes.set_ylabel("hits, % of the rounds")
+    axes.set_title(f"K = {cells[0]['k']}, M = {cells[0]['fan_out']}: what weighing down by C trades for what")
+    return figure
+
+
+def prediction(args):
+    """A point for each prompt: what was foretold from its first rounds, and what the rest of it came to."""
+    part = read_part(args.source, "prediction")
+    figure, axes = _axes(5, 4.6)
+    for name in ("SD", "SSD"):
+        points = [(p["predicted"], p["measured"]) for p in part["points"] if p["name"] == name]
+        errors = [abs(foretold / measured - 1) for foretold, measured in points]
+        label = f"{name}: median error {median(errors):.1%} of {len(points)} prompts" if points else name
+        axes.plot(*zip(*points or [((), ())]), "o", color=colour_of(name), markersize=4, alpha=0.8, label=label)
+    most = axes.dataLim.max.max() * 1.15
+    axes.fill_between([0, most], [0, 0.9 * most], [0, 1.1 * most], color="#e6e8ec", linewidth=0)
+    axes.plot([0, most], [0, most], color=AR, linewidth=0.8)
+    axes.set(xlim=(0, most), ylim=(0, most), xlabel="predicted tokens/s", ylabel="measured tokens/s, rest of the run")
+    axes.legend(loc="upper left", frameon=False, handletextpad=0.2)
+    axes.set_title("From the first 32 rounds; the band is 10% wide on each side")
+    return figure
+
+
 # ---- every plot by its name
 
-PLOTS = {"timeline": timeline}
+OF_RESULTS = {
+    "waterfall": waterfall, "speed-by-k": speed_by_k, "hits-by-budget": hits_by_budget,
+    "hits-by-acceptance": hits_by_acceptance, "prediction": prediction,
+}  # fmt: skip
+PLOTS = {"timeline": timeline} | OF_RESULTS
 
 
-def _axes(width: float, height: float):
+def _axes(width: float, height: float, rows: int = 1, columns: int = 1):
     import matplotlib
 
     matplotlib.use("svg")
     matplotlib.rcParams.update(LOOK)
     from matplotlib import pyplot
 
-    return pyplot.subplots(figsize=(width, height), layout="constrained")
+    shape = {"squeeze": False} if rows * columns > 1 else {}
+    return pyplot.subplots(rows, columns, figsize=(width, height), layout="constrained", **shape)
 
 
 class Parser(argparse.ArgumentParser):
@@ -165,6 +331,10 @@ def parser() -> argparse.ArgumentParser:
     t.add_argument("out", metavar="OUT.svg", help="the file to write")
     t.add_argument("--from", type=int, default=8, metavar="ROUND", help="the first round drawn, from 0 (8)")
     t.add_argument("--rounds", type=int, default=5, metavar="N", help="how many rounds are drawn (5)")
+    for name, work in OF_RESULTS.items():
+        r = plots.add_parser(name, help=work.__doc__.split(":")[0].split(";")[0])
+        r.add_argument("source", metavar="RESULTS.json", help="what bench.py wrote")
+        r.add_argument("out", metavar="OUT.svg", help="the file to write")
     return p
 
 

@@ -37,8 +37,8 @@ CELLS = {
     "ablations fallback": (HEAT, ("batch", "batch", "{}"), ("on a miss", "name", "{}"), *PLACE[:2], TOKENS, *TEXT),
     "ablations cut": (("chains", "name", "{}"), *PLACE[:2], TOKENS, *TEXT, ("chain length", "chain_length", "{:.2f}"),
                       *TIMES),
-    "ablations slow draft": (("mode", "name", "{}"), *PLACE[:2], TOKENS, *TEXT, *TIMES, ("longest wait ms",
-                             "longest_wait_ms", "{:.1f}"), ("allowed ms", "allowed_wait_ms", "{:.1f}"),
+    "ablations slow draft": (("pair", "model", "{}"), ("mode", "name", "{}"), *PLACE[:2], TOKENS, *TEXT, *TIMES,
+                             ("longest wait ms", "longest_wait_ms", "{:.1f}"), ("allowed ms", "allowed_wait_ms", "{:.1f}"),
                              ("waits too long", "too_long", "{:.0f}")),
 }  # fmt: skip
 RATIOS = (("pair", "model", "{}"), HEAT, ("batch", "batch", "{}"), ("of", "of", "{}"), ("to", "to", "{}"),
