@@ -23,8 +23,8 @@ class Placement(NamedTuple):
     """Where the tokens of one forward pass sit, and what each of them may see. Tensors are int64 on the model's device.
 
     positions_BT for RoPE; slots_BT where keys and values are written; limit_BT the trunk slots seen, [0, limit);
-    extent a host-known bound on every limit, tight if it is known to be reached; chain as in kernels.tree_attention,
-    None for trunk tokens.
+    extent a host-known bound on every limit, tight if it is known to be reached; chain and bias as in
+    kernels.tree_attention, None for trunk tokens and where it would not help.
     """
 
     positions_BT: torch.Tensor
@@ -33,10 +33,16 @@ class Placement(NamedTuple):
     extent: int
     tight: bool = False
     chain: tuple[int, int, torch.Tensor] | None = None
+    bias: torch.Tensor | None = None
 
 
 def write(k_BGSD, v_BGSD, slots_BT: torch.Tensor, k_BTGD: torch.Tensor, v_BTGD: torch.Tensor) -> None:
     """Put the keys and values of T tokens a row into their slots, in place."""
+    if len(slots_BT) == 1 and slots_BT.device.type == "cpu" and not torch.compiler.is_compiling():
+        slots_T = slots_BT[0]  # half the time of what follows
+        k_BGSD.index_copy_(2, slots_T, k_BTGD.transpose(1, 2))
+        v_BGSD.index_copy_(2, slots_T, v_BTGD.transpose(1, 2))
+        return
     row_B1 = torch.arange(slots_BT.shape[0], device=slots_BT.device)[:, None]
     # Written to the cache itself: through a transposed view, compiled code would copy all of the cache there and back.
     k_BGSD[row_B1, :, slots_BT] = k_BTGD
@@ -49,9 +55,11 @@ class KVCache:
     def __init__(self, config, batch: int, trunk: int, branches: int = 0, steps: int = 0, *, device, dtype):
         self.trunk, self.branches, self.steps = trunk, branches, steps
         self.dead = trunk + branches * steps
+        self.group = config.num_heads // config.num_kv_heads
         shape = (config.num_layers, batch, config.num_kv_heads, self.dead + 1, config.head_dim)
         self.k_LBGSD = torch.zeros(shape, device=device, dtype=dtype)
         self.v_LBGSD = torch.zeros(shape, device=device, dtype=dtype)
+        self.layers = list(zip(self.k_LBGSD.unbind(), self.v_LBGSD.unbind()))
 
     def copy_trunk(self, other: "KVCache", length: int) -> None:
         """Take over the first `length` positions of another cache of the same model."""
@@ -61,7 +69,7 @@ class KVCache:
 
     def __getitem__(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values (B, G, S, D) of one layer, to read and to write."""
-        return self.k_LBGSD[layer], self.v_LBGSD[layer]
+        return self.layers[layer]
 
     def place(self, start_B: torch.Tensor, count_B: torch.Tensor, T: int, extent: int, tight=False) -> Placement:
         """T tokens per row on the trunk, from position start_B on; the first count_B of them are real.
@@ -73,7 +81,8 @@ class KVCache:
         real_BT = offset_T < count_B[:, None]
         slots_BT = torch.where(real_BT, positions_BT, self.dead)
         limit_BT = torch.where(real_BT, positions_BT + 1, 1)
-        return Placement(torch.where(real_BT, positions_BT, 0), slots_BT, limit_BT, extent, tight)
+        bias = self._bias(limit_BT, extent, tight)
+        return Placement(torch.where(real_BT, positions_BT, 0), slots_BT, limit_BT, extent, tight, bias=bias)
 
     def place_chain(self, start_B, depth_BM, step_B, live_B, extent, tight=False, steps=None) -> Placement:
         """Chain step `step_B` of M branches that fork off the trunk after position start_B - 1 + depth_BM.
@@ -85,7 +94,17 @@ class KVCache:
         branch_M = torch.arange(depth_BM.shape[1], device=depth_BM.device)
         slots_BM = torch.where(live_B[:, None], self.trunk + branch_M + step_B[:, None] * len(branch_M), self.dead)
         chain = (self.trunk, self.steps if steps is None else steps, step_B)
-        return Placement(limit_BM + step_B[:, None], slots_BM, limit_BM, extent, tight, chain)
+        bias = self._bias(limit_BM, extent, tight)
+        return Placement(limit_BM + step_B[:, None], slots_BM, limit_BM, extent, tight, chain, bias)
+
+    def _bias(self, limit_BT, extent: int, tight: bool) -> torch.Tensor | None:
+        """What a single row's attention adds to its scores, in eager mode."""
+        if not tight or limit_BT.shape[0] > 1 or limit_BT.shape[1] == 1:
+            return None
+        dead_TS = torch.arange(extent, device=limit_BT.device) >= limit_BT[0, :, None]
+        dtype = torch.float64 if self.k_LBGSD.dtype == torch.float64 else torch.float32
+        bias_TS = torch.zeros(dead_TS.shape, dtype=dtype, device=dead_TS.device).masked_fill_(dead_TS, float("-inf"))
+        return bias_TS.repeat_interleave(self.group, 0)
 
 
 class SpeculationCache:

@@ -226,8 +226,7 @@ def rope_tables(config: Config, positions: int) -> tuple[torch.Tensor, torch.Ten
 
 
 def rotate(x_BTHD: torch.Tensor, cos_BT1D: torch.Tensor, sin_BT1D: torch.Tensor) -> torch.Tensor:
-    half = x_BTHD.shape[-1] // 2
-    swapped = torch.cat((x_BTHD[..., half:], x_BTHD[..., :half]), -1)
+    swapped = x_BTHD.roll(x_BTHD.shape[-1] // 2, -1)
     return torch.addcmul(x_BTHD * cos_BT1D, swapped, sin_BT1D)
 
 
@@ -274,6 +273,7 @@ class Attention(nn.Module):
         mixed = tree_attention(
             query, k_BGSD, v_BGSD, place.limit_BT, first_BT,
             scale=D**-0.5, extent=place.extent, tight=place.tight, chain=place.chain, window=self.window,
+            bias=place.bias,
         )  # fmt: skip
         return self.out(mixed.reshape(B, T, H * D))
 

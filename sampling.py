@@ -31,6 +31,7 @@ class Params(NamedTuple):
     top_p_B: torch.Tensor
     seed_B: torch.Tensor
     row_B: torch.Tensor
+    key_B2: torch.Tensor  # row_keys of the two before
     greedy: bool
     filtered: bool
 
@@ -39,12 +40,14 @@ class Params(NamedTuple):
         """Lists with one value per row; top_k 0 and top_p 1 mean off. Seeds are any 64-bit whole numbers."""
         signed = [s - (1 << 64) if s >= 1 << 63 else s for s in seed]
         tensor = lambda values, dtype: torch.tensor(values, dtype=dtype, device=device)  # noqa: E731
+        seed_B, row_B = tensor(signed, torch.int64), tensor(row, torch.int64)
         return cls(
             tensor(temperature, torch.float32),
             tensor([k or 1 << 30 for k in top_k], torch.int64),
             tensor(top_p, torch.float32),
-            tensor(signed, torch.int64),
-            tensor(row, torch.int64),
+            seed_B,
+            row_B,
+            row_keys(seed_B, row_B),
             greedy=not any(temperature),
             filtered=any(top_k) or any(p < 1 for p in top_p),
         )
@@ -63,18 +66,24 @@ def _mix(x: torch.Tensor) -> torch.Tensor:
     return x ^ ((x >> 16) & 0xFFFF)
 
 
-def hash_words(params: Params, positions_BT: torch.Tensor, purpose: int, tokens: int | None = None) -> torch.Tensor:
-    """31-bit hash words, int32 >= 0: (B, T), or (B, T, tokens) with one for each token id. Equal on every device.
-
-    Two independent 32-bit keys a position, so that two positions of one run never share their noise vector.
-    """
-    seed_B1 = params.seed_B[:, None]
-    parts = (seed_B1, seed_B1 >> 32, params.row_B[:, None], positions_BT, torch.full_like(positions_BT, purpose))
+def row_keys(seed_B: torch.Tensor, row_B: torch.Tensor) -> torch.Tensor:
+    """Two independent 32-bit keys a row, (B, 2) int32: made once a run, so that a draw only hashes what is new."""
     key1 = key2 = None
-    for part in parts:
+    for part in (seed_B, seed_B >> 32, row_B):
         word = (part & 0xFFFFFFFF).to(torch.int32)  # wraps to the signed word with the same bits
         key1 = _mix(word + 0x2545F491) if key1 is None else _mix(word + key1 * 5)
         key2 = _mix(word ^ 0x5851F42D) if key2 is None else _mix((word ^ key2) * 3 + 0x14057B7F)
+    return torch.stack((key1, key2), -1)
+
+
+def hash_words(params: Params, positions_BT: torch.Tensor, purpose: int, tokens: int | None = None) -> torch.Tensor:
+    """31-bit hash words, int32 >= 0: (B, T), or (B, T, tokens) with one for each token id. Equal on every device.
+
+    Two keys a position, so that two positions of one run never share their noise vector.
+    """
+    word_BT1 = (positions_BT & 0xFFFFFFFF).to(torch.int32)[..., None]
+    key_BT2 = _mix(_mix(word_BT1 + params.key_B2[:, None] * 5) * 5 + purpose)
+    key1, key2 = key_BT2.unbind(-1)
     if tokens is None:
         return _mix(key1 ^ _mix(key2)) & 0x7FFFFFFF
     # Only words that were loaded may overflow: compilers compute on arange in wider integers, which do not wrap.

@@ -71,8 +71,8 @@ class Runner:
     def set_rows(self, params: Params, coupling: str, saguaro_c: float) -> None:
         """How the rows of this run sample. Static policies keep the tensors, so that graphs read the new values."""
         same = self.params is not None and self.policy.static and self.coupling == coupling
-        if same and self.params[5:] == params[5:] and self.saguaro_c == saguaro_c:
-            for old, new in zip(self.params[:5], params[:5]):
+        if same and self.params[6:] == params[6:] and self.saguaro_c == saguaro_c:
+            for old, new in zip(self.params[:6], params[:6]):
                 old.copy_(new)
             return
         self.params, self.coupling, self.saguaro_c = params, coupling, saguaro_c

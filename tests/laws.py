@@ -31,7 +31,7 @@ def make(rows=1, temperature=1.0, top_k=0, top_p=1.0, seed=11, row=None) -> Para
 
 def pick(params: Params, rows) -> Params:
     """The parameters of some of the rows."""
-    return Params(*(x[rows] for x in params[:5]), params.greedy, params.filtered)
+    return Params(*(x[rows] for x in params[:6]), params.greedy, params.filtered)
 
 
 def chi_square(counts, law) -> float:

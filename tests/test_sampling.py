@@ -20,6 +20,7 @@ from sampling import (
     hash_words,
     log_probs,
     noisy,
+    row_keys,
     saguaro,
     uniform,
     warp,
@@ -37,10 +38,11 @@ def word_by_hand(seed: int, row: int, position: int, purpose: int, token: int | 
         x = (x ^ x >> 15) * 0x846CA68B & cut
         return x ^ x >> 16
 
-    first, *rest = (seed & cut, seed >> 32 & cut, row & cut, position & cut, purpose)
+    first, *rest = (seed & cut, seed >> 32 & cut, row & cut)
     key1, key2 = mix(first + 0x2545F491 & cut), mix(first ^ 0x5851F42D)
     for word in rest:
         key1, key2 = mix(word + 5 * key1 & cut), mix(3 * (word ^ key2) + 0x14057B7F & cut)
+    key1, key2 = (mix(5 * mix((position & cut) + 5 * key & cut) + purpose & cut) for key in (key1, key2))
     if token is None:
         return mix(key1 ^ mix(key2)) & 0x7FFFFFFF
     return mix(mix(token + key1 & cut) ^ key2) & 0x7FFFFFFF
@@ -61,6 +63,12 @@ def test_words_equal_plain_integers():
     assert torch.equal(*(hash_words(make(seed=s), at_BT[:1], TOKEN, 9) for s in (-1, 2**64 - 1)))  # the same 64 bits
 
 
+def keyed(seed_B, row_B=None):
+    """Parameters of many rows at once, for the hash alone."""
+    both = torch.broadcast_tensors(seed_B, torch.zeros_like(seed_B) if row_B is None else row_B)
+    return make()._replace(seed_B=both[0], row_B=both[1], key_B2=row_keys(*both))
+
+
 def words_along(axis: str, count: int = 1 << 20) -> np.ndarray:
     """Words whose neighbours differ by one step on one axis."""
     one, step, at = make(), torch.arange(count), torch.tensor([[9]])
@@ -68,9 +76,9 @@ def words_along(axis: str, count: int = 1 << 20) -> np.ndarray:
         "token": lambda: hash_words(one, at, TOKEN, count),
         "position": lambda: hash_words(one, step[None], ACCEPT),
         "position of a token": lambda: hash_words(one, step[None], TOKEN, 2)[..., 1],
-        "row": lambda: hash_words(one._replace(row_B=step), at, TOKEN, 1),
-        "seed": lambda: hash_words(one._replace(seed_B=step), at, TOKEN, 1),
-        "high half of the seed": lambda: hash_words(one._replace(seed_B=step << 32), at, ACCEPT),
+        "row": lambda: hash_words(keyed(torch.tensor([11]), step), at, TOKEN, 1),
+        "seed": lambda: hash_words(keyed(step), at, TOKEN, 1),
+        "high half of the seed": lambda: hash_words(keyed(step << 32), at, ACCEPT),
         "purpose": lambda: torch.stack([hash_words(one, at, use, count // 64) for use in range(1, 65)], -1),
     }
     return words[axis]().flatten().numpy().astype(np.int64)
@@ -125,7 +133,7 @@ def test_each_input_bit_flips_each_output_bit_half_of_the_time():
     inputs = {"seed": draw(64), "row": draw(20), "position": draw(20)}
 
     def words(seed, row, position, purpose=TOKEN):
-        params = make()._replace(seed_B=seed, row_B=row)
+        params = keyed(seed, row)
         both = hash_words(params, position[:, None], purpose), hash_words(params, position[:, None], purpose, 2)[..., 1]
         return torch.stack([word.flatten() for word in both])
 

@@ -278,7 +278,8 @@ def test_the_trunk_of_the_draft_is_repaired_every_round(pair, models, mode, fall
             with torch.inference_mode(), one_thread():
                 fresh.prefill(ids, [0] * len(ids))
             for b in (b for b in live if decoding.rows[b].room(1)):  # a row's last round needs no draft
-                for ours, theirs in zip(decoding.draft.cache[slice(None)], fresh.cache[slice(None)]):
+                both = decoding.draft.cache, fresh.cache
+                for ours, theirs in zip(*((cache.k_LBGSD, cache.v_LBGSD) for cache in both)):
                     N = len(ids[b])  # the round in flight has read the pending token too
                     torch.testing.assert_close(ours[:, b, :, :N], theirs[:, b, :, :N], rtol=0, atol=1e-9)
                     compared += 1
@@ -337,7 +338,7 @@ def test_the_hit_rate_is_that_of_the_look_ups(pair, monkeypatch):
             best, F = chains.top[b][accepted[b]], forks[id(chains)][b][accepted[b]]
             rank = best.index(following[b]) if following[b] in best else None
             assert hits[len(hits) - len(live) + live.index(b)] == (rank is not None and rank < F)
-            ranks.append((tried.kind[b], len(tried.tokens[b]), accepted[b], rank))
+            ranks.append((tried.kind[b], len(tried.tokens[b]), accepted[b], rank, 4))
         return take(self, chains, tried, accepted, following)
 
     def spy_prepare(self, chains, feed, fan_out, *rest):
