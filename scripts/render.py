@@ -14,7 +14,8 @@ A marker is a comment in the document; the file of results is named from the roo
     <!-- end -->
     <!-- text results/cpu_modes.json : AR writes {modes batch=1 name=AR temperature=0.0 tokens_per_s .0f} tokens/s. -->
     <!-- end -->        in braces: a part, labels that fit one cell (or ratio, with of= and to=), a figure, its format
-    <!-- plot waterfall results/cpu_modes.json docs/waterfall.svg -->                        drawn anew, no end needed
+    <!-- plot results/cpu_modes.json waterfall docs/waterfall.svg : what it shows, in words -->
+    <!-- end -->                                             a picture, and the link to it
 
 A figure may go on with a dot: tokens_per_s is "median [low, high]", tokens_per_s.median the median alone; `ratio` is a
 ratio's own. {environment cpu} is a fact about the machine. Where the file is not there yet, the document says so.
@@ -22,6 +23,7 @@ ratio's own. {environment cpu} is a fact about the machine. Where the file is no
 
 import argparse
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -37,8 +39,8 @@ from tables import RATIOS, columns_of, shown, table  # noqa: E402
 
 DIFFERS, MISTAKE = 1, 2
 WIDTH = 120
-MARKED = re.compile(r"(<!-- (table|text) (.*?) -->\n)(.*?)(<!-- end -->)", re.S)
-PLOT = re.compile(r"<!-- plot (\S+) (\S+) (\S+) -->")
+MARKED = re.compile(r"(<!-- (table|text|plot) (.*?) -->\n)(.*?)(<!-- end -->)", re.S)
+PLOT = re.compile(r"<!-- plot (\S+) (\S+) (\S+) :")
 
 
 def documents(root: Path = ROOT) -> list[Path]:
@@ -47,21 +49,23 @@ def documents(root: Path = ROOT) -> list[Path]:
     )
 
 
-def rewrite(text: str, root: Path = ROOT) -> str:
-    """The document with everything between its markers made anew."""
-    text = MARKED.sub(lambda m: m[1] + _made(m[2], m[3], root).strip() + "\n" + m[5], text)
-    if re.search(r"<!-- (table|text) ", MARKED.sub("", text)):
-        raise ValueError("a marker for a table or a text has no <!-- end --> behind it: add one")
+def rewrite(text: str, folder: Path = ROOT, root: Path = ROOT) -> str:
+    """A document in `folder` with everything between its markers made anew."""
+    text = MARKED.sub(lambda m: m[1] + _made(m[2], m[3], folder, root).strip() + "\n" + m[5], text)
+    if re.search(r"<!-- (table|text|plot) ", MARKED.sub("", text)):
+        raise ValueError("a marker has no <!-- end --> behind it: add one")
     return text
 
 
-def _made(kind: str, marker: str, root: Path) -> str:
+def _made(kind: str, marker: str, folder: Path, root: Path) -> str:
     head, _, tail = (part.strip() for part in marker.partition(" :"))
     file, *words = shlex.split(head)
     if not (root / file).exists():
         return f"*Not measured yet: `{file}` is not there.*"
     results = _read(root / file)
     try:
+        if kind == "plot":
+            return f"![{' '.join(tail.split())}]({os.path.relpath(root / words[-1], folder)})"
         if kind == "text":
             fill = lambda m: figure(results, shlex.split(m[1]))  # noqa: E731
             return textwrap.fill(re.sub(r"\{(.*?)\}", fill, " ".join(tail.split()), flags=re.S), WIDTH)
@@ -117,7 +121,7 @@ def figure(results: dict, words: list[str]) -> str:
 
 def plots(text: str, root: Path = ROOT) -> list[tuple[str, str, Path]]:
     """(plot, results, file to write) for every plot that a document names and that can be drawn."""
-    return [(name, source, root / out) for name, source, out in PLOT.findall(text) if (root / source).exists()]
+    return [(name, root / source, root / out) for source, name, out in PLOT.findall(text) if (root / source).exists()]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -127,7 +131,7 @@ def main(argv: list[str] | None = None) -> int:
     for path in documents():
         try:
             text = path.read_text()
-            new = rewrite(text)
+            new = rewrite(text, path.parent)
         except ValueError as error:
             print(f"render.py: {path.name}: {error}", file=sys.stderr)
             return MISTAKE
@@ -136,7 +140,7 @@ def main(argv: list[str] | None = None) -> int:
             if not args.check:
                 path.write_text(new)
         for name, source, out in plots(text) if not args.check else ():
-            draw = [sys.executable, str(ROOT / "scripts" / "plot.py"), name, str(ROOT / source), str(out)]
+            draw = [sys.executable, str(ROOT / "scripts" / "plot.py"), name, str(source), str(out)]
             if subprocess.run(draw).returncode:
                 return MISTAKE
     print(f"{'differs' if args.check else 'written'}: {', '.join(map(str, differ)) or 'nothing'}")

@@ -112,14 +112,19 @@ old
 <!-- end -->
 <!-- text results/none.json : {never read} -->
 <!-- end -->
+<!-- plot results/all.json waterfall docs/w.svg : All
+of it -->
+<!-- end -->
 B"""
-    made = render.rewrite(document, root)
+    made = render.rewrite(document, root / "docs", root)
     assert made.startswith("A\n") and made.endswith("\nB") and "old" not in made
     assert "| mode | tokens/s |\n| --- | --- |\n| AR both cores | 190.0 [171.0, 209.0] |\n<!-- end -->" in made
     assert "| SD auto | 0.98 [0.88, 1.08] |" in made
     assert "\nOn a CPU SSD has 240 (0.98 [0.88, 1.08]).\n<!-- end -->" in made
     assert "*Not measured yet: `results/none.json` is not there.*" in made
-    assert render.rewrite(made, root) == made, "a second time changes nothing"
+    assert "\n![All of it](w.svg)\n<!-- end -->" in made
+    assert render.plots(document, root) == [("waterfall", results, root / "docs" / "w.svg")]
+    assert render.rewrite(made, root / "docs", root) == made, "a second time changes nothing"
 
 
 @pytest.mark.parametrize(
@@ -134,15 +139,15 @@ B"""
 )
 def test_markers_that_are_wrong(results, marker, words):
     with pytest.raises(ValueError, match=words):
-        render.rewrite(f"<!-- {marker} -->\n<!-- end -->", results.parent.parent)
+        render.rewrite(f"<!-- {marker} -->\n<!-- end -->", root=results.parent.parent)
     with pytest.raises(ValueError, match="no <!-- end -->"):
-        render.rewrite("<!-- table results/all.json modes -->\n| 1 |\n", results.parent.parent)
+        render.rewrite("<!-- table results/all.json modes -->\n| 1 |\n", root=results.parent.parent)
 
 
 @pytest.mark.parametrize("path", render.documents(), ids=lambda path: str(path.relative_to(ROOT)))
 def test_documents_say_what_the_results_say(path):
     """If this fails: python scripts/render.py."""
-    assert path.read_text() == render.rewrite(path.read_text())
+    assert path.read_text() == render.rewrite(path.read_text(), path.parent)
 
 
 @pytest.mark.parametrize("path", render.documents(), ids=lambda path: str(path.relative_to(ROOT)))
@@ -154,7 +159,7 @@ def test_plots_are_what_the_results_give(path, tmp_path, draw):
     pytest.importorskip("matplotlib", reason='matplotlib is not installed: pip install -e ".[plots]"')
     pinned = re.search(r"^matplotlib==([\d.]+)", (ROOT / "constraints.txt").read_text(), re.M)[1]
     for name, source, out in wanted:
-        assert draw[1](name, ROOT / source, tmp_path / "new.svg") == (0, "")
+        assert draw[1](name, source, tmp_path / "new.svg") == (0, "")
         assert version("matplotlib") != pinned or (tmp_path / "new.svg").read_text() == out.read_text(), out.name
 
 
