@@ -15,7 +15,6 @@ from sampling import COUPLINGS
 
 BUDGET = 16
 HEAT = {"temperature": 1.0}
-CUT_KS = (2, 4, 8)
 
 
 def ablations(bench: Bench) -> dict:
@@ -91,7 +90,7 @@ def fallbacks(bench: Bench, ask, apart: dict):
 def cut(bench: Bench, ask, apart: dict):
     """Chains used as long as they are when the verdict is in, against chains waited for."""
     e, records, ratios = bench.effort, [], []
-    for k in CUT_KS:
+    for k in e.cut_ks:
         ways = {"cut": True, "waited for": False}
         cells = [Cell(f"{name}, K={k}", "ssd", apart | {"k": k, "cut": way}) for name, way in ways.items()]
         bench.time(ask, "ablations, cut", cells, e.repeats, e.new_tokens)

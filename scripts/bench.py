@@ -72,29 +72,31 @@ class Effort:
     mode_fan_outs: tuple[int, ...] = (8, 16)
     tune_ks: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 8)
     tune_fan_outs: tuple[int, ...] = (2, 4, 8, 16, 24)
+    tune_pairs: int = 24
     tune_tokens: int = 128
     long_prompts: int = 16  # prediction: runs that are long enough for a rest behind the first rounds
     long_tokens: int = 320
     saguaro_cs: tuple[float, ...] = (0.1, 0.25, 0.5, 0.75)
+    cut_ks: tuple[int, ...] = (2, 4, 8)
     slow_ks: tuple[int, ...] = (1, 2, 4, 8)
     slow_fan_outs: tuple[int, ...] = (4, 16)
 
 
 FULL = Effort()
 QUICK = Effort(
-    sizes=(), batches=(1, 8), repeats=5, plain_tokens=32, pairs=6, new_tokens=48, sweep_prompts=1, sweep_tokens=24,
+    sizes=(), batches=(1, 8), repeats=5, plain_tokens=32, pairs=6, new_tokens=32, sweep_prompts=1, sweep_tokens=24,
     ks=(1, 2, 4), fan_outs=(4, 8), assisted_ks=(2, 4), assisted_fan_outs=(8,), thresholds=(0.0,), lookup_ks=(4,),
     quarter=False, temperatures=(0.0, 1.0), budgets=(8, 24), predict_batch=4, predict_batches=1,
-    mode_sizes=(), mode_batches=(1,), mode_ks=(2,), mode_fan_outs=(8,), tune_ks=(1, 2, 4), tune_fan_outs=(8,),
-    tune_tokens=48, long_prompts=2, long_tokens=160, saguaro_cs=(0.25,), slow_ks=(1, 4),
+    mode_sizes=(), mode_batches=(1,), mode_ks=(2,), mode_fan_outs=(8,), tune_ks=(1, 2), tune_fan_outs=(8,),
+    tune_pairs=6, tune_tokens=32, long_prompts=2, long_tokens=144, saguaro_cs=(0.25,), cut_ks=(4,), slow_ks=(2,),
     slow_fan_outs=(4,),
 )  # fmt: skip
 
 BRIEF = Effort(
     repeats=5, pairs=20, new_tokens=64, sweep_prompts=2, sweep_tokens=32, ks=(1, 2, 3, 4), fan_outs=(8, 16),
-    assisted_ks=(2, 4, 8), assisted_fan_outs=(16,), lookup_ks=(4,), predict_batches=2, mode_sizes=(),
-    mode_batches=(1, 4, 16), mode_ks=(1, 2, 4), mode_fan_outs=(16,), tune_ks=(1, 2, 3, 4, 6), tune_fan_outs=(4, 8, 16),
-    tune_tokens=96, long_prompts=12, long_tokens=256, saguaro_cs=(0.1, 0.25, 0.5, 0.75), slow_ks=(1, 2, 4, 8),
+    assisted_ks=(2, 4, 8), assisted_fan_outs=(16,), lookup_ks=(4,), predict_batches=2, mode_batches=(1, 4, 16),
+    mode_ks=(1, 2, 4), mode_fan_outs=(16,), tune_ks=(1, 2, 3, 4, 6), tune_fan_outs=(4, 8, 16), tune_pairs=12,
+    tune_tokens=96, long_prompts=12, long_tokens=256,
 )  # fmt: skip
 EFFORTS = {"quick": QUICK, "brief": BRIEF, "full": FULL}
 
@@ -259,7 +261,7 @@ def parser() -> argparse.ArgumentParser:
     add = p.add_argument
     add("--only", metavar="PART[,PART]", default=",".join(PARTS), help=f"some of {', '.join(PARTS)} (default: all)")
     add("--effort", choices=EFFORTS, default="full", help="how many sizes, settings, prompts and repeats: a part takes "
-        "about half a minute, 5 minutes or 12 minutes on 2 cores")  # fmt: skip
+        "about 20 seconds, 6 minutes or 20 minutes on 2 cores")  # fmt: skip
     add("--quick", dest="effort", action="store_const", const="quick", help="--effort quick: under 3 minutes in all")
     add("--target", metavar="DIR", default=str(DEMO / "target"), help="a small checkpoint (default: the demo pair's)")
     add("--draft", metavar="DIR", default=str(DEMO / "draft"), help="its draft")

@@ -31,13 +31,13 @@ def places(bench: Bench) -> list[tuple[str, dict]]:
 
 
 def modes(bench: Bench) -> dict:
-    """AR, SD and SSD with every coupling, and transformers, at several temperatures and batch sizes."""
+    """AR, SD and SSD with every coupling, and transformers, at two temperatures and, the small pair, several batches."""
     e, out = bench.effort, {"models": {}, "cells": [], "ratios": [], "sweeps": []}
     for model, pair in pairs(bench, e.mode_sizes):
         with bench.workers() as ask:
             out["models"][model] = bench.ceiling(ask, pair["target"]) | {"texts": []}
             for temperature in (0.0, 1.0):
-                for batch in e.mode_batches:
+                for batch in e.mode_batches if model == bench.label else (1,):
                     labels = {"model": model, "temperature": temperature, "batch": batch}
                     what, cells = f"modes {model} T={temperature} batch {batch}", []
                     for hows in rivals(bench, pair, temperature, batch):
@@ -106,7 +106,7 @@ def tune(bench: Bench) -> dict:
                     what = f"tune {model} T={temperature}"
                     best, sweep = bench.best(ask, what, [Cell(f"{name} best", mode, how | at) for at in grid])
                     cells = [Cell(f"{name} auto", mode, how | auto), best]
-                    bench.time(ask, what, cells, e.pairs, e.tune_tokens)
+                    bench.time(ask, what, cells, e.tune_pairs, e.tune_tokens)
                     out["sweeps"] += [labels | row for row in sweep]
                     out["cells"] += [cell.record(**labels) for cell in cells]
                     out["ratios"].append(labels | judged(ratio(*cells)))

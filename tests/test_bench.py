@@ -30,7 +30,7 @@ TOY = bench.Effort(
     sweep_tokens=8, ks=(1, 2), fan_outs=(4,), assisted_ks=(2,), assisted_fan_outs=(4,), thresholds=(0.0,),
     lookup_ks=(2,), temperatures=(0.0, 1.0), budgets=(4, 8), predict_k=2, predict_batch=2, predict_batches=2,
     mode_sizes=(), mode_batches=(1, 2), mode_ks=(2,), mode_fan_outs=(2, 4), tune_ks=(1, 2), tune_fan_outs=(2, 4),
-    tune_tokens=12, long_prompts=2, long_tokens=210, saguaro_cs=(0.5,), slow_ks=(1, 2),
+    tune_pairs=3, tune_tokens=12, long_prompts=2, long_tokens=210, saguaro_cs=(0.5,), slow_ks=(1, 2),
     slow_fan_outs=(4,),
 )  # fmt: skip
 
@@ -237,7 +237,7 @@ def test_ablations(run):
     tables = {name: [c for c in part["cells"] if c["table"] == name] for name in ablate.TABLES}
     assert len(tables["couplings"]) == 2 * (3 + 1) and len(tables["lists"]) == 4 * 2 and len(tables["adaptive"]) == 6
     assert {c["name"] for c in tables["fallback"]} == {"jit", "fast", "auto", "jit for the whole batch"}
-    assert len(tables["cut"]) == 2 * len(ablate.CUT_KS)
+    assert len(tables["cut"]) == 2 * len(TOY.cut_ks)
     slow = {c["name"]: c for c in tables["slow draft"]}
     assert len(slow) == 3 * (1 + len(TOY.slow_ks))
     waits = slow["SSD, K=2"]
@@ -362,6 +362,6 @@ def test_quick_is_a_part_of_the_whole():
     assert bench.QUICK.repeats >= 5 and bench.FULL.pairs >= 20
     for name in (
         "ks", "fan_outs", "budgets", "temperatures", "assisted_ks", "thresholds", "lookup_ks", "mode_batches",
-        "mode_ks", "mode_fan_outs", "tune_ks", "tune_fan_outs", "saguaro_cs", "slow_ks", "slow_fan_outs",
+        "mode_ks", "mode_fan_outs", "tune_ks", "tune_fan_outs", "saguaro_cs", "cut_ks", "slow_ks", "slow_fan_outs",
     ):  # fmt: skip
         assert set(getattr(bench.QUICK, name)) <= set(getattr(bench.FULL, name)), name
