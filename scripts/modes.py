@@ -31,7 +31,7 @@ def places(bench: Bench) -> list[tuple[str, dict]]:
 
 
 def modes(bench: Bench) -> dict:
-    """AR, SD and SSD with every coupling, and transformers, at two temperatures and, the small pair, several batches."""
+    """AR, SD and SSD with every coupling, and transformers; the small pair also in batches."""
     e, out = bench.effort, {"models": {}, "cells": [], "ratios": [], "sweeps": []}
     for model, pair in pairs(bench, e.mode_sizes):
         with bench.workers() as ask:
