@@ -37,9 +37,9 @@ class Fixed(FanOut):
 def slowed(work):
     """The lane sleeps as much longer as makes `work` SLOWER times as slow: no core and no lock is taken meanwhile."""
 
-    def slow(*args):
+    def slow(*args, **how):
         begin = time.perf_counter()
-        value = work(*args)
+        value = work(*args, **how)
         time.sleep((SLOWER - 1) * (time.perf_counter() - begin))
         return value
 

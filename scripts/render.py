@@ -15,7 +15,7 @@ A marker is a comment in the document; the file of results is named from the roo
     <!-- text results/cpu_modes.json : AR writes {modes batch=1 name=AR temperature=0.0 tokens_per_s .0f} tokens/s. -->
     <!-- end -->        in braces: a part, labels that fit one cell (or ratio, with of= and to=), a figure, its format
     <!-- plot results/cpu_modes.json waterfall docs/waterfall.svg : what it shows, in words -->
-    <!-- end -->                                             a picture, and the link to it
+    <!-- end -->                      a picture, and the link to it; options of plot.py may follow the picture's name
 
 A figure may go on with a dot: tokens_per_s is "median [low, high]", tokens_per_s.median the median alone; `ratio` is a
 ratio's own. {environment cpu} is a fact about the machine. Where the file is not there yet, the document says so.
@@ -40,7 +40,7 @@ from tables import RATIOS, columns_of, shown, table  # noqa: E402
 DIFFERS, MISTAKE = 1, 2
 WIDTH = 120
 MARKED = re.compile(r"(<!-- (table|text|plot) (.*?) -->\n)(.*?)(<!-- end -->)", re.S)
-PLOT = re.compile(r"<!-- plot (\S+) (\S+) (\S+) :")
+PLOT = re.compile(r"<!-- plot (\S+) (\S+) (\S+)(.*?) :")
 
 
 def documents(root: Path = ROOT) -> list[Path]:
@@ -65,7 +65,7 @@ def _made(kind: str, marker: str, folder: Path, root: Path) -> str:
     results = _read(root / file)
     try:
         if kind == "plot":
-            return f"![{' '.join(tail.split())}]({os.path.relpath(root / words[-1], folder)})"
+            return f"![{' '.join(tail.split())}]({os.path.relpath(root / words[1], folder)})"
         if kind == "text":
             fill = lambda m: figure(results, shlex.split(m[1]))  # noqa: E731
             return textwrap.fill(re.sub(r"\{(.*?)\}", fill, " ".join(tail.split()), flags=re.S), WIDTH)
@@ -119,9 +119,11 @@ def figure(results: dict, words: list[str]) -> str:
     raise ValueError(f"{words[0]} {' '.join(labels)} has no figure {key!r}")
 
 
-def plots(text: str, root: Path = ROOT) -> list[tuple[str, str, Path]]:
-    """(plot, results, file to write) for every plot that a document names and that can be drawn."""
-    return [(name, root / source, root / out) for source, name, out in PLOT.findall(text) if (root / source).exists()]
+def plots(text: str, root: Path = ROOT) -> list[tuple[str, Path, Path, list[str]]]:
+    """(plot, results, file to write, options) for every plot that a document names and that can be drawn."""
+    found = PLOT.findall(text)
+    return [(name, root / source, root / out, shlex.split(options)) for source, name, out, options in found
+            if (root / source).exists()]  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -139,8 +141,8 @@ def main(argv: list[str] | None = None) -> int:
             differ.append(path.relative_to(ROOT))
             if not args.check:
                 path.write_text(new)
-        for name, source, out in plots(text) if not args.check else ():
-            draw = [sys.executable, str(ROOT / "scripts" / "plot.py"), name, str(source), str(out)]
+        for name, source, out, options in plots(text) if not args.check else ():
+            draw = [sys.executable, str(ROOT / "scripts" / "plot.py"), name, str(source), str(out), *options]
             if subprocess.run(draw).returncode:
                 return MISTAKE
     print(f"{'differs' if args.check else 'written'}: {', '.join(map(str, differ)) or 'nothing'}")

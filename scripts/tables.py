@@ -38,11 +38,12 @@ CELLS = {
     "ablations cut": (("chains", "name", "{}"), *PLACE[:2], TOKENS, *TEXT, ("chain length", "chain_length", "{:.2f}"),
                       *TIMES),
     "ablations slow draft": (("pair", "model", "{}"), ("mode", "name", "{}"), *PLACE[:2], TOKENS, *TEXT, *TIMES,
-                             ("longest wait ms", "longest_wait_ms", "{:.1f}"), ("allowed ms", "allowed_wait_ms", "{:.1f}"),
-                             ("waits too long", "too_long", "{:.0f}")),
+                             ("longest wait ms", "longest_wait_ms", "{:.1f}"),
+                             ("allowed ms", "allowed_wait_ms", "{:.1f}"), ("waits too long", "too_long", "{:.0f}")),
 }  # fmt: skip
 RATIOS = (("pair", "model", "{}"), HEAT, ("batch", "batch", "{}"), ("of", "of", "{}"), ("to", "to", "{}"),
-          ("ratio", "", "{:.2f}"), ("repeats", "n", "{}"), ("coverage", "coverage", "{:.0%}"))  # fmt: skip
+          ("ratio", "", "{:.2f}"), ("repeats", "n", "{}"), ("coverage", "coverage", "{:.0%}"),
+          ("within 5% or the interval", "good", "{}"))  # fmt: skip
 JUDGED = (("SSD / SD at most", "ssd_over_sd_ceiling", "{:.2f}"), ("share of it reached", "share_of_ceiling", "{:.0%}"),
           ("hidden on hits", "hidden", "{:.0%}"), ("round on a hit / verification", "hit_round_over_verify", "{:.2f}"),
           ("draft step / verification", "draft_step_over_verify", "{:.2f}"))  # fmt: skip
@@ -54,6 +55,8 @@ def shown(record: dict, key: str, form: str) -> str:
     if isinstance(value, dict):
         middle, low, high = (form.format(value[key]) for key in ("median", "low", "high"))
         return f"{middle} [{low}, {high}]"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     return "" if value is None else form.format(value)
 
 

@@ -112,7 +112,7 @@ old
 <!-- end -->
 <!-- text results/none.json : {never read} -->
 <!-- end -->
-<!-- plot results/all.json waterfall docs/w.svg : All
+<!-- plot results/all.json waterfall docs/w.svg --from 3 : All
 of it -->
 <!-- end -->
 B"""
@@ -122,8 +122,9 @@ B"""
     assert "| SD auto | 0.98 [0.88, 1.08] |" in made
     assert "\nOn a CPU SSD has 240 (0.98 [0.88, 1.08]).\n<!-- end -->" in made
     assert "*Not measured yet: `results/none.json` is not there.*" in made
+    assert tables.shown({"good": True}, "good", "{}") == "yes"
     assert "\n![All of it](w.svg)\n<!-- end -->" in made
-    assert render.plots(document, root) == [("waterfall", results, root / "docs" / "w.svg")]
+    assert render.plots(document, root) == [("waterfall", results, root / "docs" / "w.svg", ["--from", "3"])]
     assert render.rewrite(made, root / "docs", root) == made, "a second time changes nothing"
 
 
@@ -158,8 +159,8 @@ def test_plots_are_what_the_results_give(path, tmp_path, draw):
         return
     pytest.importorskip("matplotlib", reason='matplotlib is not installed: pip install -e ".[plots]"')
     pinned = re.search(r"^matplotlib==([\d.]+)", (ROOT / "constraints.txt").read_text(), re.M)[1]
-    for name, source, out in wanted:
-        assert draw[1](name, source, tmp_path / "new.svg") == (0, "")
+    for name, source, out, options in wanted:
+        assert draw[1](name, source, tmp_path / "new.svg", *options) == (0, "")
         assert version("matplotlib") != pinned or (tmp_path / "new.svg").read_text() == out.read_text(), out.name
 
 
