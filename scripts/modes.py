@@ -77,15 +77,16 @@ def rivals(bench: Bench, pair: dict, temperature: float, batch: int):
 def at_their_best(cells: list[Cell]) -> list[dict]:
     """Ratios between the modes, each with the coupling that was fastest for it; the names say which."""
 
-    def best(name: str, several: bool) -> Cell | None:
-        of = [cell for cell in cells if cell.name.split()[0] == name and cell.name.endswith(SEVERAL) == several]
-        of = [cell for cell in of if not {"auto", "assisted"} & set(cell.name.split())]
+    def best(peer: str, several: bool) -> Cell | None:
+        of = [cell for cell in cells if cell.peer == peer and cell.name.endswith(SEVERAL) == several]
+        of = [cell for cell in of if cell.how.get("k") != "auto"]
         return max(of, key=lambda cell: median(cell.rates()), default=None)
 
-    ssd, against = best("SSD", False), []
+    ssd, against = best("ssd", False), []
     for several in (False, True):
-        sd, ar, theirs = (best(name, several) for name in ("SD", "AR", "transformers"))
-        against += [(ssd, sd), (ssd, ar), (sd, ar), (sd, theirs), (ar, theirs)]
+        peers = ("sd", "ar", "transformers", "transformers assisted")
+        sd, ar, theirs, assisted = (best(peer, several) for peer in peers)
+        against += [(ssd, sd), (ssd, ar), (sd, ar), (ssd, assisted), (sd, assisted), (ar, theirs)]
     return [ratio(a, b) for a, b in against if a and b]
 
 
@@ -109,11 +110,11 @@ def tune(bench: Bench) -> dict:
                     bench.time(ask, what, cells, e.tune_pairs, e.tune_tokens)
                     out["sweeps"] += [labels | row for row in sweep]
                     out["cells"] += [cell.record(**labels) for cell in cells]
-                    out["ratios"].append(labels | judged(ratio(*cells)))
+                    out["ratios"].append(labels | as_good(ratio(*cells)))
     return out
 
 
-def judged(found: dict) -> dict:
+def as_good(found: dict) -> dict:
     """Within 5% of the best, or not to be told from it?"""
     return found | {"good": found["median"] >= WITHIN or found["high"] >= 1}
 
@@ -132,9 +133,9 @@ def prediction(bench: Bench) -> dict:
                 bench.time(ask, f"prediction {model} T={temperature}", cells, e.long_prompts, e.long_tokens)
                 labels = {"model": model, "temperature": temperature}
                 for cell in cells:
-                    runs = [run["stats"] for run in cell.runs if run["stats"].get("prediction_error") is not None]
-                    long_enough = replace(cell, runs=[run for run in cell.runs if run["stats"] in runs])
-                    points = [[s["predicted_tokens_per_s"], s["rest_tokens_per_s"]] for s in runs]
-                    out["points"] += [labels | {"name": cell.name, "predicted": p, "measured": m} for p, m in points]
-                    out["cells"].append((long_enough if runs else cell).record(**labels) | {"judged": len(runs)})
+                    judged = [run for run in cell.runs if "prediction_error" in run["stats"]]
+                    for stats in (run["stats"] for run in judged):
+                        point = {"predicted": stats["predicted_tokens_per_s"], "measured": stats["rest_tokens_per_s"]}
+                        out["points"].append(labels | {"name": cell.name} | point)
+                    out["cells"].append(replace(cell, runs=judged or cell.runs).record(**labels, judged=len(judged)))
     return out

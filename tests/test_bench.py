@@ -218,8 +218,8 @@ def test_tune(run):
     assert places == {("sd", T, k, None) for T in (0.0, 1.0) for k in (1, 2)} | {
         ("ssd", T, k, M) for T in (0.0, 1.0) for k in (1, 2) for M in (2, 4)
     }
-    assert modes.judged({"median": 0.96, "high": 0.97})["good"] and modes.judged({"median": 0.9, "high": 1.0})["good"]
-    assert not modes.judged({"median": 0.9, "high": 0.99})["good"]
+    assert modes.as_good({"median": 0.96, "high": 0.97})["good"] and modes.as_good({"median": 0.9, "high": 1.0})["good"]
+    assert not modes.as_good({"median": 0.9, "high": 0.99})["good"]
 
 
 def test_prediction(run):
