@@ -149,11 +149,6 @@ class SpeculationCache:
         """The branch prepared for "exactly `accepted` draft tokens, then `token`", or None: a miss."""
         return self.branch_of.get((row, accepted, token))
 
-    def rank(self, row: int, accepted: int, token: int) -> int | None:
-        """The place of the token that came among the draft's best for that outcome; None if it is not among them."""
-        best = self.top[row][accepted]
-        return best.index(token) if token in best else None
-
     def chain(self, row: int, branch: int, length: int) -> tuple[list[int], list[torch.Tensor] | None]:
         """The first `length` prepared tokens of a branch and, unless the coupling is `shared`, their log q (V,)."""
         taken = self.steps[:length]

@@ -93,12 +93,10 @@ def tree_attention_reference(
     trunk_k, trunk_v = k_BGSD.narrow(2, 0, extent), v_BGSD.narrow(2, 0, extent)
     if query_BTHD.dtype in (torch.float16, torch.bfloat16):
         query_BGQD, trunk_k, trunk_v = query_BGQD.float(), trunk_k.float(), trunk_v.float()
-
     one_row = B == 1 and tight and first_BT is None and (T == 1 or bias is not None)  # and no slot that nobody sees
     if one_row and chain is None:
         mixed_BGQD = F.scaled_dot_product_attention(query_BGQD, trunk_k, trunk_v, bias, scale=scale)
-        mixed_BTHD = mixed_BGQD.view(B, G, T, R, D).transpose(1, 2).reshape(B, T, H, D)
-        return mixed_BTHD if mixed_BTHD.dtype == query_BTHD.dtype else mixed_BTHD.to(query_BTHD.dtype)
+        return mixed_BGQD.view(B, G, T, R, D).transpose(1, 2).reshape(B, T, H, D).to(query_BTHD.dtype)
     scores_BGQS = (query_BGQD @ trunk_k.mT).mul_(scale)
     # Slots that every query sees need no mask. How many they are is free to read on the CPU: no device to wait for.
     open_slots = 0
@@ -120,24 +118,31 @@ def tree_attention_reference(
     if chain is None:
         mixed_BGQD = torch.softmax(scores_BGQS, -1) @ trunk_v
     else:
-        base, steps, step_B = chain
-        chain_k, chain_v = (  # (B, G, T, C, D): a small matrix for each branch
-            x.narrow(2, base, steps * T).view(B, G, steps, T, D).transpose(2, 3).to(trunk_k.dtype)
-            for x in (k_BGSD, v_BGSD)
-        )
-        own_BGTRC = (query_BGQD.view(B, G, T, R, D) @ chain_k.mT).mul_(scale)
-        if window or not tight:
-            step_C = torch.arange(steps, device=limit_BT.device)
-            dead_BC = step_C > step_B[:, None]
-            if window:
-                dead_BC |= step_C <= step_B[:, None] - window
-            own_BGTRC.masked_fill_(dead_BC[:, None, None, None], float("-inf"))
-            chain_v = chain_v.masked_fill(dead_BC[:, None, None, :, None], 0.0)
+        own_BGTRC, chain_v = _own_chain(query_BGQD.view(B, G, T, R, D), k_BGSD, v_BGSD, chain, scale, tight, window)
         weights = torch.softmax(torch.cat((scores_BGQS, own_BGTRC.flatten(2, 3)), -1), -1)
         mixed_BGQD = weights[..., :extent] @ trunk_v
-        mixed_BGQD += (weights[..., extent:].view(B, G, T, R, steps) @ chain_v).flatten(2, 3)
+        mixed_BGQD += (weights[..., extent:].view(own_BGTRC.shape) @ chain_v).flatten(2, 3)
     out = mixed_BGQD.view(B, G, T, R, D).transpose(1, 2).reshape(B, T, H, D)
     return out.to(query_BTHD.dtype)
+
+
+def _own_chain(query_BGTRD, k_BGSD, v_BGSD, chain, scale, tight, window):
+    """Scores (B, G, T, R, C) of every branch over its own chain, and the chain's values (B, G, T, C, D)."""
+    B, G, T, _, D = query_BGTRD.shape
+    base, steps, step_B = chain
+    chain_k, chain_v = (  # a small matrix for each branch
+        x.narrow(2, base, steps * T).view(B, G, steps, T, D).transpose(2, 3).to(query_BGTRD.dtype)
+        for x in (k_BGSD, v_BGSD)
+    )
+    own_BGTRC = (query_BGTRD @ chain_k.mT).mul_(scale)
+    if window or not tight:
+        step_C = torch.arange(steps, device=step_B.device)
+        dead_BC = step_C > step_B[:, None]
+        if window:
+            dead_BC |= step_C <= step_B[:, None] - window
+        own_BGTRC.masked_fill_(dead_BC[:, None, None, None], float("-inf"))
+        chain_v = chain_v.masked_fill(dead_BC[:, None, None, :, None], 0.0)
+    return own_BGTRC, chain_v
 
 
 # What one program of the kernel takes on, by bytes per number and head size (padded to a power of two): at most so many

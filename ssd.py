@@ -31,6 +31,7 @@ from steps import Feed, Runner
 from tuner import Times, Tuner
 
 NGRAM = "ngram"  # a draft that is no model
+NO_LESSON = ((), None, None, None, None)  # live rows, what was tried, accepted, following, chains
 # How long the target waits for a draft that should have answered: this, or so many times the draft's slowest job yet.
 PATIENCE_S, PATIENCE_TIMES = 2.0, 20
 # The same for its first passes, which may still fetch weights from memory or disk, or compile.
@@ -63,8 +64,7 @@ class Decoding:
         self.target, self.draft, self.target_lane, self.draft_lane = target, draft, target_lane, draft_lane
         self.tuner, self.fan_out = tuner, FanOut(max(tuner.ks), max(tuner.budgets))
         self.k, self.fan_out.budget = tuner.k, tuner.budget
-        self.figures = Figures(rows, settings)
-        self.slowest_draft_s = 0.0
+        self.figures, self.lesson, self.slowest_draft_s = Figures(rows, settings), NO_LESSON, 0.0
 
     # ---- the loop
 
@@ -77,7 +77,7 @@ class Decoding:
             verdict = self.target_lane.start("verify", self.target.verify, feed, proposal.kind, proposal.logq)
             chains = self.start_preparing(feed, proposal, verdict) if self.mode == "ssd" else None
             yield  # the caller prints the last round's text while this one runs
-            self.tune()  # --k auto
+            self.learn()
             accepted, following = verdict.result()
             self.emit(proposal, accepted, following, verdict)
             if self.mode == "ssd":
@@ -125,10 +125,7 @@ class Decoding:
             else:
                 proposal.put(b, CHAIN, *chains.chain(b, branch[b], self.rows[b].room(self.k)))
         self.figures.looked_up(begin, len(live), missed, len(chains.steps))
-        for b in live:
-            rank = chains.rank(b, accepted[b], following[b])
-            among = len(chains.top[b][accepted[b]])
-            self.fan_out.observe(tried.kind[b], len(tried.tokens[b]), accepted[b], rank, among)
+        self.lesson = (live, tried, accepted, following, chains)
         return self.fall_back(proposal, missed) if missed else proposal
 
     def fall_back(self, proposal: Proposal, missed: list[int]) -> Proposal:
@@ -160,10 +157,9 @@ class Decoding:
         self.figures.begin = time.perf_counter()
         ids, kept = [row.ids[row.kept : -1] for row in self.rows], [row.kept for row in self.rows]
         reading = self.target_lane.start("prefill", self.target.prefill, ids, kept)
-        if self.draft and self.mode != "ar":
-            drafting = self.draft_lane.start("prefill", self.draft.prefill, ids, kept)
+        drafting = self.mode != "ar" and self.draft and self.draft_lane.start("prefill", self.draft.prefill, ids, kept)
         reading.result()
-        if self.draft and self.mode != "ar":
+        if drafting:
             self.await_draft(drafting, PREFILL_PATIENCE_S + PATIENCE_TIMES * (reading.end - reading.begin))
 
     def warm_up(self) -> None:
@@ -179,11 +175,15 @@ class Decoding:
             self.tuner.calibrate(self)
         self.slowest_draft_s = 0.0  # compiling and calibrating say nothing about later jobs
 
-    def tune(self) -> None:
-        """K and M for the next round, chosen while the target verifies this one."""
-        if not self.tuner.idle:
-            self.tuner.revise(self.fan_out, self.figures.usual_exposed())
-            self.k, self.fan_out.budget = self.tuner.k, self.tuner.budget
+    def learn(self) -> None:
+        """The fan-out from the last look-up's ranks, K and M from the speed model: while the target verifies."""
+        (live, tried, accepted, following, chains), self.lesson = self.lesson, NO_LESSON
+        for b in live:
+            best = chains.top[b][accepted[b]] if chains else []
+            rank = best.index(following[b]) if following[b] in best else None
+            self.fan_out.observe(tried.kind[b], len(tried.tokens[b]), accepted[b], rank, len(best))
+        self.tuner.revise(self.fan_out, self.figures)
+        self.k, self.fan_out.budget = self.tuner.k, self.tuner.budget
 
     def feed(self, proposal: Proposal) -> Feed:
         live, V = set(self.live()), self.target.model.config.vocab_size
@@ -220,9 +220,9 @@ class Decoding:
         self.figures.prefilled = self.figures.prefilled or time.perf_counter()
         lengths = [len(d) for d in proposal.tokens]
         self.figures.verified(proposal.kind, lengths, accepted, live, verdict, (self.k, self.fan_out.budget))
+        if self.mode == "sd":
+            self.lesson = (live, proposal, accepted, following, None)
         for b in live:
-            if self.mode == "sd":
-                self.fan_out.observe(proposal.kind[b], lengths[b], accepted[b], None, among=0)
             for token in (*proposal.tokens[b][: accepted[b]], following[b]):
                 if self.rows[b].finish is None:
                     self.rows[b].push(token)

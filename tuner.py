@@ -154,13 +154,14 @@ class Tuner:
             self.measured[kind] = times
         self.times = self.measured.get(kind)
 
-    def revise(self, fan_out: FanOut, exposed: float) -> None:
-        """Once a round. exposed: seconds between two verifications, as the run has it so far."""
+    def revise(self, fan_out: FanOut, figures) -> None:
+        """Once a round: what the run has shown so far -> k and budget."""
         self.rounds += 1
         if self.times is None or self.rounds < self.due:
             return
         self.due = self.rounds + min(self.rounds, REVISE_EVERY)
-        rate = self.sd_rates(fan_out) if self.settings.mode == "sd" else self.ssd_rates(fan_out, exposed)
+        sd = self.settings.mode == "sd"
+        rate = self.sd_rates(fan_out) if sd else self.ssd_rates(fan_out, figures.usual_exposed())
         self.k, self.budget = max(rate, key=rate.get)
 
     def sd_rates(self, fan_out: FanOut) -> dict[tuple[int, int], float]:

@@ -2,6 +2,7 @@
 
 import itertools
 import random
+from types import SimpleNamespace
 
 import pytest
 from tiny import engine, play, transformer
@@ -30,6 +31,9 @@ def pair():
     return engine(target, transformer(1, base=target, noise=0.03), warn=pytest.fail)
 
 
+STILL = SimpleNamespace(usual_exposed=lambda: 0.0)
+
+
 class Untold:
     """Models as Tuner sees them."""
 
@@ -48,7 +52,7 @@ def tuned(acceptance: float, times: Times, rounds=400, best=0.6, seed=0, **setti
         accepted = next((i for i in range(one.k) if rng.random() >= acceptance), one.k)
         rank = next((i for i in range(one.budget) if rng.random() < best), None)
         fan_out.observe(CHAIN, one.k, accepted, rank, one.budget if one.settings.mode == "ssd" else 0)
-        one.revise(fan_out, 0.0)
+        one.revise(fan_out, STILL)
     return one
 
 
@@ -93,7 +97,7 @@ def test_the_chosen_is_the_best_of_all_and_a_fixed_one_stays():
         rates = one.ssd_rates(fan_out, 0.0)
         assert set(rates) == set(itertools.product(one.ks, one.budgets)) and all(rate > 0 for rate in rates.values())
         one.due = 0
-        one.revise(fan_out, 0.0)
+        one.revise(fan_out, STILL)
         assert rates[one.k, one.budget] == max(rates.values())
         assert one.k == settings.get("k", one.k) and one.budget == settings.get("fan_out", one.budget)
     assert Tuner(Settings(mode="ssd", k=3, fan_out=5), 1, [Untold], {}).idle
@@ -118,7 +122,7 @@ def test_no_choice_changes_the_text(pair, monkeypatch, mode, cut):
     truth = pair.generate(PROMPTS, mode="ar", **ROWS)
     rng, chosen = random.Random(5), set()
 
-    def restless(self, fan_out, exposed):
+    def restless(self, *_):
         self.k, self.budget = rng.choice(self.ks), rng.choice(self.budgets)
         chosen.add((self.k, self.budget))
 
