@@ -23,8 +23,8 @@ class Placement(NamedTuple):
     """Where the tokens of one forward pass sit, and what each of them may see. Tensors are int64 on the model's device.
 
     positions_BT for RoPE; slots_BT where keys and values are written; limit_BT the trunk slots seen, [0, limit);
-    extent a host-known bound on every limit, tight if it is known to be reached; chain and bias as in
-    kernels.tree_attention, None for trunk tokens and where it would not help.
+    extent a host-known bound on every limit, tight if it is known to be reached; chain as in kernels.tree_attention,
+    None for trunk tokens. alone: a single row on the CPU, for unlocked.attend_row, which adds bias to its scores.
     """
 
     positions_BT: torch.Tensor
@@ -33,16 +33,12 @@ class Placement(NamedTuple):
     extent: int
     tight: bool = False
     chain: tuple[int, int, torch.Tensor] | None = None
+    alone: bool = False
     bias: torch.Tensor | None = None
 
 
 def write(k_BGSD, v_BGSD, slots_BT: torch.Tensor, k_BTGD: torch.Tensor, v_BTGD: torch.Tensor) -> None:
     """Put the keys and values of T tokens a row into their slots, in place."""
-    if len(slots_BT) == 1 and slots_BT.device.type == "cpu" and not torch.compiler.is_compiling():
-        slots_T = slots_BT[0]  # half the time of what follows
-        k_BGSD.index_copy_(2, slots_T, k_BTGD.transpose(1, 2))
-        v_BGSD.index_copy_(2, slots_T, v_BTGD.transpose(1, 2))
-        return
     row_B1 = torch.arange(slots_BT.shape[0], device=slots_BT.device)[:, None]
     # Written to the cache itself: through a transposed view, compiled code would copy all of the cache there and back.
     k_BGSD[row_B1, :, slots_BT] = k_BTGD
@@ -81,8 +77,8 @@ class KVCache:
         real_BT = offset_T < count_B[:, None]
         slots_BT = torch.where(real_BT, positions_BT, self.dead)
         limit_BT = torch.where(real_BT, positions_BT + 1, 1)
-        bias = self._bias(limit_BT, extent, tight)
-        return Placement(torch.where(real_BT, positions_BT, 0), slots_BT, limit_BT, extent, tight, bias=bias)
+        positions_BT = torch.where(real_BT, positions_BT, 0)
+        return Placement(positions_BT, slots_BT, limit_BT, extent, tight, None, *self._alone(limit_BT, extent, tight))
 
     def place_chain(self, start_B, depth_BM, step_B, live_B, extent, tight=False, steps=None) -> Placement:
         """Chain step `step_B` of M branches that fork off the trunk after position start_B - 1 + depth_BM.
@@ -94,17 +90,18 @@ class KVCache:
         branch_M = torch.arange(depth_BM.shape[1], device=depth_BM.device)
         slots_BM = torch.where(live_B[:, None], self.trunk + branch_M + step_B[:, None] * len(branch_M), self.dead)
         chain = (self.trunk, self.steps if steps is None else steps, step_B)
-        bias = self._bias(limit_BM, extent, tight)
-        return Placement(limit_BM + step_B[:, None], slots_BM, limit_BM, extent, tight, chain, bias)
+        rest = self._alone(limit_BM, extent, tight)
+        return Placement(limit_BM + step_B[:, None], slots_BM, limit_BM, extent, tight, chain, *rest)
 
-    def _bias(self, limit_BT, extent: int, tight: bool) -> torch.Tensor | None:
-        """What a single row's attention adds to its scores, in eager mode."""
-        if not tight or limit_BT.shape[0] > 1 or limit_BT.shape[1] == 1:
-            return None
-        dead_TS = torch.arange(extent, device=limit_BT.device) >= limit_BT[0, :, None]
-        dtype = torch.float64 if self.k_LBGSD.dtype == torch.float64 else torch.float32
-        bias_TS = torch.zeros(dead_TS.shape, dtype=dtype, device=dead_TS.device).masked_fill_(dead_TS, float("-inf"))
-        return bias_TS.repeat_interleave(self.group, 0)
+    def _alone(self, limit_BT, extent: int, tight: bool) -> tuple[bool, torch.Tensor | None]:
+        """Is it a single row in float32 or more on the CPU, and 0 or -inf for (T * H / G, extent), made once a pass."""
+        wide = self.k_LBGSD.dtype in (torch.float32, torch.float64)
+        alone = tight and wide and limit_BT.shape[0] == 1 and limit_BT.device.type == "cpu"
+        if not alone or limit_BT.shape[1] == 1:  # one token sees all that is there
+            return alone, None
+        dead_TS = torch.arange(extent) >= limit_BT[0, :, None]
+        bias_TS = torch.zeros(dead_TS.shape, dtype=self.k_LBGSD.dtype).masked_fill_(dead_TS, float("-inf"))
+        return True, bias_TS.repeat_interleave(self.group, 0)
 
 
 class SpeculationCache:

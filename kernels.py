@@ -43,7 +43,6 @@ def tree_attention(
     tight: bool = False,
     chain: tuple[int, int, torch.Tensor] | None = None,
     window: int = 0,
-    bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention of every query over its part of the trunk and, for branches, over its own chain: (B, T, H, D).
 
@@ -54,8 +53,6 @@ def tree_attention(
                0..steps-1 and sees those with c <= step_B[b] (its own token included). None: the trunk only.
     window     with a sliding window, a chain token sees chain tokens less than `window` places back; the trunk's
                lower bound comes in first_BT.
-    bias       (T * H / G, extent), one row, first_BT None: 0 below the limit, else -inf. The same for all layers,
-               so whoever has many makes it once; the kernel needs none.
 
     What the query does not see is never mixed in, not even if it holds NaN. float64 inputs are computed in float64,
     everything else in float32.
@@ -70,7 +67,7 @@ def tree_attention(
         _warn_of_missing_triton()
     return tree_attention_reference(
         query_BTHD, k_BGSD, v_BGSD, limit_BT, first_BT,
-        scale=scale, extent=extent, tight=tight, chain=chain, window=window, bias=bias,
+        scale=scale, extent=extent, tight=tight, chain=chain, window=window,
     )  # fmt: skip
 
 
@@ -81,9 +78,8 @@ def _warn_of_missing_triton() -> None:
 
 
 def tree_attention_reference(
-    query_BTHD, k_BGSD, v_BGSD, limit_BT, first_BT=None, *,
-    scale, extent, tight=False, chain=None, window=0, bias=None,
-):  # fmt: skip
+    query_BTHD, k_BGSD, v_BGSD, limit_BT, first_BT=None, *, scale, extent, tight=False, chain=None, window=0
+):
     """The twin of the kernel in plain PyTorch, and the engine's attention on the CPU. Same contract, same numbers."""
     B, T, H, D = query_BTHD.shape
     G = k_BGSD.shape[1]
@@ -93,16 +89,12 @@ def tree_attention_reference(
     trunk_k, trunk_v = k_BGSD.narrow(2, 0, extent), v_BGSD.narrow(2, 0, extent)
     if query_BTHD.dtype in (torch.float16, torch.bfloat16):
         query_BGQD, trunk_k, trunk_v = query_BGQD.float(), trunk_k.float(), trunk_v.float()
-    one_row = B == 1 and tight and first_BT is None and (T == 1 or bias is not None)  # and no slot that nobody sees
-    if one_row and chain is None:
-        mixed_BGQD = F.scaled_dot_product_attention(query_BGQD, trunk_k, trunk_v, bias, scale=scale)
-        return mixed_BGQD.view(B, G, T, R, D).transpose(1, 2).reshape(B, T, H, D).to(query_BTHD.dtype)
+
     scores_BGQS = (query_BGQD @ trunk_k.mT).mul_(scale)
     # Slots that every query sees need no mask. How many they are is free to read on the CPU: no device to wait for.
     open_slots = 0
-    if one_row:
+    if first_BT is None and tight and B * T == 1:
         open_slots = extent
-        scores_BGQS = scores_BGQS if bias is None else scores_BGQS.add_(bias)
     elif first_BT is None and limit_BT.device.type == "cpu" and not torch.compiler.is_compiling():
         open_slots = int(limit_BT.min())
     if open_slots < extent:

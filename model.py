@@ -19,6 +19,7 @@ from torch import nn
 
 from cache import KVCache, Placement, write
 from kernels import tree_attention
+from unlocked import attend_row, swiglu
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
@@ -258,6 +259,11 @@ class Attention(nn.Module):
         B, T, _ = x_BTE.shape
         H, G, D = self.heads, self.kv_heads, self.head_dim
         qkv = self.qkv(x_BTE).view(B, T, H + 2 * G, D)
+        if place is not None and place.alone and not self.window:
+            base, steps, _ = place.chain or (0, 0, None)
+            norms = (self.q_norm.weight, self.k_norm.weight, self.q_norm.eps) if self.q_norm else (None, None, 0.0)
+            cache = place.slots_BT, k_BGSD, v_BGSD, place.bias, place.extent, base, steps
+            return self.out(attend_row(qkv, cos, sin, *cache, D**-0.5, *norms))
         if self.q_norm is not None:
             query, key = self.q_norm(qkv[:, :, :H]), self.k_norm(qkv[:, :, H : H + G])
             query, key = rotate(query, cos, sin), rotate(key, cos, sin)
@@ -273,7 +279,6 @@ class Attention(nn.Module):
         mixed = tree_attention(
             query, k_BGSD, v_BGSD, place.limit_BT, first_BT,
             scale=D**-0.5, extent=place.extent, tight=place.tight, chain=place.chain, window=self.window,
-            bias=place.bias,
         )  # fmt: skip
         return self.out(mixed.reshape(B, T, H * D))
 
@@ -285,8 +290,7 @@ class MLP(nn.Module):
         self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x_BTE):
-        gate, up = self.gate_up(x_BTE).chunk(2, -1)
-        return self.down(F.silu(gate) * up)
+        return self.down(swiglu(self.gate_up(x_BTE)))
 
 
 class Block(nn.Module):

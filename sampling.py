@@ -15,6 +15,8 @@ from typing import NamedTuple
 
 import torch
 
+from unlocked import unlocked
+
 TOKEN, ACCEPT, RESIDUAL = 1, 2, 3  # purposes: the target's or draft's own draw, the accept test, the residual's draw
 NONE, CHAIN, FIXED = 0, 1, 2  # kinds of a proposal: nothing, drawn from q, a fixed token
 COUPLINGS = ("shared", "maximal", "independent")
@@ -56,7 +58,7 @@ class Params(NamedTuple):
 # ---- noise
 
 
-def _mix(x: torch.Tensor) -> torch.Tensor:
+def _mix(x: torch.Tensor) -> torch.Tensor:  # scripted along with who calls it
     """Scramble int32 words so that each input bit flips each output bit half of the time.
 
     Shifts, multiplications and constants are those of Wellons' "lowbias32" (bias 0.17 of a bit in 2^32, public domain).
@@ -77,14 +79,17 @@ def row_keys(seed_B: torch.Tensor, row_B: torch.Tensor) -> torch.Tensor:
 
 
 def hash_words(params: Params, positions_BT: torch.Tensor, purpose: int, tokens: int | None = None) -> torch.Tensor:
-    """31-bit hash words, int32 >= 0: (B, T), or (B, T, tokens) with one for each token id. Equal on every device.
+    """31-bit hash words, int32 >= 0: (B, T), or (B, T, tokens) with one for each token id. Equal on every device."""
+    return _hash(params.key_B2, positions_BT, purpose, 0 if tokens is None else tokens)
 
-    Two keys a position, so that two positions of one run never share their noise vector.
-    """
+
+@unlocked
+def _hash(key_B2: torch.Tensor, positions_BT: torch.Tensor, purpose: int, tokens: int) -> torch.Tensor:
+    """Two keys a position, so that two positions of one run never share their noise vector."""
     word_BT1 = (positions_BT & 0xFFFFFFFF).to(torch.int32)[..., None]
-    key_BT2 = _mix(_mix(word_BT1 + params.key_B2[:, None] * 5) * 5 + purpose)
-    key1, key2 = key_BT2.unbind(-1)
-    if tokens is None:
+    key_BT2 = _mix(_mix(word_BT1 + key_B2[:, None] * 5) * 5 + purpose)
+    key1, key2 = key_BT2[..., 0], key_BT2[..., 1]
+    if tokens == 0:
         return _mix(key1 ^ _mix(key2)) & 0x7FFFFFFF
     # Only words that were loaded may overflow: compilers compute on arange in wider integers, which do not wrap.
     token_V = torch.arange(tokens, dtype=torch.int32, device=positions_BT.device)
@@ -93,9 +98,13 @@ def hash_words(params: Params, positions_BT: torch.Tensor, purpose: int, tokens:
 
 def uniform(params, positions_BT, purpose, tokens=None, dtype=torch.float32) -> torch.Tensor:
     """Uniform noise in (0, 1) for each position, or for each position and token."""
-    words = hash_words(params, positions_BT, purpose, tokens).to(dtype)
+    return _spread(hash_words(params, positions_BT, purpose, tokens), dtype)
+
+
+@unlocked
+def _spread(words: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     # In float32 the largest words would round to 1 exactly; the nearest number below it keeps the interval open.
-    return (words * 2**-31 + 2**-32).clamp_(max=1 - 2**-24)
+    return (words.to(dtype) * 2.0**-31 + 2.0**-32).clamp_(max=1 - 2.0**-24)
 
 
 def gumbel(params: Params, positions_BT, purpose: int, tokens: int, dtype=torch.float32) -> torch.Tensor:
@@ -103,8 +112,13 @@ def gumbel(params: Params, positions_BT, purpose: int, tokens: int, dtype=torch.
 
     -log(-log(1 - v)): the large values that decide a draw come from v near 0, where floats are dense.
     """
-    noise = uniform(params, positions_BT, purpose, tokens, dtype).neg_().log1p_().neg_().log_().neg_()
+    noise = _double_log(uniform(params, positions_BT, purpose, tokens, dtype))
     return noise * (params.temperature_B > 0).to(dtype)[:, None, None]
+
+
+@unlocked
+def _double_log(u: torch.Tensor) -> torch.Tensor:
+    return u.neg_().log1p_().neg_().log_().neg_()
 
 
 # ---- distributions

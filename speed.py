@@ -164,14 +164,15 @@ class Figures:
         last = min(CALIBRATION_ROUNDS, len(self.verifies) - 1)
         if last < 8:
             return out
-        verifies, busy, rows = self.verifies[: last + 1], self.busy(spans)[:last], len(self.rows)
+        verifies, rows = self.verifies[: last + 1], len(self.rows)
         t_verify = median(end - begin for begin, end in verifies)
         lasts = [after[0] - before[0] for before, after in zip(verifies, verifies[1:])][1:]
         tokens = sum(self.emitted[1:last]) / max(sum(self.live[1:last]), 1)
         if mode == "ar":
             return out | {"predicted_tokens_per_s": rows / median(lasts)}
         if mode == "sd":
-            return out | {"predicted_tokens_per_s": rows * sd_rate(tokens, median(busy[1:]), t_verify)}
+            t_draft = median(after[0] - before[1] for before, after in zip(verifies[1:], verifies[2:]))  # as waited for
+            return out | {"predicted_tokens_per_s": rows * sd_rate(tokens, t_draft, t_verify)}
         hit = [n for n in self.hit_rounds() if 0 < n < last]
         missed = [n for n in range(1, last) if n not in set(hit)]
         rate = lambda of: sum(self.emitted[n + 1] for n in of) / max(sum(self.live[n + 1] for n in of), 1)  # noqa: E731
