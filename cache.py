@@ -18,6 +18,8 @@ from typing import NamedTuple
 
 import torch
 
+from unlocked import row_bias
+
 
 class Placement(NamedTuple):
     """Where the tokens of one forward pass sit, and what each of them may see. Tensors are int64 on the model's device.
@@ -99,9 +101,7 @@ class KVCache:
         alone = tight and wide and limit_BT.shape[0] == 1 and limit_BT.device.type == "cpu"
         if not alone or limit_BT.shape[1] == 1:  # one token sees all that is there
             return alone, None
-        dead_TS = torch.arange(extent) >= limit_BT[0, :, None]
-        bias_TS = torch.zeros(dead_TS.shape, dtype=self.k_LBGSD.dtype).masked_fill_(dead_TS, float("-inf"))
-        return True, bias_TS.repeat_interleave(self.group, 0)
+        return True, row_bias(limit_BT, extent, self.group, self.k_LBGSD.dtype)
 
 
 class SpeculationCache:

@@ -181,6 +181,7 @@ def saguaro(logq_BTV: torch.Tensor, params: Params, top_BT: torch.Tensor, c: flo
 # ---- acceptance: what a round decides
 
 
+@unlocked
 def accept_shared(draws_BT: torch.Tensor, tokens_BK: torch.Tensor, length_B: torch.Tensor):
     """Coupling `shared`: accept while the proposal is the target's own draw. -> accepted (B,), next token (B,).
 

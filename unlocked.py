@@ -10,6 +10,7 @@ function is one call. Each is ordinary Python too, which is what runs where Torc
 what torch.compile sees.
 """
 
+import functools
 import warnings
 from typing import Optional
 
@@ -18,14 +19,22 @@ import torch.nn.functional as F
 
 
 def unlocked(function):
-    """The function as TorchScript if this torch still has it, else as it is; torch.compile always gets it as it is."""
+    """The function as TorchScript for tensors on the CPU, if this torch still has it. Its first argument is a tensor.
+
+    torch.compile and GPUs, where TorchScript would compile kernels of its own, get the function as it is.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
             scripted = torch.jit.script(function)
     except Exception:  # whatever a later version makes of it
         return function
-    return lambda *args: (function if torch.compiler.is_compiling() else scripted)(*args)
+
+    @functools.wraps(function)
+    def call(*args):
+        return (function if torch.compiler.is_compiling() or args[0].is_cuda else scripted)(*args)
+
+    return call
 
 
 @unlocked
@@ -66,6 +75,13 @@ def attend_row(
         mixed_BGQD = torch.matmul(weights[..., :extent], trunk_v)
         mixed_BGQD += torch.matmul(weights[..., extent:].view(B, G, T, R, steps), own_v).flatten(2, 3)
     return mixed_BGQD.view(B, G, T, R, D).transpose(1, 2).reshape(B, T, H * D)
+
+
+@unlocked
+def row_bias(limit_BT: torch.Tensor, extent: int, group: int, dtype: torch.dtype) -> torch.Tensor:
+    """attend_row's bias, (T * group, extent), which serves all layers of a pass."""
+    dead_TS = torch.arange(extent) >= limit_BT[0, :, None]
+    return torch.zeros(dead_TS.shape, dtype=dtype).masked_fill_(dead_TS, float("-inf")).repeat_interleave(group, 0)
 
 
 @unlocked

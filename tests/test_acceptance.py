@@ -100,7 +100,7 @@ class Stage:
         tokens[:, place] = self.drafted
         length = torch.full((self.rows,), place if kind == NONE else K)
         kinds = torch.full((self.rows,), CHAIN if kind == NONE else kind)
-        self.inputs = (warped, logq, tokens, length, kinds, *params[:5], 100 + torch.arange(self.rows))
+        self.inputs = (warped, logq, tokens, length, kinds, *params[:6], 100 + torch.arange(self.rows))
         monkeypatch.setattr(sampling, "uniform", self.uniform)
         monkeypatch.setattr(sampling, "gumbel", self.gumbel)
 
