@@ -4,8 +4,9 @@ Knows: which settings, or which pieces taken out (altered.py), are compared. Doe
 (measure.py) or shown (tables.py). Read next: altered.py.
 
 Tables that are about counts (acceptance, hits, tokens a round) wait for chains and draft anew on a miss, so that
-nothing hangs on timing. The others are timed like every comparison. Where nothing else is said K is Effort.predict_k
-and M is BUDGET; the pair is the small one, but for the slow draft, where it is also grown to the first size.
+nothing hangs on timing. The others are timed like every comparison. Where nothing else is said K is the last of
+Effort.predict_ks and M is BUDGET; the pair is the small one, but for the slow draft, where it is also grown to the
+first size.
 """
 
 from measure import Bench, Cell, ratio
@@ -23,7 +24,7 @@ def ablations(bench: Bench) -> dict:
         target, draft = bench.grown("target", None), bench.grown("draft", None)
         out["models"][bench.label] = bench.ceiling(ask, target)
         apart = {"target": target, "draft": draft, "device": bench.one, "draft_device": bench.other}
-        apart |= {"k": bench.effort.predict_k, "fan_out": BUDGET}
+        apart |= {"k": bench.effort.predict_ks[-1], "fan_out": BUDGET}
         for name, work in TABLES.items():
             cells, ratios = work(bench, ask, apart)
             out["cells"] += [{"table": name} | cell for cell in cells]

@@ -13,6 +13,7 @@ comes from order statistics: 95% or a little more from 6 repeats on, with fewer 
 """
 
 import argparse
+import itertools
 import json
 import sys
 import tempfile
@@ -63,7 +64,7 @@ class Effort:
     quarter: bool = True  # overlap also on a pair whose draft step is a quarter of a verification
     temperatures: tuple[float, ...] = (0.0, 0.7, 1.0)
     budgets: tuple[int, ...] = (4, 8, 16, 24, 32)
-    predict_k: int = 4
+    predict_ks: tuple[int, ...] = (2, 4)
     predict_batch: int = 8
     predict_batches: int = 4
     mode_sizes: tuple[str, ...] = ("60m",)
@@ -88,7 +89,7 @@ QUICK = Effort(
     ks=(1, 2, 4), fan_outs=(4, 8), assisted_ks=(2, 4), assisted_fan_outs=(8,), thresholds=(0.0,), lookup_ks=(4,),
     quarter=False, temperatures=(0.0, 1.0), budgets=(8, 24), predict_batch=4, predict_batches=1,
     mode_sizes=(), mode_batches=(1,), mode_ks=(2,), mode_fan_outs=(8,), tune_ks=(1, 2), tune_fan_outs=(8,),
-    tune_pairs=6, tune_tokens=32, long_prompts=2, long_tokens=144, saguaro_cs=(0.25,), cut_ks=(4,), slow_ks=(2,),
+    predict_ks=(2,), tune_pairs=6, tune_tokens=32, long_prompts=2, long_tokens=144, saguaro_cs=(0.25,), cut_ks=(4,), slow_ks=(2,),
     slow_fan_outs=(4,),
 )  # fmt: skip
 
@@ -196,16 +197,15 @@ def predict(bench: Bench) -> dict:
     """Acceptance, hits and tokens a round. Chains are waited for and misses drafted anew: nothing hangs on timing."""
     e, target, draft = bench.effort, bench.grown("target", None), bench.grown("draft", None)
     out = {"models": {}, "cells": []}
-    fixed = {"k": e.predict_k, "cut": False, "fallback": "jit"}
+    device = bench.both or bench.one
+    how = {"target": target, "draft": draft, "device": device, "draft_device": device, "cut": False, "fallback": "jit"}
     with bench.workers() as ask:
         out["models"][bench.label] = bench.ceiling(ask, target)
         for temperature in e.temperatures:
             for coupling in ("shared", "maximal", "independent") if temperature else ("shared",):
-                for M in e.budgets:
-                    device = bench.both or bench.one
-                    how = {"target": target, "draft": draft, "device": device, "draft_device": device, **fixed}
-                    how |= {"fan_out": M, "temperature": temperature, "coupling": coupling}
-                    cell = Cell(f"predict T={temperature} {coupling} M={M}", "ssd", how)
+                for k, M in itertools.product(e.predict_ks, e.budgets):
+                    this = how | {"k": k, "fan_out": M, "temperature": temperature, "coupling": coupling}
+                    cell = Cell(f"predict T={temperature} {coupling} K={k} M={M}", "ssd", this)
                     same = {} if temperature else {"coupling": "any"}  # at temperature 0 they are one
                     out["cells"].append(bench.count(ask, "predict", cell, model=bench.label) | same)
     return out

@@ -106,5 +106,6 @@ def headline(results: dict) -> dict:
             out |= {f"{part} {model}: {label}": round(facts[key], 3) for label, key, _ in JUDGED if facts.get(key)}
             differ += sum(text["differ"] for text in facts.get("texts", ()))
     for cell in results["parts"].get("predict", {}).get("cells", ()):
-        out[f"hits T={cell['temperature']} {cell['coupling']} M={cell['fan_out']}"] = round(cell["hit_rate"], 3)
+        place = f"T={cell['temperature']} {cell['coupling']} K={cell['k']} M={cell['fan_out']}"
+        out[f"hits {place}"] = round(cell["hit_rate"], 3)
     return out | {"texts_differ": differ}

@@ -28,7 +28,7 @@ import peers  # noqa: E402
 TOY = bench.Effort(
     sizes=("hidden=48,layers=3",), batches=(1, 2), repeats=3, plain_tokens=12, pairs=3, new_tokens=12, sweep_prompts=1,
     sweep_tokens=8, ks=(1, 2), fan_outs=(4,), assisted_ks=(2,), assisted_fan_outs=(4,), thresholds=(0.0,),
-    lookup_ks=(2,), temperatures=(0.0, 1.0), budgets=(4, 8), predict_k=2, predict_batch=2, predict_batches=2,
+    lookup_ks=(2,), temperatures=(0.0, 1.0), budgets=(4, 8), predict_ks=(1, 2), predict_batch=2, predict_batches=2,
     mode_sizes=(), mode_batches=(1, 2), mode_ks=(2,), mode_fan_outs=(2, 4), tune_ks=(1, 2), tune_fan_outs=(2, 4),
     tune_pairs=3, tune_tokens=12, long_prompts=2, long_tokens=210, saguaro_cs=(0.5,), slow_ks=(1, 2),
     slow_fan_outs=(4,),
@@ -143,15 +143,15 @@ def test_overlap(run):
 
 def test_predict(run):
     part, _, headline = run("predict")
-    places = [(cell["temperature"], cell["coupling"], cell["fan_out"]) for cell in part["cells"]]
-    wanted = [(0.0, "any", M) for M in TOY.budgets]
-    wanted += [(1.0, coupling, M) for coupling in ("shared", "maximal", "independent") for M in TOY.budgets]
+    places = [(cell["temperature"], cell["coupling"], cell["k"], cell["fan_out"]) for cell in part["cells"]]
+    heats = [(0.0, "any"), *((1.0, coupling) for coupling in ("shared", "maximal", "independent"))]
+    wanted = [(*heat, k, M) for heat in heats for k in TOY.predict_ks for M in TOY.budgets]
     assert places == wanted
     for cell in part["cells"]:
         assert 0 <= cell["acceptance_rate"] <= 1 and 0 <= cell["hit_rate"] <= 1 and cell["tokens_per_round"] >= 1
         assert cell["hit_rates"]["n"] == TOY.predict_batches and cell["lookups"] > 0
         assert "tokens_per_s" not in cell, "timing is beside the point"
-    assert headline["hits T=1.0 shared M=8"] == round(part["cells"][3]["hit_rate"], 3)
+    assert headline["hits T=1.0 shared K=2 M=8"] == round(part["cells"][7]["hit_rate"], 3)
 
 
 def test_predict_does_not_hang_on_timing(run):
