@@ -133,7 +133,8 @@ class Decoding:
         how = self.settings.fallback
         guess = self.guess(missed, proposal) if how != "jit" else proposal
         if how == "auto":
-            how = "jit" if self.figures.prefers_jit([len(guess.tokens[b]) for b in missed], self.k) else "fast"
+            lengths = [len(guess.tokens[b]) for b in missed]
+            how = "jit" if self.figures.prefers_jit(lengths, self.tuner.k_miss) else "fast"
         return self.draft_now(missed, proposal) if how == "jit" else guess
 
     def guess(self, wanted: list[int], proposal: Proposal | None = None) -> Proposal:
@@ -205,14 +206,14 @@ class Decoding:
     def start_preparing(self, feed: Feed, proposal: Proposal, verdict: Pending) -> SpeculationCache:
         chains = SpeculationCache()
         fan_out = [self.fan_out.lists(kind, len(d)) for kind, d in zip(proposal.kind, proposal.tokens)]
-        chains.work = self.draft_lane.start("prepare", self.prepare, chains, feed, fan_out, self.weigh(), verdict)
+        chains.work = self.draft_lane.start("prepare", self.prepare, chains, feed, fan_out, self.weigh(self.k), verdict)
         return chains
 
-    def weigh(self) -> list[int | None]:
+    def weigh(self, k: int) -> list[int | None]:
         """Saguaro: how many of the draft's top tokens to weigh down at each place of a chain (None: off)."""
         if self.settings.saguaro_c == 1:
-            return [None] * self.k
-        return [F + 1 for F in self.fan_out.lists(CHAIN, self.k)[: self.k]]
+            return [None] * k
+        return [F + 1 for F in self.fan_out.lists(CHAIN, k)[:k]]
 
     def emit(self, proposal: Proposal, accepted: list[int], following: list[int], verdict: Pending) -> None:
         """Append d_1..d_j and r' to every live row, at once; what lies behind an end of text is dropped."""
@@ -230,7 +231,7 @@ class Decoding:
     def draft_now(self, wanted: list[int], proposal: Proposal | None = None) -> Proposal:
         """The draft decodes a chain for the wanted rows, and the target waits for it."""
         proposal = self.nothing() if proposal is None else proposal
-        if wanted and (work := self.draft_lane.start("draft", self.decode_now, wanted, self.weigh())):
+        if wanted and (work := self.draft_lane.start("draft", self.decode_now, wanted, self.weigh(self.tuner.k_miss))):
             drafted = self.await_draft(work, self.patience())
             for b, (tokens, logq) in (drafted or {}).items():
                 proposal.put(b, CHAIN, tokens, logq)
@@ -375,11 +376,10 @@ class Engine:
         if len(rows) == 1 and decoding.mode == settings.mode and figures.prefilled:
             self.kept = ([decoding.target, *([decoding.draft] if decoding.draft else [])], rows[0].ids)
         figures.end = figures.end or time.perf_counter()
-        lane = decoding.target_lane
         draft = self.draft.name if decoding.draft else NGRAM if settings.mode == "sd" else None
         stats = {"target": self.target.name, "draft": draft, "dtype": str(self.target.dtype).split(".")[1]}
-        stats |= run_stats(decoding, self.target.step_bytes / self.devices.bandwidth(lane))
-        stats["peak_memory_gb"] = peak_memory_gb(lane.device)
+        stats |= run_stats(decoding, self.target.step_bytes / self.devices.bandwidth(decoding.target_lane))
+        stats["peak_memory_gb"] = peak_memory_gb(decoding.target_lane.device)
         return Result(stats["token_ids"], stats["text"], stats["finish_reason"], stats)
 
 

@@ -8,6 +8,7 @@ for SSD with both lanes busy, as they will be. Acceptance and hits come from the
 on the clock and on past outcomes only, never on a token still to be drawn, so every coupling stays exact.
 """
 
+import itertools
 import threading
 import time
 from dataclasses import dataclass
@@ -138,6 +139,7 @@ class Tuner:
             self.budgets = choices(settings.fan_out, STATIC_BUDGETS if static else BUDGETS, common)
         self.k = max(k for k in self.ks if k <= max(FIRST_K, self.ks[0]))
         self.budget = max(M for M in self.budgets if M <= max(FIRST_BUDGET, self.budgets[0]))
+        self.k_miss = self.k  # the most tokens drafted after a miss, when the target waits for each
         self.times: Times | None = None
         self.rounds, self.due = 0, FIRST_REVISION
 
@@ -160,28 +162,29 @@ class Tuner:
         if self.times is None or self.rounds < self.due:
             return
         self.due = self.rounds + min(self.rounds, REVISE_EVERY)
-        sd = self.settings.mode == "sd"
-        rate = self.sd_rates(fan_out) if sd else self.ssd_rates(fan_out, figures.usual_exposed())
-        self.k, self.budget = max(rate, key=rate.get)
+        if self.settings.mode == "sd":
+            rates = self.sd_rates(fan_out)
+        else:
+            rates = self.ssd_rates(fan_out, figures.usual_exposed())
+        (self.k, self.budget), (_, self.k_miss) = max(rates.items(), key=lambda item: item[1])
 
-    def sd_rates(self, fan_out: FanOut) -> dict[tuple[int, int], float]:
-        """Tokens a second and row by (K, M); drafts that are no model take no time, and their kind is FIXED."""
+    def sd_rates(self, fan_out: FanOut) -> dict[tuple[int, int], tuple[float, int]]:
+        """(K, M) -> tokens a second and row, K again. Drafts that are no model take no time; their kind is FIXED."""
         times = self.times
         kind = CHAIN if times.decode else FIXED
         tokens = expected(fan_out, kind, self.ks[-1])
-        return {(k, self.budget): sd_rate(tokens[k], k * times.decode, between(times.verify, k + 1))
-                for k in self.ks}  # fmt: skip
+        rate = lambda k: sd_rate(tokens[k], k * times.decode, between(times.verify, k + 1))  # noqa: E731
+        return {(k, self.budget): (rate(k), k) for k in self.ks}
 
-    def ssd_rates(self, fan_out: FanOut, exposed: float) -> dict[tuple[int, int], float]:
+    def ssd_rates(self, fan_out: FanOut, exposed: float) -> dict[tuple[int, int], tuple[float, int]]:
+        """(K, M) -> tokens a second and row, and how many tokens a miss is best followed by."""
         hits = [fan_out.hits(CHAIN, length) if length else fan_out.hits(NONE, 0) for length in range(self.ks[-1] + 1)]
-        tokens, out = expected(fan_out, CHAIN, self.ks[-1]), {}
-        for k in self.ks:
-            for M in self.budgets:
-                out[k, M] = self.ssd_rate(k, M, hits, tokens, exposed)
-        return out
+        tokens = expected(fan_out, CHAIN, self.ks[-1])
+        pairs = itertools.product(self.ks, self.budgets)
+        return {(k, M): self.ssd_rate(k, M, [row[M] for row in hits], tokens, exposed) for k, M in pairs}
 
-    def ssd_rate(self, k: int, M: int, hits: list[list[float]], tokens: list[float], exposed: float) -> float:
-        """algorithm.md, section 7, for chains of K tokens or as many as the clock allows."""
+    def ssd_rate(self, k: int, M: int, hits: list[float], tokens: list[float], exposed: float) -> tuple[float, int]:
+        """algorithm.md, section 7, for chains of K tokens or as many as the clock allows; hits and tokens by length."""
         times, step = self.times, between(self.times.step, M)
         length, t_round = float(k), 0.0
         for _ in range(3):  # the shorter the chain, the shorter its verification
@@ -192,16 +195,16 @@ class Tuner:
                 length = max(steps - 0.5, 1.0)
             needed = 1 if self.settings.cut else k
             t_round = max(t_verify, t_prepare + needed * step) + exposed
-        h_hit = _at([row[M] for row in hits], length)
-        ways = []
+        ways = []  # after a miss: hits, tokens, seconds, and the tokens drafted while the target waits
         if self.settings.fallback != "fast":
-            ways.append((hits[k][M], tokens[k], t_round + step / 2 + k * times.decode))
+            waits = ((short, t_round + step / 2 + short * times.decode) for short in self.ks if short <= k)
+            ways += [(hits[short], tokens[short], t_miss, short) for short, t_miss in waits]
         if self.settings.fallback != "jit":
-            ways.append((hits[0][M], 1.0, t_round))
-        rates = []
-        for h_miss, tokens_miss, t_miss in ways:
-            share = h_miss / max(1 - h_hit + h_miss, 1e-9)
-            rates.append(ssd_rate(min(share, 1.0), _at(tokens, length), tokens_miss, t_round, t_miss, self.batch))
+            ways.append((hits[0], 1.0, t_round, self.ks[0]))
+        h_hit, tokens_hit, rates = _at(hits, length), _at(tokens, length), []
+        for h_miss, tokens_miss, t_miss, short in ways:
+            share = min(h_miss / max(1 - h_hit + h_miss, 1e-9), 1.0)
+            rates.append((ssd_rate(share, tokens_hit, tokens_miss, t_round, t_miss, self.batch), short))
         return max(rates)
 
 

@@ -89,12 +89,12 @@ QUICK = Effort(
     ks=(1, 2, 4), fan_outs=(4, 8), assisted_ks=(2, 4), assisted_fan_outs=(8,), thresholds=(0.0,), lookup_ks=(4,),
     quarter=False, temperatures=(0.0, 1.0), budgets=(8, 24), predict_batch=4, predict_batches=1,
     mode_sizes=(), mode_batches=(1,), mode_ks=(2,), mode_fan_outs=(8,), tune_ks=(1, 2), tune_fan_outs=(8,),
-    predict_ks=(2,), tune_pairs=6, tune_tokens=32, long_prompts=2, long_tokens=144, saguaro_cs=(0.25,), cut_ks=(4,), slow_ks=(2,),
-    slow_fan_outs=(4,),
+    predict_ks=(2,), tune_pairs=6, tune_tokens=32, long_prompts=2, long_tokens=144, saguaro_cs=(0.25,), cut_ks=(4,),
+    slow_ks=(2,), slow_fan_outs=(4,),
 )  # fmt: skip
 
 BRIEF = Effort(
-    repeats=5, pairs=20, new_tokens=64, sweep_prompts=2, sweep_tokens=32, ks=(1, 2, 3, 4), fan_outs=(8, 16),
+    repeats=5, pairs=20, new_tokens=64, sweep_prompts=2, sweep_tokens=64, ks=(1, 2, 3, 4), fan_outs=(4, 8, 16),
     assisted_ks=(2, 4, 8), assisted_fan_outs=(16,), lookup_ks=(4,), predict_batches=2, mode_batches=(1, 4, 16),
     mode_ks=(1, 2, 4), mode_fan_outs=(16,), tune_ks=(1, 2, 3, 4, 6), tune_fan_outs=(4, 8, 16), tune_pairs=12,
     tune_tokens=96, long_prompts=12, long_tokens=256,

@@ -95,10 +95,10 @@ def test_the_chosen_is_the_best_of_all_and_a_fixed_one_stays():
         one = tuned(0.8, times, mode="ssd", **settings)
         fan_out = FanOut(max(one.ks), max(one.budgets))
         rates = one.ssd_rates(fan_out, 0.0)
-        assert set(rates) == set(itertools.product(one.ks, one.budgets)) and all(rate > 0 for rate in rates.values())
+        assert set(rates) == set(itertools.product(one.ks, one.budgets)) and all(rate > 0 for rate, _ in rates.values())
         one.due = 0
         one.revise(fan_out, STILL)
-        assert rates[one.k, one.budget] == max(rates.values())
+        assert rates[one.k, one.budget] == max(rates.values()) and rates[one.k, one.budget][1] == one.k_miss <= one.k
         assert one.k == settings.get("k", one.k) and one.budget == settings.get("fan_out", one.budget)
     assert Tuner(Settings(mode="ssd", k=3, fan_out=5), 1, [Untold], {}).idle
 
@@ -107,12 +107,19 @@ def test_rates_follow_from_hits_and_times():
     """With every outcome in the cache, a round lasts a verification and gives what its chain gives."""
     one = Tuner(Settings(mode="ssd", k=4, fan_out=16), 1, [Untold], {})
     one.times = Times({5: 2.0}, 0.1, {5: 0.2}, {16: 0.1})
-    hits, tokens = [[1.0] * 17] * 5, [1.0, 1.5, 2.0, 2.5, 3.0]
-    assert one.ssd_rate(4, 16, hits, tokens, exposed=0.5) == pytest.approx(3.0 / 2.5)
+    hits, tokens = [1.0] * 5, [1.0, 1.5, 2.0, 2.5, 3.0]
+    assert one.ssd_rate(4, 16, hits, tokens, exposed=0.5)[0] == pytest.approx(3.0 / 2.5)
     one.times = Times({5: 2.0}, 0.1, {5: 0.2}, {16: 0.9})  # two steps fit, half a step is lost
-    assert one.ssd_rate(4, 16, hits, tokens, exposed=0.0) == pytest.approx(1.75 / 2.0)
+    assert one.ssd_rate(4, 16, hits, tokens, exposed=0.0)[0] == pytest.approx(1.75 / 2.0)
     one.times = Times({5: 2.0}, 0.1, {5: 0.2}, {16: 3.0})  # not one step fits: it is waited for
-    assert one.ssd_rate(4, 16, hits, tokens, exposed=0.0) == pytest.approx(1.5 / 3.2)
+    assert one.ssd_rate(4, 16, hits, tokens, exposed=0.0)[0] == pytest.approx(1.5 / 3.2)
+
+
+def test_after_a_miss_less_is_drafted_where_drafting_is_dear():
+    cheap, dear = (Times({2: 1.0, 9: 1.1}, decode, {2: 0.1, 9: 0.1}, {4: 0.05, 32: 0.05}) for decode in (0.001, 0.9))
+    for times, least, most in ((cheap, 6, 8), (dear, 1, 1)):
+        one = tuned(0.9, times, best=0.5, mode="ssd", fallback="jit", fan_out=8)
+        assert one.k >= 6 and least <= one.k_miss <= most
 
 
 @pytest.mark.parametrize("mode", ["sd", "ssd"])
@@ -123,7 +130,7 @@ def test_no_choice_changes_the_text(pair, monkeypatch, mode, cut):
     rng, chosen = random.Random(5), set()
 
     def restless(self, *_):
-        self.k, self.budget = rng.choice(self.ks), rng.choice(self.budgets)
+        self.k, self.k_miss, self.budget = (rng.choice(of) for of in (self.ks, self.ks, self.budgets))
         chosen.add((self.k, self.budget))
 
     monkeypatch.setattr(Tuner, "revise", restless)
