@@ -26,7 +26,7 @@ class Placement(NamedTuple):
 
     positions_BT for RoPE; slots_BT where keys and values are written; limit_BT the trunk slots seen, [0, limit);
     extent a host-known bound on every limit, tight if it is known to be reached; chain as in kernels.tree_attention,
-    None for trunk tokens. alone: a single row on the CPU, for unlocked.attend_row, which adds bias to its scores.
+    None for trunk tokens. alone: a single row on the CPU, for unlocked.layers_of_a_row, which adds bias to its scores.
     """
 
     positions_BT: torch.Tensor

@@ -19,7 +19,7 @@ from torch import nn
 
 from cache import KVCache, Placement, write
 from kernels import tree_attention
-from unlocked import attend_row, swiglu
+from unlocked import layers_of_a_row
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
@@ -259,11 +259,6 @@ class Attention(nn.Module):
         B, T, _ = x_BTE.shape
         H, G, D = self.heads, self.kv_heads, self.head_dim
         qkv = self.qkv(x_BTE).view(B, T, H + 2 * G, D)
-        if place is not None and place.alone and not self.window:
-            base, steps, _ = place.chain or (0, 0, None)
-            norms = (self.q_norm.weight, self.k_norm.weight, self.q_norm.eps) if self.q_norm else (None, None, 0.0)
-            cache = place.slots_BT, k_BGSD, v_BGSD, place.bias, place.extent, base, steps
-            return self.out(attend_row(qkv, cos, sin, *cache, D**-0.5, *norms))
         if self.q_norm is not None:
             query, key = self.q_norm(qkv[:, :, :H]), self.k_norm(qkv[:, :, H : H + G])
             query, key = rotate(query, cos, sin), rotate(key, cos, sin)
@@ -290,7 +285,8 @@ class MLP(nn.Module):
         self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x_BTE):
-        return self.down(swiglu(self.gate_up(x_BTE)))
+        gate, up = self.gate_up(x_BTE).chunk(2, -1)
+        return self.down(F.silu(gate) * up)
 
 
 class Block(nn.Module):
@@ -321,7 +317,7 @@ class Transformer(nn.Module):
         self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tied:
             self.head.weight = self.embed.weight
-        self.cos_PD = self.sin_PD = None
+        self.cos_PD = self.sin_PD = self._weights = None
 
     def set_positions(self, positions: int) -> None:
         """Make RoPE tables for positions 0..positions-1 in the weights' dtype and device; called once per run."""
@@ -337,6 +333,27 @@ class Transformer(nn.Module):
         x_BTE = self.embed(tokens_BT)
         where = torch.arange(tokens_BT.shape[1])[None] if place is None else place.positions_BT
         cos, sin = self.cos_PD[where][:, :, None], self.sin_PD[where][:, :, None]
-        for layer, block in enumerate(self.layers):
-            x_BTE = block(x_BTE, cos, sin, place, *(cache[layer] if cache is not None else (None, None)))
+        if place is not None and place.alone and not any(self.config.windows):
+            x_BTE = layers_of_a_row(x_BTE, cos, sin, *self._for_a_row(place, cache))
+        else:
+            for layer, block in enumerate(self.layers):
+                x_BTE = block(x_BTE, cos, sin, place, *(cache[layer] if cache is not None else (None, None)))
         return self.head(self.norm(x_BTE)) if logits else None
+
+    def _for_a_row(self, place: Placement, cache: KVCache) -> tuple:
+        """What unlocked.layers_of_a_row takes besides x, cos and sin; the lists of weights are made once."""
+        if self._weights is None:
+            blocks = [(b.attention, b.mlp) for b in self.layers]
+            linears = [[a.qkv for a, _ in blocks], [a.out for a, _ in blocks], [m.gate_up for _, m in blocks],
+                       [m.down for _, m in blocks]]  # fmt: skip
+            norms = [[b.attention_norm for b in self.layers], [b.mlp_norm for b in self.layers],
+                     [a.q_norm for a, _ in blocks], [a.k_norm for a, _ in blocks]]  # fmt: skip
+            weight = lambda modules, name: [getattr(module, name, None) for module in modules]  # noqa: E731
+            self._weights = (
+                [weight(modules, "weight") for modules in norms], [weight(modules, "weight") for modules in linears],
+                [weight(modules, "bias") for modules in linears], self.config.norm_eps,
+                type(linears[0][0]) is not nn.Linear,
+            )  # fmt: skip
+        base, steps, _ = place.chain or (0, 0, None)
+        k_L, v_L = zip(*cache.layers)
+        return place.slots_BT, list(k_L), list(v_L), place.bias, place.extent, base, steps, *self._weights

@@ -1,18 +1,16 @@
-"""What a CPU lane does between two linear layers, as calls that run without Python's lock.
+"""A single row through all layers of a model on a CPU, as one call that runs without Python's lock.
 
-Knows: TorchScript, and the three places where a pass spends most of its small operations: attention of a single row,
-the gate of the MLP, the noise. Does not know: models, rounds, devices. Read next: kernels.py, which says what the
-attention computes and serves every other case.
+Knows: TorchScript, and the layers of a model for a single row. Does not know: rounds, devices, whose weights these are.
+Read next: model.py, whose blocks say the same for every other case; tests/test_unlocked.py holds the two together.
 
-Two lanes are two threads, and every torch call takes Python's lock twice. A verification by the demo target was 300
-calls beside a draft that makes as many: measured, a quarter of its time went into waiting for the lock. A scripted
-function is one call. Each is ordinary Python too, which is what runs where TorchScript is missing (Python 3.14) and
-what torch.compile sees.
+Two lanes are two threads, and every torch call takes Python's lock twice. A verification by the demo target was 470
+calls beside a draft that makes as many, and a quarter of its time went into waiting for the lock. A scripted function
+is one call. Each is ordinary Python too, which is what runs where TorchScript is missing (Python 3.14) and what
+torch.compile sees.
 """
 
 import functools
 import warnings
-from typing import Optional
 
 import torch
 import torch.nn.functional as F
@@ -37,18 +35,12 @@ def unlocked(function):
     return call
 
 
-@unlocked
-def attend_row(
-    qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, slots_BT: torch.Tensor,
-    k_BGSD: torch.Tensor, v_BGSD: torch.Tensor, bias: Optional[torch.Tensor],  # noqa: UP045
-    extent: int, base: int, steps: int, scale: float,
-    q_norm: Optional[torch.Tensor], k_norm: Optional[torch.Tensor], eps: float,  # noqa: UP045
+def _attend(
+    qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, slots_T: torch.Tensor,
+    k_BGSD: torch.Tensor, v_BGSD: torch.Tensor, bias: torch.Tensor | None, extent: int, base: int, steps: int,
+    q_norm: torch.Tensor | None, k_norm: torch.Tensor | None, eps: float,
 ) -> torch.Tensor:  # fmt: skip
-    """Rotate, write to the KV cache, attend: (1, T, H + 2 G, D) -> (1, T, H * D), as kernels.tree_attention if tight.
-
-    bias (T * H / G, extent): 0 below a query's limit, else -inf; None where all is seen. base, steps: the scratch of a
-    chain step, whose branches have `steps` tokens each by now; 0: no chains.
-    """
+    """Rotate, write to the KV cache, attend: (1, T, H + 2 G, D) -> (1, T, H * D)."""
     B, T, G, D = qkv.shape[0], qkv.shape[1], k_BGSD.shape[1], k_BGSD.shape[3]
     H = qkv.shape[2] - 2 * G
     R = H // G
@@ -57,14 +49,14 @@ def attend_row(
         query, key = F.rms_norm(rotated[:, :, :H], [D], q_norm, eps), F.rms_norm(rotated[:, :, H:], [D], k_norm, eps)
         rotated = torch.cat((query, key), 2)
     rotated = torch.addcmul(rotated * cos, rotated.roll([D // 2], [-1]), sin)
-    slots_T = slots_BT[0]
     k_BGSD.index_copy_(2, slots_T, rotated[:, :, H:].transpose(1, 2))
     v_BGSD.index_copy_(2, slots_T, qkv[:, :, H + G :].transpose(1, 2))
     query_BGQD = rotated[:, :, :H].reshape(B, T, G, R, D).transpose(1, 2).reshape(B, G, T * R, D)
     trunk_k, trunk_v = k_BGSD.narrow(2, 0, extent), v_BGSD.narrow(2, 0, extent)
     if steps == 0:
-        mixed_BGQD = F.scaled_dot_product_attention(query_BGQD, trunk_k, trunk_v, bias, scale=scale)
+        mixed_BGQD = F.scaled_dot_product_attention(query_BGQD, trunk_k, trunk_v, bias)
     else:
+        scale = float(D) ** -0.5
         scores_BGQS = torch.matmul(query_BGQD, trunk_k.transpose(2, 3)).mul_(scale)
         if bias is not None:
             scores_BGQS.add_(bias)
@@ -77,15 +69,42 @@ def attend_row(
     return mixed_BGQD.view(B, G, T, R, D).transpose(1, 2).reshape(B, T, H * D)
 
 
+def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, packed: bool) -> torch.Tensor:
+    if packed:  # runtime.PackedLinear
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return F.linear(x, weight, bias)
+
+
+@unlocked
+def layers_of_a_row(
+    x_BTE: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, slots_BT: torch.Tensor,
+    k_L: list[torch.Tensor], v_L: list[torch.Tensor], bias: torch.Tensor | None,
+    extent: int, base: int, steps: int,
+    norms: list[list[torch.Tensor | None]], linears: list[list[torch.Tensor]],
+    biases: list[list[torch.Tensor | None]], eps: float, packed: bool,
+) -> torch.Tensor:  # fmt: skip
+    """All layers of model.Transformer for one row: (1, T, E) -> (1, T, E), as its blocks do one after the other.
+
+    k_L, v_L: a layer's cache (1, G, S, D) each. bias (T * H / G, extent): 0 below a query's limit, else -inf; None
+    where all is seen. base, steps: the scratch of a chain step, whose branches have `steps` tokens each by now; 0: no
+    chains. norms: attention, MLP, query, key; linears and their biases: qkv, out, gate and up, down; by layer.
+    """
+    E, slots_T = x_BTE.shape[2], slots_BT[0]
+    for i in range(len(k_L)):
+        k, v = k_L[i], v_L[i]
+        h = F.rms_norm(x_BTE, [E], norms[0][i], eps)
+        qkv = _linear(h, linears[0][i], biases[0][i], packed)
+        qkv = qkv.view(x_BTE.shape[0], x_BTE.shape[1], -1, k.shape[3])
+        mixed = _attend(qkv, cos, sin, slots_T, k, v, bias, extent, base, steps, norms[2][i], norms[3][i], eps)
+        x_BTE = x_BTE + _linear(mixed, linears[1][i], biases[1][i], packed)
+        h = F.rms_norm(x_BTE, [E], norms[1][i], eps)
+        gate, up = _linear(h, linears[2][i], biases[2][i], packed).chunk(2, -1)
+        x_BTE = x_BTE + _linear(F.silu(gate) * up, linears[3][i], biases[3][i], packed)
+    return x_BTE
+
+
 @unlocked
 def row_bias(limit_BT: torch.Tensor, extent: int, group: int, dtype: torch.dtype) -> torch.Tensor:
     """attend_row's bias, (T * group, extent), which serves all layers of a pass."""
     dead_TS = torch.arange(extent) >= limit_BT[0, :, None]
     return torch.zeros(dead_TS.shape, dtype=dtype).masked_fill_(dead_TS, float("-inf")).repeat_interleave(group, 0)
-
-
-@unlocked
-def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
-    """(..., 2 F) -> (..., F): the gate's SiLU times the other half."""
-    gate, up = gate_up.chunk(2, -1)
-    return F.silu(gate) * up

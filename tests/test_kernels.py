@@ -23,9 +23,6 @@ import pytest
 import torch
 
 import kernels
-from cache import KVCache, write
-from model import rotate
-from unlocked import attend_row
 
 ROOT = Path(__file__).parent.parent
 BROKEN_INTERPRETER = "this Triton's interpreter cannot loop with this numpy (seen: 3.6 with 2.4): kernel not tested"
@@ -391,33 +388,3 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize(("T", "start"), [(1, 0), (1, 37), (4, 0), (4, 37), (17, 5)])
-def test_a_single_row_is_attended_to_in_one_call(T, start, dtype):
-    """unlocked.attend_row, which also rotates and writes, against the twin: on the trunk and for chains."""
-    config = SimpleNamespace(num_layers=1, num_heads=6, num_kv_heads=2, head_dim=32)
-    rng, steps = torch.Generator().manual_seed(T), 3
-    cache = KVCache(config, 1, 64, T, steps, device="cpu", dtype=dtype)
-    k, v = (torch.randn(cache.k_LBGSD[0].shape, generator=rng, dtype=dtype) for _ in range(2))
-    qkv = torch.randn(1, T, 10, 32, generator=rng, dtype=dtype)
-    cos, sin = (torch.randn(1, T, 1, 32, generator=rng, dtype=dtype) for _ in range(2))
-    place = cache.place(torch.tensor([start]), torch.tensor([T]), T, start + T, tight=True)
-    depth = torch.arange(T)[None] % 3
-    chain = cache.place_chain(
-        torch.tensor([start + 1]), depth, torch.tensor([steps - 1]), torch.tensor([True]), start + 1 + int(depth.max()),
-        tight=True, steps=steps,
-    )  # fmt: skip
-    for at in (place, chain):
-        assert at.alone and (at.bias is None) == (T == 1)
-        base, count, _ = at.chain or (0, 0, None)
-        mine, theirs = (k.clone(), v.clone()), (k.clone(), v.clone())
-        args = (at.bias, at.extent, base, count, 0.2, None, None, 0.0)
-        quick = attend_row(qkv, cos, sin, at.slots_BT, *mine, *args)
-        rotated = rotate(qkv[:, :, :8], cos, sin)
-        write(*theirs, at.slots_BT, rotated[:, :, 6:], qkv[:, :, 8:])
-        assert torch.equal(mine[0], theirs[0]) and torch.equal(mine[1], theirs[1])
-        same = {"scale": 0.2, "extent": at.extent, "chain": at.chain}
-        twin = kernels.tree_attention_reference(rotated[:, :, :6], *theirs, at.limit_BT, **same)
-        assert (quick.view_as(twin) - twin).abs().max() < (1e-12 if dtype == torch.float64 else 1e-5)

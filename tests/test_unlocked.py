@@ -1,36 +1,26 @@
-"""Scripted functions are the plain ones, and the plain ones are what runs where TorchScript is missing."""
+"""Scripted functions are the plain ones, which run where TorchScript is missing; a row alone is what the blocks say."""
 
 import inspect
 
 import pytest
+import tiny
 import torch
 
 import sampling
 import unlocked
-from unlocked import attend_row, row_bias, swiglu
+from cache import KVCache
+from runtime import one_thread, pack
+from unlocked import layers_of_a_row, row_bias
 
 rng = torch.Generator().manual_seed(0)
-
-
-def random(*shape):
-    return torch.randn(*shape, generator=rng)
 
 
 def words(values):
     return torch.tensor(values, dtype=torch.int32)
 
 
-def attended(norms):
-    cache = (random(1, 2, 40, 8), random(1, 2, 40, 8))
-    place = torch.tensor([[7, 8, 9]]), *cache, row_bias(torch.tensor([[8, 9, 10]]), 10, 2, torch.float32), 10, 0, 0
-    return random(1, 3, 8, 8), random(1, 3, 1, 8), random(1, 3, 1, 8), *place, 0.3, *norms
-
-
 @pytest.mark.parametrize(("function", "arguments"), [
-    (attend_row, attended((None, None, 0.0))),
-    (attend_row, attended((random(8), random(8), 1e-5))),
     (row_bias, (torch.tensor([[3, 4, 5]]), 9, 3, torch.float64)),
-    (swiglu, (random(2, 3, 10),)),
     (sampling._hash, (words([[3, -7], [2**31 - 1, -(2**31)]]), torch.tensor([[5], [9]]), 1, 0)),
     (sampling._hash, (words([[3, -7]]), torch.tensor([[5, 6, 2**33]]), 3, 100)),
     (sampling._spread, (words([0, 1, 2**31 - 1]), torch.float32)),
@@ -53,4 +43,57 @@ def test_without_torchscript_the_plain_function_runs(monkeypatch):
         raise RuntimeError("torch.jit.script is not supported in Python 3.14+")
 
     monkeypatch.setattr(torch.jit, "script", gone)
-    assert unlocked.unlocked(inspect.unwrap(swiglu)) is inspect.unwrap(swiglu)
+    assert unlocked.unlocked(inspect.unwrap(row_bias)) is inspect.unwrap(row_bias)
+
+
+SHAPES = {
+    "llama": {}, "qwen2": {"model_type": "qwen2"}, "qwen3": {"model_type": "qwen3", "head_dim": 16},
+    "biases": {"attention_bias": True, "mlp_bias": True},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("way", ["float64", "float32", "packed", "plain Python"])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_a_row_alone_is_what_the_blocks_compute(shape, way, monkeypatch):
+    """Trunk and chain steps, by one call for all layers and block by block: the same logits, the same caches."""
+    dtype = torch.float64 if way == "float64" else torch.float32
+    model = tiny.transformer(dtype=dtype, **shape)
+    for weight in model.parameters():
+        if weight.dim() == 1:  # norms and biases that do something
+            weight.add_(torch.randn(weight.shape, generator=rng, dtype=dtype), alpha=0.2)
+    if way == "packed":
+        pack(model)
+    if way == "plain Python":
+        monkeypatch.setattr("model.layers_of_a_row", inspect.unwrap(layers_of_a_row))
+    model.set_positions(100)
+    M, steps, N = 5, 3, 20
+    both = [KVCache(model.config, 1, 64, M, steps, device="cpu", dtype=dtype) for _ in range(2)]
+    one = lambda x: torch.tensor([x])  # noqa: E731
+    tokens = torch.randint(50, (1, 64), generator=rng)
+    places = [(both[0].place(one(0), one(N), N, N, tight=True), N), (both[0].place(one(N), one(1), 1, N + 1, True), 1)]
+    places += [(both[0].place(one(N), one(4), 4, N + 4, tight=True), 4)]
+    depth = torch.tensor([[0, 1, 3, 3, 2]])
+    for step in range(steps):
+        chain = both[0].place_chain(one(N + 1), depth, one(step), one(True), N + 4, tight=True, steps=step + 1)
+        places.append((chain, M))
+    with torch.inference_mode(), one_thread():
+        for place, T in places:
+            assert place.alone
+            logits = [model(tokens[:, :T], at, cache) for at, cache in zip((place, place._replace(alone=False)), both)]
+            close = {"rtol": 0, "atol": 1e-11 if dtype == torch.float64 else 2e-5}
+            torch.testing.assert_close(*logits, **close)
+            for ours, theirs in zip(*((cache.k_LBGSD, cache.v_LBGSD) for cache in both)):
+                torch.testing.assert_close(ours, theirs, **close)
+
+
+def test_windows_and_batches_go_block_by_block(monkeypatch):
+    def never(*_):
+        raise AssertionError("not for these")
+
+    monkeypatch.setattr("model.layers_of_a_row", never)
+    target = tiny.transformer(model_type="mistral", sliding_window=6)
+    tiny.engine(target).generate([[1, 2, 3]], max_new_tokens=3)
+    plain = tiny.engine(tiny.transformer())
+    plain.generate([[1, 2, 3], [4]], max_new_tokens=3)
+    with pytest.raises(AssertionError, match="not for these"):
+        plain.generate([[1, 2, 3]], max_new_tokens=3)
