@@ -53,7 +53,6 @@ class KVCache:
     def __init__(self, config, batch: int, trunk: int, branches: int = 0, steps: int = 0, *, device, dtype):
         self.trunk, self.branches, self.steps = trunk, branches, steps
         self.dead = trunk + branches * steps
-        self.group = config.num_heads // config.num_kv_heads
         shape = (config.num_layers, batch, config.num_kv_heads, self.dead + 1, config.head_dim)
         self.k_LBGSD = torch.zeros(shape, device=device, dtype=dtype)
         self.v_LBGSD = torch.zeros(shape, device=device, dtype=dtype)
@@ -96,12 +95,12 @@ class KVCache:
         return Placement(limit_BM + step_B[:, None], slots_BM, limit_BM, extent, tight, chain, *rest)
 
     def _alone(self, limit_BT, extent: int, tight: bool) -> tuple[bool, torch.Tensor | None]:
-        """Is it a single row in float32 or more on the CPU, and 0 or -inf for (T * H / G, extent), made once a pass."""
+        """Is it a single row in float32 or more on the CPU, and 0 or -inf for (T, extent), made once a pass."""
         wide = self.k_LBGSD.dtype in (torch.float32, torch.float64)
         alone = tight and wide and limit_BT.shape[0] == 1 and limit_BT.device.type == "cpu"
         if not alone or limit_BT.shape[1] == 1:  # one token sees all that is there
             return alone, None
-        return True, row_bias(limit_BT, extent, self.group, self.k_LBGSD.dtype)
+        return True, row_bias(limit_BT, extent, self.k_LBGSD.dtype)
 
 
 class SpeculationCache:

@@ -356,4 +356,6 @@ class Transformer(nn.Module):
             )  # fmt: skip
         base, steps, _ = place.chain or (0, 0, None)
         k_L, v_L = zip(*cache.layers)
-        return place.slots_BT, list(k_L), list(v_L), place.bias, place.extent, base, steps, *self._weights
+        bias, group = place.bias, self.config.num_heads // self.config.num_kv_heads
+        bias = bias if bias is None else bias.repeat_interleave(group, 0)
+        return place.slots_BT, list(k_L), list(v_L), bias, place.extent, base, steps, *self._weights

@@ -85,9 +85,9 @@ def layers_of_a_row(
 ) -> torch.Tensor:  # fmt: skip
     """All layers of model.Transformer for one row: (1, T, E) -> (1, T, E), as its blocks do one after the other.
 
-    k_L, v_L: a layer's cache (1, G, S, D) each. bias (T * H / G, extent): 0 below a query's limit, else -inf; None
-    where all is seen. base, steps: the scratch of a chain step, whose branches have `steps` tokens each by now; 0: no
-    chains. norms: attention, MLP, query, key; linears and their biases: qkv, out, gate and up, down; by layer.
+    k_L, v_L: a layer's cache (1, G, S, D) each. bias: row_bias for each of a group's H / G heads, (T * H / G, extent);
+    None where all is seen. base, steps: the scratch of a chain step, whose branches have `steps` tokens each by now;
+    0: no chains. norms: attention, MLP, query, key; linears and their biases: qkv, out, gate and up, down; by layer.
     """
     E, slots_T = x_BTE.shape[2], slots_BT[0]
     for i in range(len(k_L)):
@@ -104,7 +104,7 @@ def layers_of_a_row(
 
 
 @unlocked
-def row_bias(limit_BT: torch.Tensor, extent: int, group: int, dtype: torch.dtype) -> torch.Tensor:
-    """attend_row's bias, (T * group, extent), which serves all layers of a pass."""
+def row_bias(limit_BT: torch.Tensor, extent: int, dtype: torch.dtype) -> torch.Tensor:
+    """0 for the slots below each query's limit, else -inf: (T, extent), which serves all layers of a pass."""
     dead_TS = torch.arange(extent) >= limit_BT[0, :, None]
-    return torch.zeros(dead_TS.shape, dtype=dtype).masked_fill_(dead_TS, float("-inf")).repeat_interleave(group, 0)
+    return torch.zeros(dead_TS.shape, dtype=dtype).masked_fill_(dead_TS, float("-inf"))

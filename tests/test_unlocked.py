@@ -20,7 +20,7 @@ def words(values):
 
 
 @pytest.mark.parametrize(("function", "arguments"), [
-    (row_bias, (torch.tensor([[3, 4, 5]]), 9, 3, torch.float64)),
+    (row_bias, (torch.tensor([[3, 4, 5]]), 9, torch.float64)),
     (sampling._hash, (words([[3, -7], [2**31 - 1, -(2**31)]]), torch.tensor([[5], [9]]), 1, 0)),
     (sampling._hash, (words([[3, -7]]), torch.tensor([[5, 6, 2**33]]), 3, 100)),
     (sampling._spread, (words([0, 1, 2**31 - 1]), torch.float32)),
