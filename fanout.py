@@ -75,7 +75,7 @@ class FanOut:
         self.seen = {"rejected": 0, "bonus": 0}
         self.ranks = {use: [0] * budget for use in self.seen}
         self.beyond = {use: [0] * (budget + 1) for use in self.seen}  # not among the best M: by that M
-        self._lists, self._age = {}, 0
+        self._lists, self._curves, self._age = {}, {}, 0
 
     def observe(self, kind: int, length: int, accepted: int, rank: int | None, among: int | None = None) -> None:
         """One row's outcome. rank: the place of the next token among the draft's `among` best scores for it, None if
@@ -93,7 +93,7 @@ class FanOut:
                 self.ranks[use][rank] += 1
         self._age += 1
         if self._age >= REVISE_EVERY and self.adaptive:
-            self._lists, self._age = {}, 0
+            self._lists, self._curves, self._age = {}, {}, 0
 
     def outcome_probabilities(self, kind: int, length: int, weight: float = PRIOR_WEIGHT) -> list[float]:
         """P_0..P_L: each place's measured acceptance, drawn towards the kind's rate as if by `weight` tests."""
@@ -118,8 +118,10 @@ class FanOut:
         return convex(curve)
 
     def curves(self, kind: int, length: int) -> tuple[list[float], list[list[float]]]:
-        rejected, bonus = self.miss_curve("rejected"), self.miss_curve("bonus")
-        return self.outcome_probabilities(kind, length), [rejected] * length + [bonus]
+        """P_0..P_L and the miss curve of each outcome."""
+        if not self._curves:
+            self._curves = {use: self.miss_curve(use) for use in self.seen}
+        return self.outcome_probabilities(kind, length), [self._curves["rejected"]] * length + [self._curves["bonus"]]
 
     def lists(self, kind: int, length: int) -> list[int]:
         """F_0..F_L for a round whose proposal has this kind and length."""

@@ -8,7 +8,6 @@ for SSD with both lanes busy, as they will be. Acceptance and hits come from the
 on the clock and on past outcomes only, never on a token still to be drawn, so every coupling stays exact.
 """
 
-import itertools
 import threading
 import time
 from dataclasses import dataclass
@@ -54,6 +53,7 @@ class Times:
     decode: float = 0.0  # one ordinary step of the draft
     prepare: dict[int, float] | None = None
     step: dict[int, float] | None = None
+    choice: tuple[int, int, int] | None = None  # K, K after a miss and M of the last run: the next one begins with them
 
 
 # ---- measuring
@@ -155,6 +155,9 @@ class Tuner:
         if not self.idle and kind not in self.measured and (times := measure(decoding, self.ks, self.budgets)):
             self.measured[kind] = times
         self.times = self.measured.get(kind)
+        if self.times and self.times.choice:
+            self.k, self.k_miss, self.budget = self.times.choice
+            decoding.k, decoding.fan_out.budget = self.k, self.budget
 
     def revise(self, fan_out: FanOut, figures) -> None:
         """Once a round: what the run has shown so far -> k and budget."""
@@ -167,6 +170,7 @@ class Tuner:
         else:
             rates = self.ssd_rates(fan_out, figures.usual_exposed())
         (self.k, self.budget), (_, self.k_miss) = max(rates.items(), key=lambda item: item[1])
+        self.times.choice = self.k, self.k_miss, self.budget
 
     def sd_rates(self, fan_out: FanOut) -> dict[tuple[int, int], tuple[float, int]]:
         """(K, M) -> tokens a second and row, K again. Drafts that are no model take no time; their kind is FIXED."""
@@ -178,17 +182,22 @@ class Tuner:
 
     def ssd_rates(self, fan_out: FanOut, exposed: float) -> dict[tuple[int, int], tuple[float, int]]:
         """(K, M) -> tokens a second and row, and how many tokens a miss is best followed by."""
-        hits = [fan_out.hits(CHAIN, length) if length else fan_out.hits(NONE, 0) for length in range(self.ks[-1] + 1)]
+        times, lengths = self.times, range(self.ks[-1] + 1)
+        hits = [fan_out.hits(CHAIN if length else NONE, length) for length in lengths]
         tokens = expected(fan_out, CHAIN, self.ks[-1])
-        pairs = itertools.product(self.ks, self.budgets)
-        return {(k, M): self.ssd_rate(k, M, [row[M] for row in hits], tokens, exposed) for k, M in pairs}
+        verify, prepare = ([between(of, length + 1) for length in lengths] for of in (times.verify, times.prepare))
+        out = {}
+        for M in self.budgets:
+            step, hits_M = between(times.step, M), [row[M] for row in hits]
+            for k in self.ks:
+                out[k, M] = self.ssd_rate(k, hits_M, tokens, verify, prepare, step, exposed)
+        return out
 
-    def ssd_rate(self, k: int, M: int, hits: list[float], tokens: list[float], exposed: float) -> tuple[float, int]:
-        """algorithm.md, section 7, for chains of K tokens or as many as the clock allows; hits and tokens by length."""
-        times, step = self.times, between(self.times.step, M)
+    def ssd_rate(self, k: int, hits, tokens, verify, prepare, step: float, exposed: float) -> tuple[float, int]:
+        """algorithm.md, section 7, for chains of K tokens or as many as the clock allows. Lists are by length, 0..K."""
         length, t_round = float(k), 0.0
-        for _ in range(3):  # the shorter the chain, the shorter its verification
-            t_verify, t_prepare = (between(of, length + 1) for of in (times.verify, times.prepare))
+        for _ in range(2):  # the shorter the chain, the shorter its verification
+            t_verify, t_prepare = _at(verify, length), _at(prepare, length)
             steps = (t_verify + exposed - t_prepare) / step
             if self.settings.cut and steps < k:
                 # The step that the verdict interrupts is lost, half a step on average.
@@ -197,7 +206,7 @@ class Tuner:
             t_round = max(t_verify, t_prepare + needed * step) + exposed
         ways = []  # after a miss: hits, tokens, seconds, and the tokens drafted while the target waits
         if self.settings.fallback != "fast":
-            waits = ((short, t_round + step / 2 + short * times.decode) for short in self.ks if short <= k)
+            waits = ((short, t_round + step / 2 + short * self.times.decode) for short in self.ks if short <= k)
             ways += [(hits[short], tokens[short], t_miss, short) for short, t_miss in waits]
         if self.settings.fallback != "jit":
             ways.append((hits[0], 1.0, t_round, self.ks[0]))

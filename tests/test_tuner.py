@@ -106,13 +106,11 @@ def test_the_chosen_is_the_best_of_all_and_a_fixed_one_stays():
 def test_rates_follow_from_hits_and_times():
     """With every outcome in the cache, a round lasts a verification and gives what its chain gives."""
     one = Tuner(Settings(mode="ssd", k=4, fan_out=16), 1, [Untold], {})
-    one.times = Times({5: 2.0}, 0.1, {5: 0.2}, {16: 0.1})
-    hits, tokens = [1.0] * 5, [1.0, 1.5, 2.0, 2.5, 3.0]
-    assert one.ssd_rate(4, 16, hits, tokens, exposed=0.5)[0] == pytest.approx(3.0 / 2.5)
-    one.times = Times({5: 2.0}, 0.1, {5: 0.2}, {16: 0.9})  # two steps fit, half a step is lost
-    assert one.ssd_rate(4, 16, hits, tokens, exposed=0.0)[0] == pytest.approx(1.75 / 2.0)
-    one.times = Times({5: 2.0}, 0.1, {5: 0.2}, {16: 3.0})  # not one step fits: it is waited for
-    assert one.ssd_rate(4, 16, hits, tokens, exposed=0.0)[0] == pytest.approx(1.5 / 3.2)
+    one.times = Times({}, 0.1)
+    lists = [1.0] * 5, [1.0, 1.5, 2.0, 2.5, 3.0], [2.0] * 5, [0.2] * 5  # hits, tokens, verify, prepare
+    assert one.ssd_rate(4, *lists, step=0.1, exposed=0.5)[0] == pytest.approx(3.0 / 2.5)
+    assert one.ssd_rate(4, *lists, step=0.9, exposed=0.0)[0] == pytest.approx(1.75 / 2.0), "2 fit, half a step is lost"
+    assert one.ssd_rate(4, *lists, step=3.0, exposed=0.0)[0] == pytest.approx(1.5 / 3.2), "not one fits: waited for"
 
 
 def test_after_a_miss_less_is_drafted_where_drafting_is_dear():
@@ -145,7 +143,7 @@ def test_calibration_leaves_no_trace_and_is_done_once(pair, monkeypatch):
     pair.times.clear()
     calls, measure = [], tuner.measure
     monkeypatch.setattr(tuner, "measure", lambda *args: (calls.append(1), measure(*args))[1])
-    truth = pair.generate(PROMPTS, mode="ar", **ROWS)
+    truth, last = pair.generate(PROMPTS, mode="ar", **ROWS), {}
     for _ in range(2):
         for mode in ("sd", "ssd"):
             result, decoding = play(pair, PROMPTS, mode=mode, **ROWS)
@@ -153,6 +151,8 @@ def test_calibration_leaves_no_trace_and_is_done_once(pair, monkeypatch):
             times = decoding.tuner.times
             assert set(times.verify) == {2, 5, 9} and min(times.verify.values()) > 0 and times.decode > 0
             assert set(times.step) == ({4, 16, 32} if mode == "ssd" else set())
+            assert decoding.figures.choices[0] == last.get(mode, (4, 16 if mode == "ssd" else 1)), "the last run's end"
+            last[mode] = times.choice[0], times.choice[2]
     assert len(calls) == 2
     play(pair, PROMPTS, mode="ssd", k=2, fan_out=6)
     assert len(calls) == 2, "nothing to choose, nothing to measure"
