@@ -181,12 +181,17 @@ def quarter_pair(bench: Bench, out: dict) -> tuple[str, str, str]:
 
 
 def judge(ssd: dict, sd: dict, ratios: list[dict]) -> dict:
-    """The ceiling of SSD over SD at the same K, algorithm.md section 7, with the rounds as long as they came out."""
-    most = (1 + sd["draft_ms"] / sd["verify_ms"]) * ssd["tokens_per_round"] / sd["tokens_per_round"]
+    """The ceiling of SSD over SD at the same K (speed.py), with the rounds as long as they came out.
+
+    A verification lasts as long as it does beside a busy draft; beside an idle one the ceiling would be higher.
+    """
+    tokens = ssd["tokens_per_round"] / sd["tokens_per_round"]
+    most, alone = ((1 + sd["draft_ms"] / run["verify_ms"]) * tokens for run in (ssd, sd))
     got = next(r["median"] for r in ratios if (r["of"], r["to"]) == (ssd["name"], sd["name"]))
     return {
         "ssd_over_sd_ceiling": most,
         "share_of_ceiling": got / most,
+        "ceiling_if_lanes_were_free": alone,
         "hit_round_over_verify": ssd.get("hit_round_over_verify"),
         "hidden": ssd["hidden"],
         "draft_step_over_verify": sd["draft_ms"] / sd["k"] / sd["verify_ms"],

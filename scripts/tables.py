@@ -45,6 +45,7 @@ RATIOS = (("pair", "model", "{}"), HEAT, ("batch", "batch", "{}"), ("of", "of", 
           ("ratio", "", "{:.2f}"), ("repeats", "n", "{}"), ("coverage", "coverage", "{:.0%}"),
           ("within 5% or the interval", "good", "{}"))  # fmt: skip
 JUDGED = (("SSD / SD at most", "ssd_over_sd_ceiling", "{:.2f}"), ("share of it reached", "share_of_ceiling", "{:.0%}"),
+          ("at most if the lanes did not slow each other", "ceiling_if_lanes_were_free", "{:.2f}"),
           ("hidden on hits", "hidden", "{:.0%}"), ("round on a hit / verification", "hit_round_over_verify", "{:.2f}"),
           ("draft step / verification", "draft_step_over_verify", "{:.2f}"))  # fmt: skip
 

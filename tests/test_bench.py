@@ -131,8 +131,10 @@ def test_overlap(run):
     for key in ("hit_rate", "acceptance_rate", "tokens_per_round", "verify_ms", "exposed_ms", "distinct_4grams"):
         assert ssd[key] is not None, key
     facts = part["models"]["target"]
-    ceiling = (1 + sd["draft_ms"] / sd["verify_ms"]) * ssd["tokens_per_round"] / sd["tokens_per_round"]
+    tokens = ssd["tokens_per_round"] / sd["tokens_per_round"]
+    ceiling = (1 + sd["draft_ms"] / ssd["verify_ms"]) * tokens
     assert facts["ssd_over_sd_ceiling"] == pytest.approx(ceiling)
+    assert facts["ceiling_if_lanes_were_free"] == pytest.approx((1 + sd["draft_ms"] / sd["verify_ms"]) * tokens)
     over = next(r["median"] for r in part["ratios"] if r["of"] == "SSD" and r["to"] == "SD at SSD's K")
     assert facts["share_of_ceiling"] == pytest.approx(over / ceiling)
     assert "overlap target: SSD / SD" in headline and headline["texts_differ"] == 0
