@@ -18,7 +18,9 @@ from typing import NamedTuple
 
 import torch
 
-from unlocked import row_bias
+from unlocked import limits_as_bias
+
+QUICK_TOKENS = 256  # of all rows: beyond, a pass is long and its bias large
 
 
 class Placement(NamedTuple):
@@ -26,7 +28,7 @@ class Placement(NamedTuple):
 
     positions_BT for RoPE; slots_BT where keys and values are written; limit_BT the trunk slots seen, [0, limit);
     extent a host-known bound on every limit, tight if it is known to be reached; chain as in kernels.tree_attention,
-    None for trunk tokens. alone: a single row on the CPU, for unlocked.layers_of_a_row, which adds bias to its scores.
+    None for trunk tokens. quick: few tokens on a CPU, for unlocked.all_layers; bias and dead as there.
     """
 
     positions_BT: torch.Tensor
@@ -35,8 +37,9 @@ class Placement(NamedTuple):
     extent: int
     tight: bool = False
     chain: tuple[int, int, torch.Tensor] | None = None
-    alone: bool = False
+    quick: bool = False
     bias: torch.Tensor | None = None
+    dead: torch.Tensor | None = None
 
 
 def write(k_BGSD, v_BGSD, slots_BT: torch.Tensor, k_BTGD: torch.Tensor, v_BTGD: torch.Tensor) -> None:
@@ -79,7 +82,7 @@ class KVCache:
         slots_BT = torch.where(real_BT, positions_BT, self.dead)
         limit_BT = torch.where(real_BT, positions_BT + 1, 1)
         positions_BT = torch.where(real_BT, positions_BT, 0)
-        return Placement(positions_BT, slots_BT, limit_BT, extent, tight, None, *self._alone(limit_BT, extent, tight))
+        return Placement(positions_BT, slots_BT, limit_BT, extent, tight, None, *self._quick(limit_BT, extent, tight))
 
     def place_chain(self, start_B, depth_BM, step_B, live_B, extent, tight=False, steps=None) -> Placement:
         """Chain step `step_B` of M branches that fork off the trunk after position start_B - 1 + depth_BM.
@@ -91,16 +94,19 @@ class KVCache:
         branch_M = torch.arange(depth_BM.shape[1], device=depth_BM.device)
         slots_BM = torch.where(live_B[:, None], self.trunk + branch_M + step_B[:, None] * len(branch_M), self.dead)
         chain = (self.trunk, self.steps if steps is None else steps, step_B)
-        rest = self._alone(limit_BM, extent, tight)
+        rest = self._quick(limit_BM, extent, tight)
         return Placement(limit_BM + step_B[:, None], slots_BM, limit_BM, extent, tight, chain, *rest)
 
-    def _alone(self, limit_BT, extent: int, tight: bool) -> tuple[bool, torch.Tensor | None]:
-        """Is it a single row in float32 or more on the CPU, and 0 or -inf for (T, extent), made once a pass."""
+    def _quick(self, limit_BT, extent: int, tight: bool) -> tuple:
+        """Placement.quick, .bias and .dead: for float32 or more on a CPU, one row or few tokens, made once a pass."""
+        B, T = limit_BT.shape
         wide = self.k_LBGSD.dtype in (torch.float32, torch.float64)
-        alone = tight and wide and limit_BT.shape[0] == 1 and limit_BT.device.type == "cpu"
-        if not alone or limit_BT.shape[1] == 1:  # one token sees all that is there
-            return alone, None
-        return True, row_bias(limit_BT, extent, self.k_LBGSD.dtype)
+        if not (tight and wide and limit_BT.device.type == "cpu" and (B == 1 or B * T <= QUICK_TOKENS)):
+            return False, None, None
+        if B * T == 1:  # one token sees all that is there
+            return True, None, None
+        bias, dead = limits_as_bias(limit_BT, extent, self.k_LBGSD.dtype)
+        return True, bias, None if B == 1 else dead
 
 
 class SpeculationCache:

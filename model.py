@@ -19,7 +19,7 @@ from torch import nn
 
 from cache import KVCache, Placement, write
 from kernels import tree_attention
-from unlocked import layers_of_a_row
+from unlocked import all_layers
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
@@ -333,15 +333,15 @@ class Transformer(nn.Module):
         x_BTE = self.embed(tokens_BT)
         where = torch.arange(tokens_BT.shape[1])[None] if place is None else place.positions_BT
         cos, sin = self.cos_PD[where][:, :, None], self.sin_PD[where][:, :, None]
-        if place is not None and place.alone and not any(self.config.windows):
-            x_BTE = layers_of_a_row(x_BTE, cos, sin, *self._for_a_row(place, cache))
+        if place is not None and place.quick and not any(self.config.windows):
+            x_BTE = all_layers(x_BTE, cos, sin, *self._for_all_layers(place, cache))
         else:
             for layer, block in enumerate(self.layers):
                 x_BTE = block(x_BTE, cos, sin, place, *(cache[layer] if cache is not None else (None, None)))
         return self.head(self.norm(x_BTE)) if logits else None
 
-    def _for_a_row(self, place: Placement, cache: KVCache) -> tuple:
-        """What unlocked.layers_of_a_row takes besides x, cos and sin; the lists of weights are made once."""
+    def _for_all_layers(self, place: Placement, cache: KVCache) -> tuple:
+        """What unlocked.all_layers takes besides x, cos and sin; the lists of weights are made once."""
         if self._weights is None:
             blocks = [(b.attention, b.mlp) for b in self.layers]
             linears = [[a.qkv for a, _ in blocks], [a.out for a, _ in blocks], [m.gate_up for _, m in blocks],
@@ -357,5 +357,5 @@ class Transformer(nn.Module):
         base, steps, _ = place.chain or (0, 0, None)
         k_L, v_L = zip(*cache.layers)
         bias, group = place.bias, self.config.num_heads // self.config.num_kv_heads
-        bias = bias if bias is None else bias.repeat_interleave(group, 0)
-        return place.slots_BT, list(k_L), list(v_L), bias, place.extent, base, steps, *self._weights
+        bias = bias if bias is None else bias.repeat_interleave(group, 2)
+        return place.slots_BT, list(k_L), list(v_L), bias, place.dead, place.extent, base, steps, *self._weights

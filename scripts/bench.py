@@ -64,7 +64,7 @@ class Effort:
     quarter: bool = True  # overlap also on a pair whose draft step is a quarter of a verification
     temperatures: tuple[float, ...] = (0.0, 0.7, 1.0)
     budgets: tuple[int, ...] = (4, 8, 16, 24, 32)
-    predict_ks: tuple[int, ...] = (2, 4)
+    predict_ks: tuple[int, ...] = (1, 2, 4)
     predict_batch: int = 8
     predict_batches: int = 4
     mode_sizes: tuple[str, ...] = ("60m",)
