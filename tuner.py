@@ -198,10 +198,10 @@ class Tuner:
         length, t_round = float(k), 0.0
         for _ in range(2):  # the shorter the chain, the shorter its verification
             t_verify, t_prepare = _at(verify, length), _at(prepare, length)
-            steps = (t_verify + exposed - t_prepare) / step
+            # The draft is handed its work after the target, and its chains are looked up soon after the verdict.
+            steps = (t_verify - exposed - t_prepare) / step
             if self.settings.cut and steps < k:
-                # The step that the verdict interrupts is lost, half a step on average.
-                length = max(steps - 0.5, 1.0)
+                length = max(steps - 1.0, 1.0)  # so many steps begin in a round, and the verdict interrupts the last
             needed = 1 if self.settings.cut else k
             t_round = max(t_verify, t_prepare + needed * step) + exposed
         ways = []  # after a miss: hits, tokens, seconds, and the tokens drafted while the target waits

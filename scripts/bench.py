@@ -94,7 +94,7 @@ QUICK = Effort(
 )  # fmt: skip
 
 BRIEF = Effort(
-    repeats=5, pairs=20, new_tokens=64, sweep_prompts=2, sweep_tokens=64, ks=(1, 2, 3, 4), fan_outs=(4, 8, 16),
+    repeats=5, pairs=20, new_tokens=64, sweep_prompts=3, sweep_tokens=64, ks=(1, 2, 3, 4), fan_outs=(4, 8, 16),
     assisted_ks=(2, 4, 8), assisted_fan_outs=(4, 8), lookup_ks=(4,), predict_batches=2, mode_batches=(1, 4, 16),
     mode_ks=(1, 2, 4), mode_fan_outs=(4, 16), tune_ks=(1, 2, 3, 4, 6), tune_fan_outs=(4, 8, 16), tune_pairs=12,
     tune_tokens=96, long_prompts=12, long_tokens=256,
