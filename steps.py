@@ -176,10 +176,10 @@ class Runner:
         rest = zip(length, feed.count)
         packed = self.policy.send([t + d + [n, c, step, top or 0] for t, d, (n, c) in zip(tokens, depths, rest)])
         if self.policy.static:
-            limits = {"extent": self.cache.trunk, "tight": False, "steps": self.cache.steps}
+            limits = {"extent": self.cache.trunk, "tight": False, "steps": self.cache.steps, "places": self.k + 1}
         else:
             extent = max(n + max(d) for n, d in zip(length, depths))
-            limits = {"extent": extent, "tight": True, "steps": step + 1}
+            limits = {"extent": extent, "tight": True, "steps": step + 1, "places": 1 + max(map(max, depths))}
         drawn, *logq = self._step("chain", self._chain, packed, **limits)
         kept = self._kept(logq)  # before the wait: the other lane reads it without waiting for this one
         return self._read(drawn), kept
@@ -216,15 +216,15 @@ class Runner:
         tokens_BM = branch_BMM.gather(-1, rank_BM[..., None])[..., 0]
         return _pack(top.values[..., 0], tokens_BM, top.indices)
 
-    def _chain(self, packed, extent, tight, steps):
+    def _chain(self, packed, extent, tight, steps, places):
         both, length_B, count_B, step_B, top_B = _unpack(packed, 4)
         tokens_BM, depth_BM = both.chunk(2, 1)
         place = self.cache.place_chain(length_B, depth_BM, step_B, count_B > 0, extent, tight, steps)
         warped_BMV = warp(self._logits(tokens_BM, place), self.params)
         noise_BMV = None
         if not self.params.greedy:  # many branches share few positions: hash each position once
-            T, V = self.k + 1, warped_BMV.shape[-1]
-            noise_BTV = self.gumbel(self.params, self._predicted(length_B + step_B, T), TOKEN, V, warped_BMV.dtype)
+            V, at_BT = warped_BMV.shape[-1], self._predicted(length_B + step_B, places)
+            noise_BTV = self.gumbel(self.params, at_BT, TOKEN, V, warped_BMV.dtype)
             noise_BMV = noise_BTV.gather(1, depth_BM[..., None].expand(-1, -1, V))
         return self._draft_draw(warped_BMV, noise_BMV, top_B)
 

@@ -22,7 +22,8 @@ from steps import Feed
 KS, BUDGETS = (1, 2, 3, 4, 5, 6, 8), (4, 8, 16, 24, 32)
 STATIC_KS, STATIC_BUDGETS = (2, 4, 7), (8, 24)  # every one is compiled and captured
 FIRST_K, FIRST_BUDGET = 4, 16  # until something is known
-FIRST_REVISION, REVISE_EVERY = 6, 24  # rounds
+# Rounds. A revision takes 0.4 ms, and Python's lock from both lanes meanwhile; who begins with a choice has time.
+FIRST_REVISION, FIRST_WITH_CHOICE, REVISE_EVERY = 6, 24, 48
 # Places behind the present K are not tested any more: a few bad draws there must not keep K small for ever.
 PLACE_WEIGHT = 32.0
 MEASURE_S, MEASURE_LEAST = 0.12, 4  # a point takes so long, and so many repeats at least; the first is not counted
@@ -157,6 +158,7 @@ class Tuner:
         self.times = self.measured.get(kind)
         if self.times and self.times.choice:
             self.k, self.k_miss, self.budget = self.times.choice
+            self.due = FIRST_WITH_CHOICE
             decoding.k, decoding.fan_out.budget = self.k, self.budget
 
     def revise(self, fan_out: FanOut, figures) -> None:
@@ -200,10 +202,11 @@ class Tuner:
             t_verify, t_prepare = _at(verify, length), _at(prepare, length)
             # The draft is handed its work after the target, and its chains are looked up soon after the verdict.
             steps = (t_verify - exposed - t_prepare) / step
-            if self.settings.cut and steps < k:
-                length = max(steps - 1.0, 1.0)  # so many steps begin in a round, and the verdict interrupts the last
+            if self.settings.cut:  # else so many steps begin in a round, and the verdict interrupts the last
+                all_fit = min(max(steps - k + 0.5, 0.0), 1.0)  # a chance: times vary by half a step
+                length = all_fit * k + (1 - all_fit) * max(min(steps, k) - 1.0, 1.0)
             needed = 1 if self.settings.cut else k
-            t_round = max(t_verify, t_prepare + needed * step) + exposed
+            t_round = max(t_verify, exposed + t_prepare + needed * step) + exposed
         ways = []  # after a miss: hits, tokens, seconds, and the tokens drafted while the target waits
         if self.settings.fallback != "fast":
             waits = ((short, t_round + step / 2 + short * self.times.decode) for short in self.ks if short <= k)
