@@ -15,9 +15,10 @@ import time
 import warnings
 from pathlib import Path
 
-from report import AUTO, MODES, compare, explain, figures_line, table, write_trace
+from report import MODES, compare, explain, figures_line, table, write_trace
 
 DEMO = Path(__file__).resolve().parent / "assets" / "demo"
+AUTO = "auto"  # settings.AUTO; torch is imported later, inside main, so that Ctrl-C ends quietly
 PROMPT = "def fibonacci(n):\n"
 FILE_LIMIT = 1 << 26  # bytes of a prompt file
 MISTAKE, INTERRUPTED, NOBODY_READS = 2, 130, 141  # exit codes; the last two are 128 + the signal's number

@@ -7,8 +7,6 @@ speed.py, where the figures come from.
 import json
 from pathlib import Path
 
-from settings import AUTO
-
 MODES = ("ar", "sd", "ssd")
 ROWS = (  # key, label, format, factor
     ("k", "K", "{}", 1),
@@ -41,7 +39,8 @@ def run_stats(decoding, floor_s: float) -> dict:
     k, fan_out = figures.usual_choice() or (decoding.k, decoding.fan_out.budget)
     stats = {name: getattr(settings, name) for name in SETTINGS_SHOWN} | {"k": k, "fan_out": fan_out}
     stats |= dict.fromkeys(IDLE[settings.mode])
-    stats["auto"] = [name for name in ("k", "fan_out") if getattr(settings, name) == AUTO and stats[name] is not None]
+    auto = lambda name: isinstance(getattr(settings, name), str) and stats[name] is not None  # noqa: E731
+    stats["auto"] = [name for name in ("k", "fan_out") if auto(name)]
     stats |= {"device": decoding.target_lane.spec, "draft_device": lane.spec if decoding.draft else None}
     stats |= {"prompts": len(rows), "token_ids": [row.new_ids for row in rows], "text": [row.text for row in rows]}
     stats |= {"finish_reason": [row.finish for row in rows]}
