@@ -76,9 +76,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--target", default=str(DEMO / "target"))
     parser.add_argument("--draft", default=str(DEMO / "draft"))
     parser.add_argument("--quick", action="store_true", help="a small part of the grid")
-    parser.add_argument("--out", metavar="FILE", help="write what was found as JSON")
+    parser.add_argument("--count", type=int, metavar="N", help="how many of the prompts (40; 8 with --quick)")
+    parser.add_argument("--new-tokens", type=int, metavar="N", help="for each of them (128; 48 with --quick)")
+    parser.add_argument("--out", metavar="FILE", help="write what was found as JSON, after every cell")
     args = parser.parse_args(argv)
-    count, new = (8, 48) if args.quick else (40, 128)
+    count, new = args.count or (8 if args.quick else 40), args.new_tokens or (48 if args.quick else 128)
     try:
         texts = read_prompts(args)[:count]
         engine = load(args.target, args.draft, "cpu:0", "cpu:1", "float32")
@@ -107,10 +109,10 @@ def main(argv: list[str] | None = None) -> int:
                 print(f"  {'tie' if distance < TIE else 'DIFFERENT'}: {where}", flush=True)
         done.append({"batch": batch, **settings})
         print(f"{len(done):3d}: batch {batch} {settings}", flush=True)
-    result = {"prompts": len(prompts), "new_tokens": new, "cells": len(done), "texts": len(done) * len(prompts),
-              "differences": len(differences), "ties": len(ties), "details": differences + ties}  # fmt: skip
-    if args.out:
-        Path(args.out).write_text(json.dumps(result, indent=1) + "\n")
+        result = {"prompts": len(prompts), "new_tokens": new, "cells": len(done), "texts": len(done) * len(prompts),
+                  "differences": len(differences), "ties": len(ties), "details": differences + ties}  # fmt: skip
+        if args.out:
+            Path(args.out).write_text(json.dumps(result, indent=1) + "\n")
     print(f"{result['texts']} texts of {new} tokens in {len(done)} cells: {len(ties)} ties, "
           f"{len(differences)} differences")  # fmt: skip
     return 1 if differences else 0
