@@ -59,7 +59,7 @@ class KVCache:
         shape = (config.num_layers, batch, config.num_kv_heads, self.dead + 1, config.head_dim)
         self.k_LBGSD = torch.zeros(shape, device=device, dtype=dtype)
         self.v_LBGSD = torch.zeros(shape, device=device, dtype=dtype)
-        self.layers = list(zip(self.k_LBGSD.unbind(), self.v_LBGSD.unbind()))
+        self.k_L, self.v_L = list(self.k_LBGSD.unbind()), list(self.v_LBGSD.unbind())  # views, a layer each
 
     def copy_trunk(self, other: "KVCache", length: int) -> None:
         """Take over the first `length` positions of another cache of the same model."""
@@ -69,7 +69,7 @@ class KVCache:
 
     def __getitem__(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values (B, G, S, D) of one layer, to read and to write."""
-        return self.layers[layer]
+        return self.k_L[layer], self.v_L[layer]
 
     def place(self, start_B: torch.Tensor, count_B: torch.Tensor, T: int, extent: int, tight=False) -> Placement:
         """T tokens per row on the trunk, from position start_B on; the first count_B of them are real.

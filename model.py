@@ -355,7 +355,6 @@ class Transformer(nn.Module):
                 type(linears[0][0]) is not nn.Linear,
             )  # fmt: skip
         base, steps, _ = place.chain or (0, 0, None)
-        k_L, v_L = zip(*cache.layers)
         bias, group = place.bias, self.config.num_heads // self.config.num_kv_heads
         bias = bias if bias is None else bias.repeat_interleave(group, 2)
-        return place.slots_BT, list(k_L), list(v_L), bias, place.dead, place.extent, base, steps, *self._weights
+        return place.slots_BT, cache.k_L, cache.v_L, bias, place.dead, place.extent, base, steps, *self._weights

@@ -403,6 +403,13 @@ def test_prompt_files(figures, tmp_path):
     assert lines["token_ids"] == figures("--prompt", "import\u2028os", "x", "--max-new-tokens", 9)["token_ids"]
 
 
+def test_the_program_starts_without_torch():
+    """torch takes a second to import; Ctrl-C in that second must meet main(), which ends quietly."""
+    code = "import sys, generate; sys.exit('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=PROGRAM.parent, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr or "generate.py imports torch before main() runs"
+
+
 def test_a_prompt_that_begins_with_a_dash(figures):
     assert figures("--prompt=-1", "--max-new-tokens", 1)["prompt_tokens"] == [3]
 
