@@ -137,7 +137,7 @@ def write_trace(path: str, lanes, lookups) -> None:
         events.append({"ph": "M", "pid": 1, "tid": thread, "name": "thread_name", "args": name})
         events += [_span(thread, name, begin, end, {}) for name, begin, end in lane.spans]
     events.append({"ph": "M", "pid": 1, "tid": 0, "name": "thread_name", "args": {"name": "loop"}})
-    for number, (begin, end, rows, missed, steps) in enumerate(lookups):
+    for number, begin, end, rows, missed, steps in lookups:
         args = {"round": number, "rows": rows, "missed": missed, "chain_steps": steps}
         events.append(_span(0, "look-up: " + ("miss" if missed else "hit"), begin, end, args))
     Path(path).write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))

@@ -10,6 +10,7 @@ verification cheaper. All times are host seconds; a round lasts from the start o
 import bisect
 import time
 from statistics import median
+from typing import NamedTuple
 
 from sampling import CHAIN, FIXED
 
@@ -39,6 +40,17 @@ def distinct_4grams(ids: list[int]) -> float | None:
     return len(set(grams)) / len(grams) if grams else None
 
 
+class LookUp(NamedTuple):
+    """What a round's look-up found, on the clock of the lanes. It feeds the next round."""
+
+    round: int
+    begin: float
+    end: float
+    rows: int
+    missed: list[int]
+    steps: int  # of the chains, when they were looked up
+
+
 class Figures:
     """What happened in a run, round by round; report() sums it up as the terminal contract's JSON keys."""
 
@@ -49,7 +61,7 @@ class Figures:
         self.emitted: list[int] = []  # a round's tokens, all rows
         self.live: list[int] = []
         self.kinds = {CHAIN: [0, 0, 0], FIXED: [0, 0, 0]}  # accepted, rejected, drafted
-        self.lookups: list[tuple[float, float, int, list[int], int]] = []  # begin, end, rows, missed rows, steps
+        self.lookups: list[LookUp] = []
         self.jit_s: list[float] = []
         self.choices: list[tuple[int, int]] = []  # each round's K and M
 
@@ -67,7 +79,7 @@ class Figures:
                 count[2] += lengths[b]
 
     def looked_up(self, begin: float, rows: int, missed: list[int], steps: int) -> None:
-        self.lookups.append((begin, time.perf_counter(), rows, missed, steps))
+        self.lookups.append(LookUp(len(self.verifies) - 1, begin, time.perf_counter(), rows, missed, steps))
 
     # ---- used while the run goes on
 
@@ -89,10 +101,13 @@ class Figures:
         return gain / median(self.jit_s[-9:]) > sum(recent) / max(self.verifies[-1][1] - since, 1e-9)
 
     def usual_exposed(self) -> float:
-        """Seconds between two verifications in SSD's recent rounds."""
-        recent = self.verifies[-24:]
-        gaps = [after[0] - before[1] for before, after in zip(recent, recent[1:])]
-        return median(gaps) if gaps and self.settings.mode == "ssd" else 0.0
+        """Seconds between two verifications where the recent look-ups found every row."""
+        gaps = [self.verifies[n + 1][0] - self.verifies[n][1] for n in self.hit_rounds(24)]
+        return median(gaps) if gaps else 0.0
+
+    def emitted_with(self, k: int) -> int:
+        """Tokens of the rounds for which this K was chosen."""
+        return sum(tokens for tokens, (chosen, _) in zip(self.emitted, self.choices) if chosen == k)
 
     def usual_choice(self) -> tuple[int, int] | None:
         """The K and M of most rounds."""
@@ -110,7 +125,7 @@ class Figures:
         rate = max(sum(new) - len(new), 0) / decode_s
         mode = self.settings.mode
         accepted, rejected, drafted = (sum(kind[i] for kind in self.kinds.values()) for i in range(3))
-        looked, missed = sum(x[2] for x in self.lookups), sum(len(x[3]) for x in self.lookups)
+        looked, missed = sum(x.rows for x in self.lookups), sum(len(x.missed) for x in self.lookups)
         shares = [s for row in self.rows if (s := distinct_4grams(row.new_ids)) is not None]
         out = {
             "prompt_tokens": [row.prompt for row in self.rows],
@@ -136,9 +151,9 @@ class Figures:
                 total[bisect.bisect_right(starts, begin) - 1] += end - begin
         return total
 
-    def hit_rounds(self) -> list[int]:
-        """Rounds whose look-up found every row: round n's look-up feeds round n + 1."""
-        return [n for n, lookup in enumerate(self.lookups) if not lookup[3] and n + 1 < len(self.verifies)]
+    def hit_rounds(self, recent: int = 0) -> list[int]:
+        """Rounds whose look-up found every row and fed another round; of the last `recent` look-ups, or (0) of all."""
+        return [x.round for x in self.lookups[-recent:] if not x.missed and x.round + 1 < len(self.verifies)]
 
     def times(self, mode: str, spans) -> dict:
         verifies, busy = self.verifies, self.busy(spans)
@@ -184,9 +199,9 @@ class Figures:
             share, rate(hit) if hit else tokens, rate(missed) if missed else tokens, t_hit, t_miss
         )
         steps = [end - begin for name, begin, end in spans if name == "chain step"]
-        if steps and self.lookups:  # none where the draft failed at once
-            k, a = self.usual_choice()[0], self.acceptance(CHAIN, 0.8)
-            length = median(lookup[4] for lookup in self.lookups)
+        k, a = self.usual_choice()[0], self.acceptance(CHAIN, 0.8)
+        if k and steps and self.lookups:  # none where the draft failed at once or did not pay
+            length = median(lookup.steps for lookup in self.lookups)
             gain = expected_tokens(a, length) / expected_tokens(a, k)
             out["speedup_ceiling"] = (1 + k * median(steps) / t_verify) * gain
         return out

@@ -28,7 +28,7 @@ from sampling import CHAIN, FIXED, NONE
 from settings import Settings
 from speed import Figures
 from steps import Feed, Runner
-from tuner import Times, Tuner
+from tuner import PLAIN, TURNS, Times, Tuner
 
 NGRAM = "ngram"  # a draft that is no model
 NO_LESSON = ((), None, None, None, None)  # live rows, what was tried, accepted, following, chains
@@ -45,10 +45,6 @@ class Proposal:
     tokens: list[list[int]]
     kind: list[int]
     logq: list[list[torch.Tensor] | None]
-
-    @classmethod
-    def none(cls, rows: int) -> "Proposal":
-        return cls([[] for _ in range(rows)], [NONE] * rows, [None] * rows)
 
     def put(self, row: int, kind: int, tokens: list[int], logq=None) -> None:
         if tokens:
@@ -71,18 +67,18 @@ class Decoding:
     def rounds(self) -> Iterator[None]:
         """Play rounds until every row has ended. Yields once a round, while the next one is already running."""
         self.prefill()
-        proposal = self.nothing()
+        proposal, chains = self.nothing(), None
         while self.live():
             feed = self.feed(proposal)
             verdict = self.target_lane.start("verify", self.target.verify, feed, proposal.kind, proposal.logq)
-            chains = self.start_preparing(feed, proposal, verdict) if self.mode == "ssd" else None
+            chains = self.start_preparing(feed, proposal, verdict, chains)
             yield  # the caller prints the last round's text while this one runs
             self.learn()
             accepted, following = verdict.result()
             self.emit(proposal, accepted, following, verdict)
-            if self.mode == "ssd":
+            if chains:
                 proposal = self.take(chains, proposal, accepted, following)
-            elif self.mode == "sd":
+            elif self.mode != "ar":
                 proposal = self.draft_now(self.live()) if self.draft else self.guess(self.live())
             else:
                 proposal = self.nothing()
@@ -109,16 +105,14 @@ class Decoding:
     def take(self, chains: SpeculationCache, tried: Proposal, accepted, following) -> Proposal:
         """The look-up: rows that hit get the chain prepared for their outcome, rows that miss fall back."""
         proposal, missed, live = self.nothing(), [], self.live()
-        if not live or not self.answered(chains.forked, chains):
+        if live and not self.settings.cut:
+            self.await_draft(chains.work, self.patience())
+        if not live or self.mode != "ssd" or not self.answered(chains.forked, chains):
             return proposal
         begin = time.perf_counter()
         branch = {b: chains.look_up(b, accepted[b], following[b]) for b in live}
         if any(found is not None for found in branch.values()) and not self.answered(chains.ready, chains):
             return proposal
-        if not self.settings.cut:
-            self.await_draft(chains.work, self.patience())
-            if self.mode != "ssd":
-                return proposal
         for b in live:
             if branch[b] is None:
                 missed.append(b)
@@ -147,7 +141,7 @@ class Decoding:
     # ---- the steps of a round
 
     def nothing(self) -> Proposal:
-        return Proposal.none(len(self.rows))
+        return Proposal([[] for _ in self.rows], [NONE] * len(self.rows), [None] * len(self.rows))
 
     def live(self) -> list[int]:
         return [b for b, row in enumerate(self.rows) if row.finish is None]
@@ -203,7 +197,11 @@ class Decoding:
             feed.count.append(len(fed))
         return feed
 
-    def start_preparing(self, feed: Feed, proposal: Proposal, verdict: Pending) -> SpeculationCache:
+    def start_preparing(self, feed: Feed, proposal: Proposal, verdict: Pending, before) -> SpeculationCache | None:
+        if self.mode != "ssd" or self.fan_out.budget == TURNS:
+            if self.mode == "ssd" and before:  # what comes from the cache, the draft has not read in its place yet
+                self.draft_lane.start("extend", self.draft.extend, feed)
+            return None
         chains = SpeculationCache()
         fan_out = [self.fan_out.lists(kind, len(d)) for kind, d in zip(proposal.kind, proposal.tokens)]
         chains.work = self.draft_lane.start("prepare", self.prepare, chains, feed, fan_out, self.weigh(self.k), verdict)
@@ -211,7 +209,7 @@ class Decoding:
 
     def weigh(self, k: int) -> list[int | None]:
         """Saguaro: how many of the draft's top tokens to weigh down at each place of a chain (None: off)."""
-        if self.settings.saguaro_c == 1:
+        if self.settings.saguaro_c == 1 or self.fan_out.budget == TURNS:
             return [None] * k
         return [F + 1 for F in self.fan_out.lists(CHAIN, k)[:k]]
 
@@ -221,8 +219,7 @@ class Decoding:
         self.figures.prefilled = self.figures.prefilled or time.perf_counter()
         lengths = [len(d) for d in proposal.tokens]
         self.figures.verified(proposal.kind, lengths, accepted, live, verdict, (self.k, self.fan_out.budget))
-        if self.mode == "sd":
-            self.lesson = (live, proposal, accepted, following, None)
+        self.lesson = (live, proposal, accepted, following, None)
         for b in live:
             for token in (*proposal.tokens[b][: accepted[b]], following[b]):
                 if self.rows[b].finish is None:
@@ -231,7 +228,8 @@ class Decoding:
     def draft_now(self, wanted: list[int], proposal: Proposal | None = None) -> Proposal:
         """The draft decodes a chain for the wanted rows, and the target waits for it."""
         proposal = self.nothing() if proposal is None else proposal
-        if wanted and (work := self.draft_lane.start("draft", self.decode_now, wanted, self.weigh(self.tuner.k_miss))):
+        weigh = self.weigh(self.tuner.k_miss)
+        if wanted and weigh and (work := self.draft_lane.start("draft", self.decode_now, wanted, weigh)):
             drafted = self.await_draft(work, self.patience())
             for b, (tokens, logq) in (drafted or {}).items():
                 proposal.put(b, CHAIN, tokens, logq)
@@ -374,7 +372,8 @@ class Engine:
             self.draft.runners.clear()  # what hangs may still write to their buffers
         # A draft that failed, or a prompt that was interrupted while it was read, leaves no KV worth keeping.
         if len(rows) == 1 and decoding.mode == settings.mode and figures.prefilled:
-            self.kept = ([decoding.target, *([decoding.draft] if decoding.draft else [])], rows[0].ids)
+            runners = [decoding.target, *([decoding.draft] if decoding.draft else [])]
+            self.kept = (runners, rows[0].ids[: len(rows[0].ids) - figures.emitted_with(PLAIN)])
         figures.end = figures.end or time.perf_counter()
         draft = self.draft.name if decoding.draft else NGRAM if settings.mode == "sd" else None
         stats = {"target": self.target.name, "draft": draft, "dtype": str(self.target.dtype).split(".")[1]}

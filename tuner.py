@@ -19,11 +19,15 @@ from settings import AUTO
 from speed import sd_rate, ssd_rate
 from steps import Feed
 
+TURNS = 0  # a budget: prepare nothing and take turns, as SD does, where the draft is too slow for more
+PLAIN = 0  # a K: the target goes on alone, as AR does, where even that does not pay
 KS, BUDGETS = (1, 2, 3, 4, 5, 6, 8), (4, 8, 16, 24, 32)
 STATIC_KS, STATIC_BUDGETS = (2, 4, 7), (8, 24)  # every one is compiled and captured
-FIRST_K, FIRST_BUDGET = 4, 16  # until something is known
 # Rounds. A revision takes 0.4 ms, and Python's lock from both lanes meanwhile; who begins with a choice has time.
 FIRST_REVISION, FIRST_WITH_CHOICE, REVISE_EVERY = 6, 24, 48
+# How much faster than the best budget turns must look: measured again and again, a draft step is quicker than alone.
+TURNS_IF = 1.15
+PLAIN_AFTER, PLAIN_IF = 24, 1.05  # rounds of evidence, and how much faster it must look: there is no way back
 # Places behind the present K are not tested any more: a few bad draws there must not keep K small for ever.
 PLACE_WEIGHT = 32.0
 MEASURE_S, MEASURE_LEAST = 0.12, 4  # a point takes so long, and so many repeats at least; the first is not counted
@@ -54,6 +58,7 @@ class Times:
     decode: float = 0.0  # one ordinary step of the draft
     prepare: dict[int, float] | None = None
     step: dict[int, float] | None = None
+    plain: float | None = None  # one ordinary step of the target; None: not to be considered
     choice: tuple[int, int, int] | None = None  # K, K after a miss and M of the last run: the next one begins with them
 
 
@@ -65,6 +70,7 @@ def measure(decoding, ks: tuple[int, ...], budgets: tuple[int, ...]) -> Times | 
     last token, where the next round writes anyway."""
     rows, target, draft = decoding.rows, decoding.target, decoding.draft
     B, times = len(rows), Times({}, 0.0, {}, {})
+    undrafted = [NONE] * B, [None] * B
 
     def feed(T: int) -> Feed:
         return Feed([[row.ids[-1]] + [0] * (T - 1) for row in rows], [len(row.ids) - 1 for row in rows], [T] * B)
@@ -75,14 +81,17 @@ def measure(decoding, ks: tuple[int, ...], budgets: tuple[int, ...]) -> Times | 
     if draft is not None:
         work = on_draft_lane(repeat, draft.decode, feed(1), None)
         times.decode = decoding.await_draft(work, decoding.patience())
+    if draft is not None and decoding.settings.k == AUTO:
+        alone = feed(1 + ks[0] if target.policy.static else 1)
+        times.plain = decoding.target_lane.start("calibrate", repeat, target.verify, alone, *undrafted).result()
     for k, M in _points(ks, budgets):
         stop, work = threading.Event(), None
         if decoding.mode == "ssd":
             if decoding.draft_lane is decoding.target_lane:  # they take turns anyway
                 stop.set()
             work = on_draft_lane(_prepare, draft, feed(k + 1), M, stop)
-        verify = (repeat, target.verify, feed(k + 1), [NONE] * B, [None] * B)
-        times.verify[k + 1] = decoding.target_lane.start("calibrate", *verify).result()
+        verify = decoding.target_lane.start("calibrate", repeat, target.verify, feed(k + 1), *undrafted)
+        times.verify[k + 1] = verify.result()
         stop.set()
         if work is not None and (found := decoding.await_draft(work, decoding.patience())):
             times.prepare[k + 1], times.step[M] = found
@@ -124,7 +133,7 @@ def _prepare(draft, feed: Feed, M: int, stop: threading.Event) -> tuple[float, f
 
 
 class Tuner:
-    """Chooses K and M of one run: first by habit, then, every few rounds, by the speed model.
+    """Chooses K and M of one run by the speed model: before it begins, then every few rounds.
 
     models: target and draft, or the target alone; measured: the engine's Times by kind of run, kept for the next run.
     """
@@ -133,13 +142,12 @@ class Tuner:
         self.settings, self.batch, self.measured = settings, batch, measured
         static = any(model.policy.static for model in models)
         common = min(model.config.vocab_size for model in models)
-        self.ks, self.budgets = (1,), (1,)
+        self.ks, self.budgets = (1,), (TURNS,)
         if settings.mode != "ar":
             self.ks = choices(settings.k, STATIC_KS if static else KS)
         if settings.mode == "ssd":
             self.budgets = choices(settings.fan_out, STATIC_BUDGETS if static else BUDGETS, common)
-        self.k = max(k for k in self.ks if k <= max(FIRST_K, self.ks[0]))
-        self.budget = max(M for M in self.budgets if M <= max(FIRST_BUDGET, self.budgets[0]))
+        self.k, self.budget = self.ks[0], self.budgets[0]
         self.k_miss = self.k  # the most tokens drafted after a miss, when the target waits for each
         self.times: Times | None = None
         self.rounds, self.due = 0, FIRST_REVISION
@@ -159,20 +167,30 @@ class Tuner:
         if self.times and self.times.choice:
             self.k, self.k_miss, self.budget = self.times.choice
             self.due = FIRST_WITH_CHOICE
-            decoding.k, decoding.fan_out.budget = self.k, self.budget
+        elif self.times:
+            self.choose(decoding.fan_out, decoding.figures)
+        decoding.k, decoding.fan_out.budget = self.k, self.budget
 
     def revise(self, fan_out: FanOut, figures) -> None:
-        """Once a round: what the run has shown so far -> k and budget."""
+        """Once a round: choose anew where it is time to."""
         self.rounds += 1
-        if self.times is None or self.rounds < self.due:
+        if self.times is None or self.rounds < self.due or self.k == PLAIN:
             return
         self.due = self.rounds + min(self.rounds, REVISE_EVERY)
+        rate = self.choose(fan_out, figures)
+        if self.times.plain and self.rounds >= PLAIN_AFTER and 1 / self.times.plain > PLAIN_IF * rate:
+            self.k, self.k_miss, self.budget = PLAIN, PLAIN, TURNS  # for this run: the next text may suit the draft
+        elif self.budget > TURNS or self.settings.mode == "sd":  # turns come from one text, or from the times anyway
+            self.times.choice = self.k, self.k_miss, self.budget
+
+    def choose(self, fan_out: FanOut, figures) -> float:
+        """What the run has shown so far -> k, k_miss and budget; and the tokens a second and row that they promise."""
         if self.settings.mode == "sd":
             rates = self.sd_rates(fan_out)
         else:
             rates = self.ssd_rates(fan_out, figures.usual_exposed())
-        (self.k, self.budget), (_, self.k_miss) = max(rates.items(), key=lambda item: item[1])
-        self.times.choice = self.k, self.k_miss, self.budget
+        (self.k, self.budget), (rate, self.k_miss) = max(rates.items(), key=lambda item: item[1])
+        return rate
 
     def sd_rates(self, fan_out: FanOut) -> dict[tuple[int, int], tuple[float, int]]:
         """(K, M) -> tokens a second and row, K again. Drafts that are no model take no time; their kind is FIXED."""
@@ -180,7 +198,7 @@ class Tuner:
         kind = CHAIN if times.decode else FIXED
         tokens = expected(fan_out, kind, self.ks[-1])
         rate = lambda k: sd_rate(tokens[k], k * times.decode, between(times.verify, k + 1))  # noqa: E731
-        return {(k, self.budget): (rate(k), k) for k in self.ks}
+        return {(k, TURNS): (rate(k), k) for k in self.ks}
 
     def ssd_rates(self, fan_out: FanOut, exposed: float) -> dict[tuple[int, int], tuple[float, int]]:
         """(K, M) -> tokens a second and row, and how many tokens a miss is best followed by."""
@@ -189,6 +207,8 @@ class Tuner:
         tokens = expected(fan_out, CHAIN, self.ks[-1])
         verify, prepare = ([between(of, length + 1) for length in lengths] for of in (times.verify, times.prepare))
         out = {}
+        if self.settings.fan_out == AUTO:
+            out = {turns: (rate / TURNS_IF, k) for turns, (rate, k) in self.sd_rates(fan_out).items()}
         for M in self.budgets:
             step, hits_M = between(times.step, M), [row[M] for row in hits]
             for k in self.ks:

@@ -102,7 +102,7 @@ def cut(bench: Bench, ask, apart: dict):
 
 def slow_draft(bench: Bench, ask, apart: dict):
     """Pairs with a draft three times as slow: SD, and SSD that cuts its chains, or waits for them, at the K (and M)
-    that is best for each, and at equal K with the M that was."""
+    that is best for each, and at equal K with the M that was; and SSD whose K and M the engine chooses."""
     e, without, records, ratios = bench.effort, {"without": ["slow draft"]}, [], []
     for model, pair in pairs(bench, e.sizes[:1]):
         how = apart | pair | without
@@ -120,7 +120,10 @@ def slow_draft(bench: Bench, ask, apart: dict):
             equal = [Cell(f"{name}, K={k}", mode, place | {"k": k} | budget) for k in e.slow_ks]
             against += list(zip([best, *equal], cells[: 1 + len(equal)]))  # to SD's, which come first
             cells += [best, *equal]
-        bench.time(ask, what, cells, e.repeats, e.new_tokens)
+        chosen = Cell("SSD, auto", "ssd", how | {"k": "auto", "fan_out": "auto"})
+        against.append((chosen, cells[0]))
+        cells.append(chosen)
+        bench.time(ask, what, cells, e.slow_repeats, e.new_tokens)
         records += [cell.record(model=model) for cell in cells]
         ratios += [{"model": model, **ratio(a, b)} for a, b in against]
     return records, ratios

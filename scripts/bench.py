@@ -53,7 +53,7 @@ class Effort:
     plain_tokens: int = 64
     pairs: int = 24
     new_tokens: int = 128
-    sweep_prompts: int = 3
+    sweep_prompts: int = 6
     sweep_tokens: int = 64
     ks: tuple[int, ...] = (1, 2, 3, 4, 5)  # overlap
     fan_outs: tuple[int, ...] = (4, 8, 16, 24)
@@ -81,6 +81,7 @@ class Effort:
     cut_ks: tuple[int, ...] = (2, 4, 8)
     slow_ks: tuple[int, ...] = (1, 2, 4, 8)
     slow_fan_outs: tuple[int, ...] = (4, 16)
+    slow_repeats: int = 12
 
 
 FULL = Effort()
@@ -90,11 +91,11 @@ QUICK = Effort(
     quarter=False, temperatures=(0.0, 1.0), budgets=(8, 24), predict_batch=4, predict_batches=1,
     mode_sizes=(), mode_batches=(1,), mode_ks=(2,), mode_fan_outs=(8,), tune_ks=(1, 2), tune_fan_outs=(8,),
     predict_ks=(1, 2), tune_pairs=6, tune_tokens=32, long_prompts=2, long_tokens=144, saguaro_cs=(0.25,), cut_ks=(4,),
-    slow_ks=(2,), slow_fan_outs=(4,),
+    slow_ks=(2,), slow_fan_outs=(4,), slow_repeats=5,
 )  # fmt: skip
 
 BRIEF = Effort(
-    repeats=5, pairs=20, new_tokens=64, sweep_prompts=3, sweep_tokens=64, ks=(1, 2, 3, 4), fan_outs=(4, 8, 16),
+    repeats=5, pairs=20, new_tokens=64, sweep_prompts=5, sweep_tokens=64, ks=(1, 2, 3, 4), fan_outs=(4, 8, 16),
     assisted_ks=(2, 4, 8), assisted_fan_outs=(4, 8), lookup_ks=(4,), predict_batches=2, mode_batches=(1, 4, 16),
     mode_ks=(1, 2, 4), mode_fan_outs=(4, 16), tune_ks=(1, 2, 3, 4, 6), tune_fan_outs=(4, 8, 16), tune_pairs=12,
     tune_tokens=96, long_prompts=12, long_tokens=256,

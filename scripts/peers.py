@@ -23,7 +23,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
@@ -185,12 +185,18 @@ def run_ours(engine: Engine, prompts: list, without=(), **settings) -> dict:
 
 
 def foretold(decoding, stats: dict) -> dict:
-    """The prediction beside the rate of the rounds that it was not made from; the limit cuts the last one."""
+    """The prediction beside the rate of the rounds that it was not made from; the limit cuts the last one.
+
+    clock_error is what is left of the error once the tokens a round of those rounds are known: the text's part is out.
+    """
     verifies, first, last = decoding.figures.verifies, CALIBRATION_ROUNDS, len(decoding.figures.verifies) - 1
     if last < 1.5 * first or not stats["predicted_tokens_per_s"]:
         return {}
-    rest = sum(decoding.figures.emitted[first:last]) / (verifies[last][0] - verifies[first][0])
-    return {"rest_tokens_per_s": rest, "prediction_error": abs(stats["predicted_tokens_per_s"] / rest - 1)}
+    emitted, predicted = decoding.figures.emitted, stats["predicted_tokens_per_s"]
+    rest = sum(emitted[first:last]) / (verifies[last][0] - verifies[first][0])
+    drift = mean(emitted[first:last]) / mean(emitted[1:first])
+    errors = {"prediction_error": abs(predicted / rest - 1), "clock_error": abs(predicted * drift / rest - 1)}
+    return {"rest_tokens_per_s": rest} | errors
 
 
 def counts(decoding) -> dict:
@@ -199,8 +205,8 @@ def counts(decoding) -> dict:
     return {
         "accepted": sum(kind[0] for kind in figures.kinds.values()),
         "tested": sum(kind[0] + kind[1] for kind in figures.kinds.values()),
-        "hits": sum(rows - len(missed) for _, _, rows, missed, _ in figures.lookups),
-        "lookups": sum(rows for _, _, rows, _, _ in figures.lookups),
+        "hits": sum(x.rows - len(x.missed) for x in figures.lookups),
+        "lookups": sum(x.rows for x in figures.lookups),
         "emitted": sum(figures.emitted[1:]),
         "row_rounds": sum(figures.live[1:]),
     }
@@ -220,7 +226,7 @@ def round_by_round(decoding) -> dict:
         "hit_round_over_verify": median(lasts[n] / verify[n] for n in hits),
         "extend_ms": median(spans["extend"]) * 1e3,
         "chain_step_ms": median(spans["chain step"]) * 1e3,
-        "chain_length": sum(lookup[4] for lookup in figures.lookups) / len(figures.lookups),
+        "chain_length": sum(x.steps for x in figures.lookups) / len(figures.lookups),
         **longest_wait(decoding, hits),
     }
 
@@ -228,13 +234,14 @@ def round_by_round(decoding) -> dict:
 def longest_wait(decoding, hits: list[int]) -> dict:
     """From the trace: the target's longest wait on a hit, beside what cutting allows it to wait for at most, the
     extend, the fork and one chain step of that round; and how many waits were longer than theirs."""
-    verifies, allowed = decoding.figures.verifies, []
+    verifies, works = decoding.figures.verifies, []
     for name, begin, end in sorted(decoding.draft_lane.spans, key=lambda span: span[1]):
         if name == "extend":
-            allowed.append({})
-        if name in ("extend", "fork", "chain step") and allowed:
-            allowed[-1].setdefault(name, end - begin)
-    waits = [(verifies[n + 1][0] - verifies[n][1], sum(allowed[n].values())) for n in hits]
+            works.append({})
+        if name in ("extend", "fork", "chain step") and works:
+            works[-1].setdefault(name, end - begin)
+    allowed = {lookup.round: sum(work.values()) for lookup, work in zip(decoding.figures.lookups, works)}
+    waits = [(verifies[n + 1][0] - verifies[n][1], allowed[n]) for n in hits]
     wait, most = max(waits)
     return {"longest_wait_ms": wait * 1e3, "allowed_wait_ms": most * 1e3, "too_long": sum(w > m for w, m in waits)}
 

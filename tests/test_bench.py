@@ -224,7 +224,8 @@ def test_tune(run):
     assert not modes.as_good({"median": 0.9, "high": 0.99})["good"]
 
 
-def test_prediction(run):
+def test_prediction(run, monkeypatch):
+    monkeypatch.setattr(tuner, "KS", (1, 2))  # else the toy pair's rounds are long and few
     part, _, _ = run("prediction", replace(TOY, sizes=()))
     assert all(1 <= cell["judged"] <= TOY.long_prompts for cell in part["cells"]), "where enough rounds were left"
     for cell in part["cells"]:
@@ -241,7 +242,7 @@ def test_ablations(run):
     assert {c["name"] for c in tables["fallback"]} == {"jit", "fast", "auto", "jit for the whole batch"}
     assert len(tables["cut"]) == 2 * len(TOY.cut_ks)
     slow = {c["name"]: c for c in tables["slow draft"]}
-    assert len(slow) == 3 * (1 + len(TOY.slow_ks))
+    assert len(slow) == 3 * (1 + len(TOY.slow_ks)) + 1 and "SSD, auto" in slow
     waits = slow["SSD, K=2"]
     assert waits["longest_wait_ms"] > 0 and waits["allowed_wait_ms"] > 0 and waits["too_long"] >= 0
 
@@ -277,12 +278,13 @@ def test_the_slow_draft_is_slow(monkeypatch):
 
 
 def test_the_longest_wait_is_judged_by_its_own_round():
-    """Two hits: the first waited 3 where 6 is allowed, the second 5 where 4 is."""
+    """Two hits and, between them, a round of turns: the first waited 3 where 6 is allowed, the second 5 where 4 is."""
     spans = [("extend", 0, 2), ("fork", 2, 3), ("chain step", 3, 6), ("chain step", 6, 99)]
     spans += [("extend", 13, 14), ("fork", 14, 15), ("chain step", 15, 17)]
-    figures = SimpleNamespace(verifies=[(0, 10), (13, 20), (25, 30)])
+    lookups = [SimpleNamespace(round=0), SimpleNamespace(round=2)]
+    figures = SimpleNamespace(verifies=[(0, 10), (13, 20), (22, 24), (29, 30)], lookups=lookups)
     decoding = SimpleNamespace(figures=figures, draft_lane=SimpleNamespace(spans=spans))
-    found = peers.longest_wait(decoding, [0, 1])
+    found = peers.longest_wait(decoding, [0, 2])
     assert found == {"longest_wait_ms": 5e3, "allowed_wait_ms": 4e3, "too_long": 1}
 
 

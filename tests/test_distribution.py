@@ -155,7 +155,7 @@ def test_ssd_maximal_whole_and_cut_chains_and_every_fallback(pair, monkeypatch):
     cut_at(monkeypatch, 2, 2, 1)
     decoding, tried, stats = sample(pair, monkeypatch, mode="ssd", coupling="maximal", fan_out=2)
     assert min(tried.values()) > 20_000 and len(decoding.figures.jit_s) > 3 and 0.2 < stats["hit_rate"] < 0.8
-    assert {lookup[4] for lookup in decoding.figures.lookups} == {1, 2}
+    assert {lookup.steps for lookup in decoding.figures.lookups} == {1, 2}
     check(pair, decoding)
 
 

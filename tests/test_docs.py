@@ -107,7 +107,7 @@ def write_example(path: Path) -> Path:
     work = [("extend", 0.5, 2), ("fork", 2, 2.2), ("chain step", 2.2, 4), ("chain step", 4, 6)]
     spans = [(name, begin + a, begin + b) for begin in (10, 18.2, 30) for name, a, b in work]
     draft = Lane("draft", "cpu:1", [*spans, ("draft", 26.3, 29.8)])
-    lookups = [(0.01801, 0.01802, 1, [], 2), (0.02621, 0.02622, 1, [0], 2), (0.03801, 0.03802, 1, [], 2)]
+    lookups = [(0, 0.01801, 0.01802, 1, [], 2), (1, 0.02621, 0.02622, 1, [0], 2), (2, 0.03801, 0.03802, 1, [], 2)]
     write_trace(path, [target, draft], lookups)
     return path
 

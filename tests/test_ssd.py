@@ -415,7 +415,8 @@ ONLY_SSD = {"fan_out", "cut", "fallback", "hit_rate", "hidden", "speedup_ceiling
 @pytest.mark.parametrize("mode", ["ar", "sd", "ssd"])
 def test_every_figure_is_there(pair, mode):
     prompts = [[1, 2, 3], [4]]
-    result = pair.generate(prompts, mode=mode, max_new_tokens=[60, 50], ignore_eos=True, temperature=0.5, seed=3, k=2)
+    result = pair.generate(prompts, mode=mode, max_new_tokens=[60, 50], ignore_eos=True, temperature=0.5, seed=3, k=2,
+                           fan_out=8)  # fmt: skip
     stats = result.stats
     assert set(STATS) <= set(stats)
     absent = {"ar": ONLY_SPECULATIVE | ONLY_SSD, "sd": ONLY_SSD, "ssd": set()}[mode]

@@ -2,6 +2,7 @@
 
 import itertools
 import random
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +14,7 @@ from fanout import FanOut
 from sampling import CHAIN, NONE
 from settings import Settings
 from speed import expected_tokens, sd_rate
-from tuner import BUDGETS, KS, Times, Tuner, between, choices
+from tuner import BUDGETS, KS, PLAIN, TURNS, TURNS_IF, Times, Tuner, between, choices
 
 PROMPTS = [[3, 1, 4, 1, 5], [9, 2], [6, 5, 3], [5], [8, 9, 7, 9, 3, 2, 3, 8], [46]]
 HEAT = [0.0, 1.0, 0.7, 1.3, 0.0, 1.0]
@@ -48,6 +49,7 @@ def tuned(acceptance: float, times: Times, rounds=400, best=0.6, seed=0, **setti
     """A tuner after `rounds` rounds in which tokens hold with `acceptance` and the draft's best guess with `best`."""
     one = Tuner(Settings(**settings), 1, [Untold, Untold], {})
     one.times, fan_out, rng = times, FanOut(max(one.ks), max(one.budgets)), random.Random(seed)
+    one.choose(fan_out, STILL)
     for _ in range(rounds):
         accepted = next((i for i in range(one.k) if rng.random() >= acceptance), one.k)
         rank = next((i for i in range(one.budget) if rng.random() < best), None)
@@ -95,12 +97,29 @@ def test_the_chosen_is_the_best_of_all_and_a_fixed_one_stays():
         one = tuned(0.8, times, mode="ssd", **settings)
         fan_out = FanOut(max(one.ks), max(one.budgets))
         rates = one.ssd_rates(fan_out, 0.0)
-        assert set(rates) == set(itertools.product(one.ks, one.budgets)) and all(rate > 0 for rate, _ in rates.values())
+        turns = [] if "fan_out" in settings else [TURNS]
+        assert set(rates) == set(itertools.product(one.ks, [*turns, *one.budgets]))
+        assert all(rate > 0 for rate, _ in rates.values())
         one.due = 0
         one.revise(fan_out, STILL)
         assert rates[one.k, one.budget] == max(rates.values()) and rates[one.k, one.budget][1] == one.k_miss <= one.k
         assert one.k == settings.get("k", one.k) and one.budget == settings.get("fan_out", one.budget)
     assert Tuner(Settings(mode="ssd", k=3, fan_out=5), 1, [Untold], {}).idle
+
+
+SLOW = Times({2: 1.0, 9: 1.1}, 0.5, {2: 1.5, 9: 1.6}, {4: 1.0, 32: 1.2})
+
+
+def test_a_slow_draft_takes_turns_and_one_that_does_not_pay_is_left():
+    one = tuned(0.9, SLOW, best=0.9, mode="ssd")
+    rates = one.ssd_rates(FanOut(8, 32), 0.0)
+    assert one.budget == TURNS and one.k > PLAIN, "extend, fork and a step outlast a verification: SD is faster"
+    turns = tuned(0.9, SLOW, 0, mode="sd").sd_rates(FanOut(8, 32))
+    assert all(rates[k, TURNS][0] * TURNS_IF == pytest.approx(turns[k, TURNS][0]) for k in KS)
+    plain = replace(SLOW, plain=0.9)
+    assert tuned(0.9, plain, mode="ssd").k > PLAIN and tuned(0.9, plain, mode="sd").k > PLAIN
+    assert tuned(0.1, plain, mode="ssd").k == tuned(0.1, plain, mode="sd").k == PLAIN
+    assert tuned(0.1, plain, rounds=23, mode="sd").k > PLAIN, "so few rounds say too little"
 
 
 def test_rates_follow_from_hits_and_times():
@@ -121,23 +140,63 @@ def test_after_a_miss_less_is_drafted_where_drafting_is_dear():
         assert one.k >= 6 and least <= one.k_miss <= most
 
 
+def restless(monkeypatch, seed: int) -> set:
+    """Another K and M every round, up and down at random, and turns taken now and then. -> what was chosen."""
+    rng, chosen = random.Random(seed), set()
+
+    def revise(self, *_):
+        self.k, self.k_miss, self.budget = (rng.choice(of) for of in (self.ks, self.ks, (TURNS, *self.budgets)))
+        chosen.add((self.k, self.budget))
+
+    monkeypatch.setattr(Tuner, "revise", revise)
+    return chosen
+
+
 @pytest.mark.parametrize("mode", ["sd", "ssd"])
 @pytest.mark.parametrize("cut", [True, False])
 def test_no_choice_changes_the_text(pair, monkeypatch, mode, cut):
-    """Another K and M every round, up and down at random."""
     truth = pair.generate(PROMPTS, mode="ar", **ROWS)
-    rng, chosen = random.Random(5), set()
-
-    def restless(self, *_):
-        self.k, self.k_miss, self.budget = (rng.choice(of) for of in (self.ks, self.ks, self.budgets))
-        chosen.add((self.k, self.budget))
-
-    monkeypatch.setattr(Tuner, "revise", restless)
+    chosen = restless(monkeypatch, 5)
     for _ in range(4):
         result = pair.generate(PROMPTS, mode=mode, cut=cut, **ROWS)
         assert result.token_ids == truth.token_ids and result.finish_reason == truth.finish_reason
         assert result.stats["auto"] == ["k", "fan_out"][: 2 if mode == "ssd" else 1]
     assert len(chosen) >= len(KS)
+
+
+@pytest.mark.parametrize("fallback", ["jit", "fast"])
+def test_the_draft_has_read_everything_whenever_turns_begin_or_end(monkeypatch, fallback):
+    """A draft that is its own target is never rejected, unless its KV cache has a hole."""
+    target = transformer(0)
+    pair = engine(target, target, warn=pytest.fail)
+    chosen = restless(monkeypatch, 6)
+    for _ in range(3):
+        _, decoding = play(pair, PROMPTS, mode="ssd", fallback=fallback, cut=False, **ROWS)
+        accepted, rejected, _ = decoding.figures.kinds[CHAIN]
+        assert accepted > 50 and rejected == 0
+    assert {M > 0 for _, M in chosen} == {True, False}
+
+
+@pytest.mark.parametrize("mode", ["sd", "ssd"])
+@pytest.mark.parametrize("after", [1, 4, 9])
+def test_the_target_goes_on_alone_and_the_next_turn_of_the_chat_knows(pair, monkeypatch, mode, after):
+    def leave(self, *_):
+        self.rounds += 1
+        if self.rounds == after:
+            self.k, self.k_miss, self.budget = PLAIN, PLAIN, TURNS
+
+    monkeypatch.setattr(Tuner, "revise", leave)
+    settings = {"temperature": 1.0, "max_new_tokens": 40}
+    prompt, target = PROMPTS[0], transformer(0)
+    perfect = engine(target, target, warn=pytest.fail)
+    for _ in range(2):
+        result, decoding = play(perfect, [prompt], keep=True, mode=mode, k="auto", **settings)
+        assert result.token_ids == pair.generate([prompt], mode="ar", **settings).token_ids
+        figures, reading = decoding.figures, after - 1
+        assert [k > PLAIN for k, _ in figures.choices] == [True] * reading + [False] * (len(figures.choices) - reading)
+        assert set(figures.emitted[reading + 1 : -1]) <= {1} and decoding.mode == mode
+        assert result.stats["acceptance_rate"] in (1.0, None), "what the draft did not read is read before it drafts"
+        prompt = prompt + result.token_ids[0] + [7]
 
 
 def test_calibration_leaves_no_trace_and_is_done_once(pair, monkeypatch):
@@ -152,8 +211,9 @@ def test_calibration_leaves_no_trace_and_is_done_once(pair, monkeypatch):
             times = decoding.tuner.times
             assert set(times.verify) == {2, 5, 9} and min(times.verify.values()) > 0 and times.decode > 0
             assert set(times.step) == ({4, 16, 32} if mode == "ssd" else set())
-            assert decoding.figures.choices[0] == last.get(mode, (4, 16 if mode == "ssd" else 1)), "the last run's end"
-            last[mode] = times.choice[0], times.choice[2]
+            assert times.plain > 0 and decoding.figures.choices[0] == last.get(mode, decoding.figures.choices[0])
+            if times.choice:  # where the next run begins; none where the last one was better off in turns
+                last[mode] = times.choice[0], times.choice[2]
     assert len(calls) == 2
     play(pair, PROMPTS, mode="ssd", k=2, fan_out=6)
     assert len(calls) == 2, "nothing to choose, nothing to measure"
