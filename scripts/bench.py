@@ -56,6 +56,7 @@ class Effort:
     sweep_prompts: int = 6
     sweep_tokens: int = 64
     ks: tuple[int, ...] = (1, 2, 3, 4, 5)  # overlap
+    overlap_prompts: int = 16  # of its sweeps: a K that is too long for its chains costs more than all noise
     fan_outs: tuple[int, ...] = (4, 8, 16, 24)
     assisted_ks: tuple[int, ...] = (1, 2, 3, 4, 6, 8)
     assisted_fan_outs: tuple[int, ...] = (8, 24)
@@ -87,7 +88,7 @@ class Effort:
 FULL = Effort()
 QUICK = Effort(
     sizes=(), batches=(1, 8), repeats=5, plain_tokens=32, pairs=6, new_tokens=32, sweep_prompts=1, sweep_tokens=24,
-    ks=(1, 2, 4), fan_outs=(4, 8), assisted_ks=(2, 4), assisted_fan_outs=(8,), thresholds=(0.0,), lookup_ks=(4,),
+    ks=(1, 2, 4), fan_outs=(4, 8), overlap_prompts=1, assisted_ks=(2, 4), assisted_fan_outs=(8,), thresholds=(0.0,), lookup_ks=(4,),
     quarter=False, temperatures=(0.0, 1.0), budgets=(8, 24), predict_batch=4, predict_batches=1,
     mode_sizes=(), mode_batches=(1,), mode_ks=(2,), mode_fan_outs=(8,), tune_ks=(1, 2), tune_fan_outs=(8,),
     predict_ks=(1, 2), tune_pairs=6, tune_tokens=32, long_prompts=2, long_tokens=144, saguaro_cs=(0.25,), cut_ks=(4,),
@@ -95,7 +96,7 @@ QUICK = Effort(
 )  # fmt: skip
 
 BRIEF = Effort(
-    repeats=5, pairs=20, new_tokens=64, sweep_prompts=5, sweep_tokens=64, ks=(1, 2, 3, 4), fan_outs=(4, 8, 16),
+    repeats=5, pairs=20, new_tokens=64, sweep_prompts=4, sweep_tokens=64, ks=(1, 2, 3, 4), fan_outs=(4, 8, 16),
     assisted_ks=(2, 4, 8), assisted_fan_outs=(4, 8), lookup_ks=(4,), predict_batches=2, mode_batches=(1, 4, 16),
     mode_ks=(1, 2, 4), mode_fan_outs=(4, 16), tune_ks=(1, 2, 3, 4, 6), tune_fan_outs=(4, 8, 16), tune_pairs=12,
     tune_tokens=96, long_prompts=12, long_tokens=256,
@@ -145,11 +146,18 @@ def overlap(bench: Bench) -> dict:
             pair, what, ceiling = {"target": target, "draft": draft}, f"overlap {model}", bench.ceiling(ask, target)
             on_one, on_both = (pair | {"device": d, "draft_device": d} for d in (bench.one, bench.both))
             apart = pair | {"device": bench.one, "draft_device": bench.other}
-            sd, rows = bench.best(ask, what, [Cell("SD", "sd", on_one | {"k": k}) for k in e.ks])
-            sd_both, more = bench.best(ask, what, [Cell("SD both cores", "sd", on_both | {"k": k}) for k in e.ks])
-            grid = [{"k": k, "fan_out": M} for k in e.ks for M in e.fan_outs]
-            ssd, most = bench.best(ask, what, [Cell("SSD", "ssd", apart | place) for place in grid])
-            out["sweeps"] += [{"model": model, **row} for row in rows + more + most]
+            plans = {
+                "SD": ("sd", on_one, [{"k": k} for k in e.ks]),
+                "SD both cores": ("sd", on_both, [{"k": k} for k in e.ks]),
+                "SSD": ("ssd", apart, [{"k": k, "fan_out": M} for k in e.ks for M in e.fan_outs]),
+            }
+            fastest = []
+            for name, (mode, how, grid) in plans.items():
+                places = [Cell(name, mode, how | place) for place in grid]
+                cell, sweep = bench.best(ask, what, places, prompts=e.overlap_prompts)
+                fastest.append(cell)
+                out["sweeps"] += [{"model": model, **row} for row in sweep]
+            sd, sd_both, ssd = fastest
             sd_same = Cell("SD at SSD's K", "sd", on_one | {"k": ssd.how["k"]})
             ar = Cell("AR", "ar", {"target": target, "device": bench.one})
             ar_both = Cell("AR both cores", "ar", {"target": target, "device": bench.both})

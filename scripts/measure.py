@@ -233,9 +233,9 @@ class Bench:
         self.say(f"{what}: {cell.title()}: acceptance {record['acceptance_rate']:.3f}, hits {record['hit_rate']:.3f}")
         return record
 
-    def best(self, ask, what: str, cells: list[Cell], batch: int = 1) -> tuple[Cell, list[dict]]:
+    def best(self, ask, what: str, cells: list[Cell], batch: int = 1, prompts: int = 0) -> tuple[Cell, list[dict]]:
         """The fastest of several settings over a few short prompts, fresh for measuring; and the whole sweep."""
-        repeats = -(-self.effort.sweep_prompts // batch)
+        repeats = -(-(prompts or self.effort.sweep_prompts) // batch)
         self.time(ask, f"{what}, sweep", cells, repeats, self.effort.sweep_tokens, batch)
         rate = [sum(r["decoded"] for r in cell.runs) / sum(r["decode_s"] for r in cell.runs) for cell in cells]
         best = cells[rate.index(max(rate))]
