@@ -86,10 +86,13 @@ class Pending:
         self.name, self.work, self.args = name, work, args
         self.value, self.error = None, None
         self.begin = self.end = 0.0  # seconds, time.perf_counter()
+        self.usual_s = float("inf")  # what such work takes, as far as the caller knows
         self._finished = threading.Event()
 
-    def done(self) -> bool:
-        return self._finished.is_set()
+    def done(self, within: float = 0.0) -> bool:
+        """Is it finished, or will it be so many seconds from now, if it takes what it usually does?"""
+        soon = self.begin and time.perf_counter() + within > self.begin + self.usual_s
+        return bool(soon) or self._finished.is_set()
 
     def wait(self, limit_s: float) -> bool:
         return self._finished.wait(limit_s)
@@ -125,6 +128,7 @@ class Lane:
         self.error: BaseException | None = None  # what its work raised last
         self.last: Pending | None = None
         self.spans: list[tuple[str, float, float]] = []
+        self.last_s = 0.0  # what the last of them lasted
         self._queue: queue.SimpleQueue[Pending | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._serve, name=f"lane-{name}", daemon=True)
         self._thread.start()
@@ -146,6 +150,7 @@ class Lane:
         begin = time.perf_counter()
         yield
         self.spans.append((name, begin, time.perf_counter()))
+        self.last_s = time.perf_counter() - begin
 
     def close(self) -> None:
         """Let the work in hand finish, for a moment; a thread that dies with the interpreter inside torch aborts it."""

@@ -100,6 +100,11 @@ class Figures:
         recent = self.emitted[-32:]
         return gain / median(self.jit_s[-9:]) > sum(recent) / max(self.verifies[-1][1] - since, 1e-9)
 
+    def usual_verify(self) -> float:
+        """Seconds that a verification takes in recent rounds; infinite where too little is known."""
+        recent = [end - begin for begin, end in self.verifies[-9:]]
+        return median(recent) if len(recent) > 2 else float("inf")
+
     def usual_exposed(self) -> float:
         """Seconds between two verifications where the recent look-ups found every row."""
         gaps = [self.verifies[n + 1][0] - self.verifies[n][1] for n in self.hit_rounds(24)]

@@ -36,6 +36,7 @@ NO_LESSON = ((), None, None, None, None)  # live rows, what was tried, accepted,
 PATIENCE_S, PATIENCE_TIMES = 2.0, 20
 # The same for its first passes, which may still fetch weights from memory or disk, or compile.
 PREFILL_PATIENCE_S, WARM_UP_PATIENCE_S = 10.0, 600.0
+BEGIN_IF = 0.75  # so much of a chain step, at least, must fit before the verdict is expected: times vary
 
 
 @dataclass
@@ -96,7 +97,7 @@ class Decoding:
                 branches, best = self.draft.fork(scores, depths, ranks)
                 chains.fork(branches, depths, best)
             for step, top in enumerate(weigh):
-                if step > 0 and self.settings.cut and verdict.done():
+                if step > 0 and self.settings.cut and verdict.done(within=BEGIN_IF * self.draft_lane.last_s):
                     break  # cut by the clock alone: no token's value decides whether it is drawn
                 with self.draft_lane.span("chain step"):
                     branches, logq = self.draft.chain_step(feed, branches, depths, step, top)
@@ -202,7 +203,7 @@ class Decoding:
             if self.mode == "ssd" and before:  # what comes from the cache, the draft has not read in its place yet
                 self.draft_lane.start("extend", self.draft.extend, feed)
             return None
-        chains = SpeculationCache()
+        chains, verdict.usual_s = SpeculationCache(), self.figures.usual_verify()
         fan_out = [self.fan_out.lists(kind, len(d)) for kind, d in zip(proposal.kind, proposal.tokens)]
         chains.work = self.draft_lane.start("prepare", self.prepare, chains, feed, fan_out, self.weigh(self.k), verdict)
         return chains

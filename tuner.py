@@ -222,14 +222,13 @@ class Tuner:
             t_verify, t_prepare = _at(verify, length), _at(prepare, length)
             # The draft is handed its work after the target, and its chains are looked up soon after the verdict.
             steps = (t_verify - exposed - t_prepare) / step
-            if self.settings.cut:  # else so many steps begin in a round, and the verdict interrupts the last
-                all_fit = min(max(steps - k + 0.5, 0.0), 1.0)  # a chance: times vary by half a step
-                length = all_fit * k + (1 - all_fit) * max(min(steps, k) - 1.0, 1.0)
+            if self.settings.cut:  # whole steps: half of one is lost on average
+                length = min(max(steps - 0.5, 1.0), k)
             needed = 1 if self.settings.cut else k
             t_round = max(t_verify, exposed + t_prepare + needed * step) + exposed
         ways = []  # after a miss: hits, tokens, seconds, and the tokens drafted while the target waits
         if self.settings.fallback != "fast":
-            waits = ((short, t_round + step / 2 + short * self.times.decode) for short in self.ks if short <= k)
+            waits = ((short, t_round + step / 4 + short * self.times.decode) for short in self.ks if short <= k)
             ways += [(hits[short], tokens[short], t_miss, short) for short, t_miss in waits]
         if self.settings.fallback != "jit":
             ways.append((hits[0], 1.0, t_round, self.ks[0]))

@@ -88,7 +88,8 @@ class Effort:
 FULL = Effort()
 QUICK = Effort(
     sizes=(), batches=(1, 8), repeats=5, plain_tokens=32, pairs=6, new_tokens=32, sweep_prompts=1, sweep_tokens=24,
-    ks=(1, 2, 4), fan_outs=(4, 8), overlap_prompts=1, assisted_ks=(2, 4), assisted_fan_outs=(8,), thresholds=(0.0,), lookup_ks=(4,),
+    ks=(1, 2, 4), fan_outs=(4, 8), overlap_prompts=1, assisted_ks=(2, 4), assisted_fan_outs=(8,), thresholds=(0.0,),
+    lookup_ks=(4,),
     quarter=False, temperatures=(0.0, 1.0), budgets=(8, 24), predict_batch=4, predict_batches=1,
     mode_sizes=(), mode_batches=(1,), mode_ks=(2,), mode_fan_outs=(8,), tune_ks=(1, 2), tune_fan_outs=(8,),
     predict_ks=(1, 2), tune_pairs=6, tune_tokens=32, long_prompts=2, long_tokens=144, saguaro_cs=(0.25,), cut_ks=(4,),

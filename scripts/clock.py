@@ -22,6 +22,7 @@ sys.path[:0] = [str(ROOT)]
 
 from fanout import allocate, convex  # noqa: E402
 from speed import expected_tokens  # noqa: E402
+from ssd import BEGIN_IF  # noqa: E402
 
 MODES, LISTS = ("ar", "sd", "ssd"), ("best", "uniform", "geometric", "last")
 FALLBACKS = ("jit", "fast", "random", "auto")
@@ -188,8 +189,8 @@ class Play:
         step = times.stepping(plan.batch * ceil(plan.fan_out / plan.devices))
         done, begun = plan.k, plan.k
         if plan.cut:  # what is ready at the verdict, at least one token; a step that has begun runs to its end
-            done = min(max(floor((verdict - ready) / step + SOON), 1), plan.k)
-            begun = min(max(ceil((verdict - ready) / step - SOON), 1), plan.k)
+            fit = (verdict - ready) / step + SOON
+            done, begun = (min(max(floor(steps), 1), plan.k) for steps in (fit, fit + 1 - BEGIN_IF))
         self.draft_free = ready + begun * step
         wait = ready + done * step if any(hit) or not plan.cut else ready
         self.now = max(verdict, wait) + times.handover

@@ -134,7 +134,7 @@ def cut_at(monkeypatch, *lengths):
     """Chains of these lengths, one after the other, whatever the clock says."""
     turns = itertools.cycle(length == 1 for length in lengths)  # asked once a round, before the second of two steps
     take = Decoding.take
-    monkeypatch.setattr(Pending, "done", lambda work: next(turns))
+    monkeypatch.setattr(Pending, "done", lambda work, within: next(turns))
     monkeypatch.setattr(Decoding, "take", lambda self, *args: (settle(self), take(self, *args))[1])
 
 

@@ -145,7 +145,7 @@ def test_a_draft_that_still_hangs_from_the_run_before(bench, monkeypatch):
 def test_a_failure_after_the_look_up_is_noticed(bench):
     """The second chain step fails, late and every time, when its first is long in use: the next round sees it."""
     numbers = iter(range(1000))
-    bench.monkeypatch.setattr(ssd.Pending, "done", lambda work: False)
+    bench.monkeypatch.setattr(ssd.Pending, "done", lambda work, within: False)
 
     def second(value):
         return fail(value) if next(numbers) % 3 == 1 else value

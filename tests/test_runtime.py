@@ -10,9 +10,10 @@ import pytest
 import tiny
 import torch
 
+import runtime
 import tuner
 from pair import Model
-from runtime import Devices, Lane, LaneFault, PackedLinear, available_cores, pack, parse_device, read_bandwidth
+from runtime import Devices, Lane, LaneFault, PackedLinear, Pending, available_cores, pack, parse_device, read_bandwidth
 from ssd import Engine
 
 TWO_CORES = len(available_cores()) >= 2
@@ -75,6 +76,19 @@ def test_errors_and_time_limits_reach_who_waits():
     assert time.perf_counter() - begin < 5
     gate.set()
     assert lane.start("after", lambda: 7).result(10) == 7
+
+
+def test_work_may_be_as_good_as_done(monkeypatch):
+    """Begun at 10, usually 3 seconds long: at 12 it will be over within 1.5 seconds, but not within 0.5."""
+    work = Pending("verify", lambda: None, ())
+    monkeypatch.setattr(runtime.time, "perf_counter", lambda: 12.0)
+    assert not work.done(99.0), "neither begun nor known"
+    work.begin = 10.0
+    assert not work.done(99.0), "begun, but nothing is known of its length"
+    work.usual_s = 3.0
+    assert work.done(1.5) and not work.done(0.5) and not work.done()
+    work.run()
+    assert work.done()
 
 
 def test_packed_linear_layers_compute_the_same():

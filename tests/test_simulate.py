@@ -108,15 +108,15 @@ def test_waiting_for_too_large_a_k_loses_and_cutting_does_not():
     assert cut[0] == cut[1] == cut[2] == pytest.approx(waited[0])
 
 
-def test_a_step_that_has_begun_delays_the_next_round():
-    """Verification 10, extending 4, steps of 4: one is done at the verdict, the second ends at 12, and so does the
-    draft's start into the next round: extended at 16, again one done at 20, and the next has begun."""
-    run = Play(Plan(k=4), Times(verify=10.0, step=4.0), SURE, seed=0)
+def test_a_step_that_has_begun_delays_the_next_round_and_one_that_hardly_fits_is_not_begun():
+    """Verification 10, extending 4, steps of 3.2. Most of the second step fits: it ends 0.4 late, and so does the next
+    extending; then 0.8 late, and then too little of it would fit."""
+    run = Play(Plan(k=4), Times(verify=10.0, step=3.2, extend=4.0), SURE, seed=0)
     seen = []
     for _ in range(3):
         run.round()
-        seen.append((run.now, run.draft_free, run.length))
-    assert seen == [(10, 12, [1]), (20, 20, [1]), (30, 32, [1])]
+        seen.append((run.now, pytest.approx(run.draft_free), run.length))
+    assert seen == [(10, 10.4, [1]), (20, 20.8, [1]), (30, 28.0, [1])]
 
 
 @pytest.mark.parametrize("devices", [1, 2, 4])

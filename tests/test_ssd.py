@@ -385,7 +385,7 @@ def test_a_miss_falls_back_by_itself(pair, truth, monkeypatch):
 
 def test_chains_are_cut_by_the_clock(pair, truth, monkeypatch):
     """cut: no chain step begins once the verdict is in, but the first; otherwise all K are waited for."""
-    monkeypatch.setattr(Pending, "done", lambda self: True)
+    monkeypatch.setattr(Pending, "done", lambda self, within: True)
     lengths, chain = set(), SpeculationCache.chain
 
     def spy(self, row, branch, length):

@@ -128,8 +128,8 @@ def test_rates_follow_from_hits_and_times():
     one.times = Times({}, 0.1)
     lists = [1.0] * 5, [1.0, 1.5, 2.0, 2.5, 3.0], [2.0] * 5, [0.2] * 5  # hits, tokens, verify, prepare
     assert one.ssd_rate(4, *lists, step=0.1, exposed=0.5)[0] == pytest.approx(3.0 / 2.5)
-    assert one.ssd_rate(4, *lists, step=0.6, exposed=0.0)[0] == pytest.approx(2.0 / 2.0), "3 begin, the last is lost"
-    assert one.ssd_rate(4, *lists, step=0.6, exposed=0.3)[0] == pytest.approx(1.75 / 2.3), "which takes time from both"
+    assert one.ssd_rate(4, *lists, step=0.6, exposed=0.0)[0] == pytest.approx(2.25 / 2.0), "3 fit, or 2"
+    assert one.ssd_rate(4, *lists, step=0.6, exposed=0.3)[0] == pytest.approx(2.0 / 2.3), "which takes time from both"
     assert one.ssd_rate(4, *lists, step=3.0, exposed=0.0)[0] == pytest.approx(1.5 / 3.2), "not one fits: waited for"
 
 
