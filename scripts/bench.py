@@ -57,7 +57,7 @@ class Effort:
     sweep_tokens: int = 64
     ks: tuple[int, ...] = (1, 2, 3, 4, 5)  # overlap
     overlap_prompts: int = 16  # of its sweeps: a K that is too long for its chains costs more than all noise
-    fan_outs: tuple[int, ...] = (4, 8, 16, 24)
+    fan_outs: tuple[int, ...] = (4, 6, 8, 16, 24)
     assisted_ks: tuple[int, ...] = (1, 2, 3, 4, 6, 8)
     assisted_fan_outs: tuple[int, ...] = (8, 24)
     thresholds: tuple[float, ...] = (0.0, 0.4)  # 0.4 is transformers' default
@@ -97,7 +97,7 @@ QUICK = Effort(
 )  # fmt: skip
 
 BRIEF = Effort(
-    repeats=5, pairs=20, new_tokens=64, sweep_prompts=4, sweep_tokens=64, ks=(1, 2, 3, 4), fan_outs=(4, 8, 16),
+    repeats=5, pairs=20, new_tokens=64, sweep_prompts=4, sweep_tokens=64, ks=(1, 2, 3, 4), fan_outs=(4, 6, 8),
     assisted_ks=(2, 4, 8), assisted_fan_outs=(4, 8), lookup_ks=(4,), predict_batches=2, mode_batches=(1, 4, 16),
     mode_ks=(1, 2, 4), mode_fan_outs=(4, 16), tune_ks=(1, 2, 3, 4, 6), tune_fan_outs=(4, 8, 16), tune_pairs=12,
     tune_tokens=96, long_prompts=12, long_tokens=256,
