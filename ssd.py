@@ -201,7 +201,7 @@ class Decoding:
     def start_preparing(self, feed: Feed, proposal: Proposal, verdict: Pending, before) -> SpeculationCache | None:
         if self.mode != "ssd" or self.fan_out.budget == TURNS:
             if self.mode == "ssd" and before:  # what comes from the cache, the draft has not read in its place yet
-                self.draft_lane.start("extend", self.draft.extend, feed)
+                self.draft_lane.start("catch up", self.draft.extend, feed)
             return None
         chains, verdict.usual_s = SpeculationCache(), self.figures.usual_verify()
         fan_out = [self.fan_out.lists(kind, len(d)) for kind, d in zip(proposal.kind, proposal.tokens)]

@@ -31,6 +31,7 @@ from tokenizer import load_tokenizer  # noqa: E402
 from weights import load_config, resolve, split_inflate  # noqa: E402
 
 LONGEST_PROMPT = 256  # tokens
+SAME = 0.98  # of the fastest in a sweep: as good as it
 NEAR_TIE = 1e-4  # two best logits of a float32 model this close may change places between shapes
 PROMPTS = [
     'def fibonacci(n):\n    """Return the n-th Fibonacci number."""\n',
@@ -234,11 +235,14 @@ class Bench:
         return record
 
     def best(self, ask, what: str, cells: list[Cell], batch: int = 1, prompts: int = 0) -> tuple[Cell, list[dict]]:
-        """The fastest of several settings over a few short prompts, fresh for measuring; and the whole sweep."""
+        """The fastest of several settings over a few short prompts, fresh for measuring; and the whole sweep.
+
+        Of those that so few prompts cannot tell apart from the fastest it is the first: the smallest K and M.
+        """
         repeats = -(-(prompts or self.effort.sweep_prompts) // batch)
         self.time(ask, f"{what}, sweep", cells, repeats, self.effort.sweep_tokens, batch)
         rate = [sum(r["decoded"] for r in cell.runs) / sum(r["decode_s"] for r in cell.runs) for cell in cells]
-        best = cells[rate.index(max(rate))]
+        best = cells[next(i for i, speed in enumerate(rate) if speed >= SAME * max(rate))]
         self.say(f"{what}: best is {best.title()}")
         sweep = [cell.settings() | {"tokens_per_s": speed} for cell, speed in zip(cells, rate)]
         return Cell(best.name, best.peer, best.how), [{"name": best.name, "peer": best.peer, **row} for row in sweep]
