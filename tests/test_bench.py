@@ -278,6 +278,21 @@ def test_the_slow_draft_is_slow(monkeypatch):
     assert altered.slowed(lambda x: x + 1)(1) == 2 and slept == [4.0], "three times its own two seconds"
 
 
+def test_the_best_of_a_sweep_is_the_first_that_is_as_good_as_the_fastest(monkeypatch):
+    speeds = {1: 90.0, 2: 99.0, 3: 100.0}
+
+    def time(self, ask, what, cells, repeats, new, batch):
+        assert repeats == 2, "prompts of a sweep, in batches"
+        for cell in cells:
+            cell.runs.append({"decoded": speeds[cell.how["k"]], "decode_s": 1.0})
+
+    monkeypatch.setattr(measure.Bench, "time", time)
+    one = object.__new__(measure.Bench)
+    one.effort, one.say = TOY, lambda text: None
+    best, sweep = one.best(None, "a sweep", [measure.Cell("SD", "sd", {"k": k}) for k in speeds], batch=2, prompts=3)
+    assert best.how == {"k": 2} and not best.runs and {row["k"]: row["tokens_per_s"] for row in sweep} == speeds
+
+
 def test_the_longest_wait_is_judged_by_its_own_round():
     """Two hits and, between them, a round of turns: the first waited 3 where 6 is allowed, the second 5 where 4 is."""
     spans = [("extend", 0, 2), ("fork", 2, 3), ("chain step", 3, 6), ("chain step", 6, 99)]
