@@ -33,8 +33,9 @@ from generate import DEMO  # noqa: E402
 
 INTERRUPTED, MISTAKE = 130, 2
 DRAFT_STEP_SHARE = 0.25  # of a verification, for the pair on which SSD is to show what it can
-# Shapes that the draft is grown to in search of that share; the target beside it is the first of Effort.sizes. They grow
-# in depth: a wide draft takes its time by reading weights, and two cores that share one memory cannot read twice as fast.
+# Shapes that the draft is grown to in search of that share; the target beside it is the first of Effort.sizes. They
+# grow in depth: a wide draft spends its time reading weights, and two cores that share a memory cannot read twice as
+# fast as one.
 DRAFT_SHAPES = ("layers=4", "layers=6", "layers=8", "layers=10", "layers=12")
 
 
