@@ -119,7 +119,7 @@ class SpeculationCache:
     def __init__(self):
         self.branch_of: dict[tuple[int, int, int], int] = {}
         self.steps: list[tuple[list[list[int]], torch.Tensor | None]] = []  # (tokens [B][M], log q (B, M, V)) a step
-        self.top: list = []  # [B][T][M] the best tokens of every outcome in order, to learn from
+        self.made = None  # the fork, to learn from
         self.forked, self.ready = threading.Event(), threading.Event()
         self.error: BaseException | None = None
         self.work = None  # the draft lane's Pending that fills this cache
@@ -136,11 +136,12 @@ class SpeculationCache:
             self.forked.set()
             self.ready.set()
 
-    def fork(self, tokens_BM: list[list[int]], depths_BM: list[list[int]], top: list) -> None:
-        for row, (tokens, depths) in enumerate(zip(tokens_BM, depths_BM)):
+    def fork(self, made) -> None:
+        """made: steps.Forked."""
+        for row, (tokens, depths) in enumerate(zip(made.tokens, made.depths)):
             for branch, (depth, token) in enumerate(zip(depths, tokens)):
                 self.branch_of[row, depth, token] = branch
-        self.top = top
+        self.made = made
         self.forked.set()
 
     def append(self, tokens_BM: list[list[int]], logq_BMV: torch.Tensor | None) -> None:
@@ -150,6 +151,15 @@ class SpeculationCache:
     def look_up(self, row: int, accepted: int, token: int) -> int | None:
         """The branch prepared for "exactly `accepted` draft tokens, then `token`", or None: a miss."""
         return self.branch_of.get((row, accepted, token))
+
+    def lesson(self, row: int, accepted: int, token: int) -> tuple[int | None, int, list[float] | None]:
+        """The place of an outcome among those it was ranked with, None if it is not there; how many they were; and
+        the chances that its drafted tokens had."""
+        made = self.made
+        if made.best is None:
+            return self.look_up(row, accepted, token), len(made.tokens[row]), made.held[row]
+        best = made.best[row][accepted]
+        return (best.index(token) if token in best else None), len(best), None
 
     def chain(self, row: int, branch: int, length: int) -> tuple[list[int], list[torch.Tensor] | None]:
         """The first `length` prepared tokens of a branch and, unless the coupling is `shared`, their log q (V,)."""

@@ -178,6 +178,29 @@ def saguaro(logq_BTV: torch.Tensor, params: Params, top_BT: torch.Tensor, c: flo
     return torch.where((params.temperature_B > 0)[:, None, None], lowered, logq_BTV)
 
 
+# ---- outcomes: what a round may decide, as the draft sees it
+
+
+@unlocked
+def outcomes(scores_BTV: torch.Tensor, drafted_BT: torch.Tensor, length_B: torch.Tensor, stray_B: torch.Tensor):
+    """Coupling `shared`: the log probability of every outcome (j, t), -inf where it cannot be, (B, T, V); and the
+    probability that the target draws d_{j+1} behind d_1..d_j, (B, T).
+
+    scores_BTV[:, j] are log q_j + G_j, of which the target will take the argmax with p for q; drafted_BT[:, j] is
+    d_{j+1}, for j < length_B. If log p - log q, token by token, is itself like Gumbel noise of the scale stray_B, the
+    target draws t with the probability softmax(scores / stray). So (j, t) happens if it draws d_1..d_j, then t.
+    """
+    logp_BTV = (scores_BTV / stray_B[:, None, None]).log_softmax(-1)
+    place_T1 = torch.arange(scores_BTV.shape[1], device=length_B.device)[:, None]
+    drafted_BT1, length_B11 = drafted_BT[..., None], length_B[:, None, None]
+    held_BT1 = logp_BTV.gather(-1, drafted_BT1)
+    all_held_BT1 = torch.cat((torch.zeros_like(held_BT1[:, :1]), held_BT1[:, :-1].cumsum(1)), 1)
+    joint_BTV = torch.where(place_T1 <= length_B11, logp_BTV + all_held_BT1, float("-inf"))
+    # Had d_{j+1} been right, the outcome would not be j.
+    at_d_BT1 = joint_BTV.gather(-1, drafted_BT1).masked_fill(place_T1 < length_B11, float("-inf"))
+    return joint_BTV.scatter(-1, drafted_BT1, at_d_BT1), held_BT1[..., 0].exp()
+
+
 # ---- acceptance: what a round decides
 
 

@@ -19,7 +19,6 @@ from dataclasses import dataclass
 import torch
 
 from cache import SpeculationCache
-from fanout import FanOut
 from pair import Model, check_memory, check_pair
 from report import run_stats
 from rows import Row, make_rows
@@ -59,7 +58,7 @@ class Decoding:
                  draft: Runner | None, draft_lane: Lane | None, tuner: Tuner, warn):  # fmt: skip
         self.rows, self.settings, self.mode, self.warn = rows, settings, settings.mode, warn
         self.target, self.draft, self.target_lane, self.draft_lane = target, draft, target_lane, draft_lane
-        self.tuner, self.fan_out = tuner, FanOut(max(tuner.ks), max(tuner.budgets))
+        self.tuner, self.fan_out = tuner, tuner.fan_out()
         self.k, self.fan_out.budget = tuner.k, tuner.budget
         self.figures, self.lesson, self.slowest_draft_s = Figures(rows, settings), NO_LESSON, 0.0
 
@@ -92,10 +91,9 @@ class Decoding:
             with self.draft_lane.span("extend"):
                 scores = self.draft.extend(feed)
             with self.draft_lane.span("fork"):
-                depths = [[j for j, F in enumerate(row) for _ in range(F)] for row in fan_out]
-                ranks = [[rank for F in row for rank in range(F)] for row in fan_out]
-                branches, best = self.draft.fork(scores, depths, ranks)
-                chains.fork(branches, depths, best)
+                forked = self.draft.fork(scores, feed, fan_out)
+                chains.fork(forked)
+            branches, depths = forked.tokens, forked.depths
             for step, top in enumerate(weigh):
                 if step > 0 and self.settings.cut and verdict.done(within=BEGIN_IF * self.draft_lane.last_s):
                     break  # cut by the clock alone: no token's value decides whether it is drawn
@@ -175,9 +173,8 @@ class Decoding:
         """The fan-out from the last look-up's ranks, K and M from the speed model: while the target verifies."""
         (live, tried, accepted, following, chains), self.lesson = self.lesson, NO_LESSON
         for b in live:
-            best = chains.top[b][accepted[b]] if chains else []
-            rank = best.index(following[b]) if following[b] in best else None
-            self.fan_out.observe(tried.kind[b], len(tried.tokens[b]), accepted[b], rank, len(best))
+            lesson = chains.lesson(b, accepted[b], following[b]) if chains else (None, 0)
+            self.fan_out.observe(tried.kind[b], len(tried.tokens[b]), accepted[b], *lesson)
         self.tuner.revise(self.fan_out, self.figures)
         self.k, self.fan_out.budget = self.tuner.k, self.tuner.budget
 
@@ -204,7 +201,7 @@ class Decoding:
                 self.draft_lane.start("catch up", self.draft.extend, feed)
             return None
         chains, verdict.usual_s = SpeculationCache(), self.figures.usual_verify()
-        fan_out = [self.fan_out.lists(kind, len(d)) for kind, d in zip(proposal.kind, proposal.tokens)]
+        fan_out = self.fan_out.plan(proposal.kind, [len(d) for d in proposal.tokens])
         chains.work = self.draft_lane.start("prepare", self.prepare, chains, feed, fan_out, self.weigh(self.k), verdict)
         return chains
 

@@ -10,11 +10,13 @@ Shape letters: B rows, T positions fed, K draft tokens, M branches, V vocabulary
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from cache import KVCache
+from fanout import ByScores
 from model import Transformer
 from runtime import Policy
 from sampling import (
@@ -26,6 +28,7 @@ from sampling import (
     gumbel,
     log_probs,
     noisy,
+    outcomes,
     saguaro,
     warp,
 )
@@ -42,6 +45,19 @@ class Feed:
     tokens: list[list[int]]
     start: list[int]
     count: list[int]
+
+
+class Forked(NamedTuple):
+    """What a fork chose, for every row: branches by token and by j, and what is learnt from when the outcome is known.
+
+    By scores the branches are in order, likeliest first, and held is the chance of each drafted token to hold. With
+    lists, best holds the M best tokens of every j in order.
+    """
+
+    tokens: list[list[int]]  # [B][M]
+    depths: list[list[int]]  # [B][M]
+    best: list[list[list[int]]] | None = None  # [B][T][M]
+    held: list[list[float]] | None = None  # [B][T]
 
 
 class Runner:
@@ -98,8 +114,9 @@ class Runner:
             self.decode(feeds[T], None)
         for T in lengths if role == "draft" and self.branches else ():
             for M in budgets:
-                branches, _ = self.fork(self.extend(feeds[T]), [[0] * M] * B, [list(range(M))] * B)
-                self.chain_step(feeds[T], branches, [[0] * M] * B, 0, None)
+                fan_out = ByScores(M) if self.coupling == "shared" else [[M]] * B
+                branches, depths, _ = self.fork(self.extend(feeds[T]), feeds[T], fan_out)
+                self.chain_step(feeds[T], branches, depths, 0, None)
         self.warm = shapes
         return True
 
@@ -159,12 +176,23 @@ class Runner:
         """One causal pass over [r, d_1 .. d_L]: repairs the trunk and returns the scores (B, T, V) to fork by."""
         return self._call("extend", self._extend, feed)[0]
 
-    def fork(self, scores_BTV, depths, ranks) -> tuple[list, list]:
-        """Branch m of row b takes the ranks[b][m]-th best token of outcome depths[b][m]. -> tokens [B][M], top."""
-        packed = self.policy.send([depth + rank for depth, rank in zip(depths, ranks)])
-        rows = self._read(self._step("fork", self._fork, packed, scores_BTV))
-        M = len(depths[0])
-        return [row[:M] for row in rows], [[row[i : i + M] for i in range(M, len(row), M)] for row in rows]
+    def fork(self, scores_BTV, feed: Feed, fan_out: ByScores | list[list[int]]) -> Forked:
+        """The M outcomes to prepare for: by scores the likeliest of all (coupling `shared` only), or with lists, one
+        F_0..F_L for each row, the best F_j tokens of every j."""
+        if isinstance(fan_out, ByScores):
+            M, plan = fan_out.budget, [[round(1000 * fan_out.stray)]] * self.batch  # all numbers are whole
+            name, work = f"fork {M}", self._fork_by_scores
+        else:
+            M, name, work = sum(fan_out[0]), "fork by lists", self._fork_by_lists
+            depths = [[j for j, F in enumerate(row) for _ in range(F)] for row in fan_out]
+            plan = [depth + [rank for F in row for rank in range(F)] for depth, row in zip(depths, fan_out)]
+        packed = self.policy.send([t + row + [c] for t, row, c in zip(feed.tokens, plan, feed.count)])
+        rows = self._read(self._step(name, work, packed, scores_BTV, budget=M))
+        tokens = [row[:M] for row in rows]
+        if isinstance(fan_out, ByScores):
+            held = [[x / 1000 for x in row[2 * M :]] for row in rows]
+            return Forked(tokens, [row[M : 2 * M] for row in rows], held=held)
+        return Forked(tokens, depths, [[row[i : i + M] for i in range(M, len(row), M)] for row in rows])
 
     def chain_step(self, feed: Feed, tokens, depths, step: int, top: int | None):
         """Feed every branch its next token and draw one more. -> tokens [B][M], log q (B, M, V) or None.
@@ -195,23 +223,32 @@ class Runner:
         T = tokens_BT.shape[1]
         scores_BTV = self._warped(tokens_BT, start_B, count_B, extent, tight, LEFT_OUT)
         at_BT = self._predicted(start_B, T)
-        last_BT1 = torch.arange(T, device=self.device)[:, None] >= (count_B - 1)[:, None, None]
         if self.coupling == "shared":
             scores_BTV = self.noisy(scores_BTV, self.params, at_BT, TOKEN)
         elif self.coupling == "maximal" and not self.params.greedy:
             # A rejected place draws with the residual's noise, the token after a whole proposal with the ordinary one.
             V, dtype = scores_BTV.shape[-1], scores_BTV.dtype
             token, residual = (self.gumbel(self.params, at_BT, use, V, dtype) for use in (TOKEN, RESIDUAL))
+            last_BT1 = torch.arange(T, device=self.device)[:, None] >= (count_B - 1)[:, None, None]
             scores_BTV = scores_BTV + torch.where(last_BT1, token, residual)
+        return (scores_BTV,)
+
+    def _fork_by_scores(self, packed, scores_BTV, budget):
+        tokens_BT, stray_B, count_B = _unpack(packed, 2)
+        length_B, V = (count_B - 1).clamp(min=0), scores_BTV.shape[-1]
+        joint_BTV, held_BT = outcomes(scores_BTV, tokens_BT.roll(-1, 1), length_B, stray_B / 1000)
+        top = joint_BTV.flatten(1).topk(budget, -1)
+        return _pack(top.values[:, :1], top.indices % V, top.indices // V, (1000 * held_BT).nan_to_num().long())
+
+    def _fork_by_lists(self, packed, scores_BTV, budget):
+        both, count_B = _unpack(packed, 1)
+        T, M = scores_BTV.shape[1], budget
+        tokens_BT, depth_BM, rank_BM = both.split((T, M, M), 1)
         # Had d_{j+1} been right, the outcome would not be j: it is never forked at j < L.
         drafted_BT1 = tokens_BT.roll(-1, 1)[..., None]
-        kept = scores_BTV.gather(-1, drafted_BT1)
-        return (scores_BTV.scatter(-1, drafted_BT1, torch.where(last_BT1, kept, float("-inf"))),)
-
-    def _fork(self, packed, scores_BTV):
-        depth_BM, rank_BM = packed.chunk(2, 1)
-        M = depth_BM.shape[1]
-        top = scores_BTV.topk(M, -1)
+        tried_BT1 = torch.arange(T, device=self.device)[:, None] < (count_B - 1)[:, None, None]
+        kept_BT1 = scores_BTV.gather(-1, drafted_BT1).masked_fill(tried_BT1, float("-inf"))
+        top = scores_BTV.scatter(-1, drafted_BT1, kept_BT1).topk(M, -1)
         branch_BMM = top.indices.gather(1, depth_BM[..., None].expand(-1, -1, M))
         tokens_BM = branch_BMM.gather(-1, rank_BM[..., None])[..., 0]
         return _pack(top.values[..., 0], tokens_BM, top.indices)

@@ -13,7 +13,7 @@ import time
 from dataclasses import dataclass
 from statistics import median
 
-from fanout import FanOut
+from fanout import ByScores, FanOut
 from sampling import CHAIN, FIXED, NONE
 from settings import AUTO
 from speed import sd_rate, ssd_rate
@@ -89,7 +89,8 @@ def measure(decoding, ks: tuple[int, ...], budgets: tuple[int, ...]) -> Times | 
         if decoding.mode == "ssd":
             if decoding.draft_lane is decoding.target_lane:  # they take turns anyway
                 stop.set()
-            work = on_draft_lane(_prepare, draft, feed(k + 1), M, stop)
+            fan_out = ByScores(M) if decoding.fan_out.by_scores else [[M]] * B
+            work = on_draft_lane(_prepare, draft, feed(k + 1), fan_out, stop)
         verify = decoding.target_lane.start("calibrate", repeat, target.verify, feed(k + 1), *undrafted)
         times.verify[k + 1] = verify.result()
         stop.set()
@@ -119,12 +120,12 @@ def _timed(work, *args) -> tuple[float, object]:
     return time.perf_counter() - begin, value
 
 
-def _prepare(draft, feed: Feed, M: int, stop: threading.Event) -> tuple[float, float]:
+def _prepare(draft, feed: Feed, fan_out: ByScores | list, stop: threading.Event) -> tuple[float, float]:
     """Extend, fork and one chain step, again and again until `stop`. -> seconds of the first two, of the last."""
-    depths, ranks, lasts = [[0] * M] * len(feed.tokens), [list(range(M))] * len(feed.tokens), []
+    lasts = []
     while len(lasts) < 2 or not stop.is_set():
-        before, (branches, _) = _timed(lambda: draft.fork(draft.extend(feed), depths, ranks))
-        lasts.append((before, _timed(draft.chain_step, feed, branches, depths, 0, None)[0]))
+        before, forked = _timed(lambda: draft.fork(draft.extend(feed), feed, fan_out))
+        lasts.append((before, _timed(draft.chain_step, feed, forked.tokens, forked.depths, 0, None)[0]))
     prepares, steps = zip(*lasts[1:])
     return median(prepares), median(steps)
 
@@ -151,6 +152,10 @@ class Tuner:
         self.k_miss = self.k  # the most tokens drafted after a miss, when the target waits for each
         self.times: Times | None = None
         self.rounds, self.due = 0, FIRST_REVISION
+
+    def fan_out(self) -> FanOut:
+        """For this run: by scores where the draft draws with the noise that the target will draw with."""
+        return FanOut(max(self.ks), max(self.budgets), by_scores=self.settings.coupling == "shared")
 
     @property
     def idle(self) -> bool:

@@ -52,12 +52,14 @@ def couplings(bench: Bench, ask, apart: dict):
 
 
 def lists(bench: Bench, ask, apart: dict):
-    """Optimal fan-out lists against the same fan-out for every outcome, at equal budget."""
+    """By the scores of the round, by optimal fan-out lists, and the same fan-out for every j, at equal budget."""
     cells = []
     for temperature, coupling in ((0.0, COUPLINGS[0]), *((1.0, coupling) for coupling in COUPLINGS)):
         for M in bench.effort.budgets:
             how = {"temperature": temperature, "coupling": coupling, "fan_out": M}
-            cells.append(counted(bench, ask, apart, "optimal lists", **how))
+            if coupling == "shared":
+                cells.append(counted(bench, ask, apart, "by scores", **how))
+            cells.append(counted(bench, ask, apart, "optimal lists", **how, without=["lists"]))
             cells.append(counted(bench, ask, apart, "uniform lists", **how, without=["uniform lists"]))
     return cells, []
 
@@ -67,7 +69,7 @@ def adaptive(bench: Bench, ask, apart: dict):
     cells = []
     for temperature, coupling in ((0.0, "shared"), (1.0, "shared"), (1.0, "independent")):
         how = {"temperature": temperature, "coupling": coupling}
-        cells.append(counted(bench, ask, apart, "adaptive lists", **how))
+        cells.append(counted(bench, ask, apart, "adaptive lists", **how, without=["lists"]))
         cells.append(counted(bench, ask, apart, "fixed lists", **how, without=["fixed lists"]))
     return cells, []
 

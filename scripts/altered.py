@@ -46,6 +46,11 @@ def slowed(work):
     return slow
 
 
+def lists(decoding: Decoding) -> None:
+    """Lists by P and m also under `shared`, where outcomes are otherwise forked by their own scores."""
+    decoding.fan_out = FanOut(decoding.settings.k, decoding.settings.fan_out)
+
+
 def uniform_lists(decoding: Decoding) -> None:
     decoding.fan_out = Uniform(decoding.settings.k, decoding.settings.fan_out)
 
@@ -66,6 +71,7 @@ def slow_draft(decoding: Decoding) -> None:
 
 
 ALTERED = {
+    "lists": lists,
     "uniform lists": uniform_lists,
     "fixed lists": fixed_lists,
     "whole batch": whole_batch,

@@ -236,15 +236,19 @@ def speed_by_k(args):
 
 
 def hits_by_budget(args):
-    """Hits against M, a colour for each coupling; optimal lists solid, uniform ones dashed."""
+    """Hits against M, a colour for each coupling; by scores solid, optimal lists dashed, uniform ones dotted."""
     cells = [cell for cell in read_part(args.source, "ablations")["cells"] if cell.get("table") == "lists"]
     (figure, axes), ends = _axes(6.5, 4), []
     for heat, coupling in dict.fromkeys((cell["temperature"], cell["coupling"]) for cell in cells):
-        for lists, line in (("optimal lists", "-"), ("uniform lists", "--")):
+        named = False
+        for lists, line in (("by scores", "-"), ("optimal lists", "--"), ("uniform lists", ":")):
             mine = [c for c in cells if (c["temperature"], c["coupling"], c["name"]) == (heat, coupling, lists)]
+            if not mine:
+                continue
             M, hits = [c["fan_out"] for c in mine], [100 * c["hit_rate"] for c in mine]
             axes.plot(M, hits, line, color=COUPLINGS[coupling], marker="o", markersize=3)
-            if lists == "optimal lists":
+            if not named:  # the best way of a coupling comes first
+                named = True
                 name = "temperature 0" if coupling == "any" else f"{coupling}, {heat:g}"
                 ends.append((M[-1], hits[-1], name, COUPLINGS[coupling]))
     axes.set_ylim(0, 100)
@@ -253,7 +257,7 @@ def hits_by_budget(args):
     axes.set_xticks(sorted({cell["fan_out"] for cell in cells}))
     axes.set_xlabel("M, outcomes prepared a round")
     axes.set_ylabel("hits, % of the rounds")
-    axes.set_title(f"K = {cells[0]['k']}: fan-out lists that are optimal (solid) and uniform (dashed)")
+    axes.set_title(f"K = {cells[0]['k']}: by scores (solid), by optimal (dashed) and uniform lists (dotted)")
     return figure
 
 

@@ -239,7 +239,7 @@ def test_ablations(run):
     part, _, _ = run("ablations", replace(TOY, sizes=(), budgets=(4,), predict_batches=1, repeats=1))
     check_ratios(part)
     tables = {name: [c for c in part["cells"] if c["table"] == name] for name in ablate.TABLES}
-    assert len(tables["couplings"]) == 2 * (3 + 1) and len(tables["lists"]) == 4 * 2 and len(tables["adaptive"]) == 6
+    assert [len(tables[name]) for name in ("couplings", "lists", "adaptive")] == [2 * (3 + 1), 4 * 2 + 2, 6]
     assert {c["name"] for c in tables["fallback"]} == {"jit", "fast", "auto", "jit for the whole batch"}
     assert len(tables["cut"]) == 2 * len(TOY.cut_ks)
     slow = {c["name"]: c for c in tables["slow draft"]}

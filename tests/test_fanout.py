@@ -1,6 +1,7 @@
 """fanout.py against brute force and naive hulls, and the fork that spends what it allots."""
 
 import itertools
+import math
 import random
 
 import pytest
@@ -8,10 +9,11 @@ import torch
 from families import random_text, tiny_model, whole
 from laws import make, one_thread  # noqa: F401
 
-from fanout import PRIOR_ACCEPTANCE, PRIOR_MISS, PRIOR_WEIGHT, REVISE_EVERY, FanOut, allocate, convex
+import sampling
+from fanout import PRIOR_ACCEPTANCE, PRIOR_MISS, PRIOR_WEIGHT, REVISE_EVERY, STRAY, ByScores, FanOut, allocate, convex
 from runtime import Policy
 from sampling import CHAIN, FIXED, NONE, RESIDUAL, TOKEN, gumbel, warp
-from steps import Feed, Runner
+from steps import LEFT_OUT, Feed, Runner
 
 # ---- the budget
 
@@ -167,7 +169,83 @@ def test_lists_follow_from_past_outcomes_only():
         assert len(F) == L + 1 and sum(F) == M and min(F) >= 0
 
 
+def test_by_scores_a_run_finds_how_far_down_its_outcomes_lie():
+    """Outcomes drawn from known probabilities, in rounds of every length and budget: hits() gives their sums back."""
+    k, M, rng, share = 3, 24, random.Random(6), 0.8
+    fan_out = FanOut(k, M, by_scores=True)
+    assert fan_out.plan([CHAIN, NONE], [3, 0]) == (M, STRAY), "no lists"
+    before = fan_out.hits(CHAIN, k)
+    for _ in range(20_000):
+        L, budget = rng.randint(0, k), rng.choice((4, 8, M))
+        rank = 0
+        while rng.random() < share ** (1 / (L + 1)):  # the more outcomes there can be, the further down
+            rank += 1
+        fan_out.observe(CHAIN if L else NONE, L, rng.randint(0, L), rank if rank < budget else None, budget)
+    for L in range(k + 1):
+        hits = fan_out.hits(CHAIN if L else NONE, L)
+        assert len(hits) == M + 1 and hits[0] == 0 and all(a <= b for a, b in zip(hits, hits[1:]))
+        for budget in (4, 8, 12, M):
+            assert hits[budget] == pytest.approx(1 - share ** (budget / (L + 1)), abs=0.04), (L, budget)
+    assert max(abs(a - b) for a, b in zip(before, fan_out.hits(CHAIN, k))) > 0.05, "the prior was no answer already"
+
+
 # ---- the fork
+
+
+@pytest.mark.parametrize("true", [0.15, 0.6, 1.8])
+def test_by_scores_a_run_finds_how_far_its_scores_stray(true):
+    """A target whose scores are the draft's plus Gumbel noise of a known scale, as outcomes() has it. Proposals that no
+    draft drew teach nothing, nor does what lies behind a rejection."""
+    k, V, rng = 3, 40, torch.Generator().manual_seed(1)
+    fan_out, found = FanOut(k, 8, by_scores=True), []
+    for n in range(3000):
+        scores = 2 * torch.randn(1, k + 1, V, generator=rng)
+        error = -(-torch.rand(k, V, generator=rng).log()).log()
+        d = scores[0].argmax(-1)
+        same = (scores[0, :k] + true * error).argmax(-1) == d[:k]
+        stray = torch.tensor([fan_out.plan([CHAIN], [k]).stray])
+        held = sampling.outcomes(scores, d[None], torch.tensor([k]), stray)[1][0].tolist()
+        if n % 5 == 0:
+            before = fan_out.stray
+            fan_out.observe(FIXED, k, 0, None, 8, held)
+            assert fan_out.stray == before
+        fan_out.observe(CHAIN, k, int(same.int().cumprod(0).sum()), 0, 8, held)
+        found.append(fan_out.stray)
+    assert sum(found[1000:]) / 2000 == pytest.approx(true, rel=0.12)
+
+
+@pytest.mark.parametrize(("temperature", "top_k"), [(1.0, 0), (0.7, 5), (0.0, 0)])
+def test_by_scores_the_likeliest_outcomes_are_forked(temperature, top_k):
+    """Against sums in plain Python, row by row: proposals of every length side by side, a row that has ended among
+    them, drafted tokens that are unlikely, and more tokens fed than proposed."""
+    k, M, stray, draft = 3, 9, 0.4, tiny_model()
+    lengths, start, n = [k, 1, 0, 2, -1], 11, 5
+    texts = [random_text(start + 1 + k, seed=b) for b in range(n)]
+    runner = Runner(draft, n, 64, k, M, Policy(torch.device("cpu"), False))
+    runner.set_rows(make(n, temperature, top_k, 1.0, seed=9, row=list(range(n))), "shared", 1.0)
+    runner.prefill([text[:start] for text in texts], [0] * n)
+    feed = Feed([text[start:] for text in texts], [start] * (n - 1) + [0], [L + 1 for L in lengths])
+    tokens, depths, best, held = runner.fork(runner.extend(feed), feed, ByScores(M, stray))
+    assert best is None
+    for b, L in enumerate(lengths[:-1]):
+        chance, all_held = {}, 1.0
+        params = make(1, temperature, top_k, 1.0, seed=9, row=[b])
+        for j in range(L + 1):
+            logits = whole(draft, texts[b][: start + 1 + j])[-1]
+            scores = warp(logits[None, None], params, LEFT_OUT)[0, 0]
+            if temperature:
+                at = torch.tensor([[start + 1 + j]])
+                scores = scores + gumbel(params, at, TOKEN, len(logits), torch.float64)[0, 0]
+            draws = [math.exp((s - scores.max().item()) / stray) for s in scores.tolist()]
+            for t, weight in enumerate(draws):
+                if j == L or t != texts[b][start + 1 + j]:
+                    chance[j, t] = all_held * weight / sum(draws)
+            if j < L:
+                holds = draws[texts[b][start + 1 + j]] / sum(draws)
+                assert holds - 0.001 <= held[b][j] <= holds
+                all_held *= holds
+        assert sum(chance.values()) == pytest.approx(1, abs=1e-12), "something happens, and only one thing"
+        assert list(zip(depths[b], tokens[b])) == sorted(chance, key=chance.get, reverse=True)[:M]
 
 
 @pytest.mark.parametrize("coupling", ["shared", "maximal", "independent"])
@@ -181,10 +259,11 @@ def test_forks_are_the_best_scores_without_the_drafted_token(coupling, way):
     runner.set_rows(params, coupling, 1.0)
     runner.prefill([text[:start]], [0])
     for L in (k, 1):
-        scores = runner.extend(Feed([text[start:]], [start], [L + 1]))
+        feed = Feed([text[start:]], [start], [L + 1])
+        scores = runner.extend(feed)
         for j in range(L + 1):
-            forked, best = runner.fork(scores, [[j] * M], [list(range(M))])
-            assert forked[0] == best[0][j] and len(set(forked[0])) == M
+            forked, depths, best, _ = runner.fork(scores, feed, [[M * (i == j) for i in range(L + 1)]])
+            assert forked[0] == best[0][j] and len(set(forked[0])) == M and depths[0] == [j] * M
             logits = whole(draft, text[: start + 1 + j])[-1]
             scaled, kept = logits / (way[0] or 1), warp(logits[None, None], params)[0, 0] > -torch.inf
             if way[0] > 0 and coupling != "independent":

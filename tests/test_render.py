@@ -84,7 +84,7 @@ def test_every_plot_of_results(tmp_path, results, draw):
     assert bars == {"AR": 2, "SD": 1, "SSD": 2}
     assert drawn["speed-by-k"].count(f"stroke: {module.SD}; stroke-width: 1.5") == 4, "a line in each of four panels"
     lines = re.findall(rf"stroke-dasharray[^\"]*stroke: {module.COUPLINGS['shared']}", drawn["hits-by-budget"])
-    assert len(lines) == 1, "uniform lists are dashed"
+    assert len(lines) == 2, "optimal lists are dashed, uniform ones dotted"
 
 
 def test_mistakes_of_a_plot_are_one_sentence(tmp_path, results, draw):

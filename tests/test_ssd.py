@@ -8,7 +8,7 @@ from tiny import DEVICES, engine, log_probs, play, settle, transformer
 
 import ssd
 from cache import SpeculationCache
-from fanout import FanOut
+from fanout import ByScores, FanOut
 from pair import Model
 from runtime import Devices, Pending, one_thread
 from sampling import CHAIN, FIXED, TOKEN, Params, gumbel
@@ -206,7 +206,7 @@ def test_turns_of_a_chat_keep_the_same_text(pair):
 # ---- chains
 
 
-def branch_chains(draft, prompts, proposals, settings, M, k):
+def branch_chains(draft, prompts, proposals, settings, M, k, by_scores):
     """A round of the draft on its own: extend, fork and k chain steps by Runner calls. -> branches and chains."""
     feed = Feed([], [], [])
     for prompt, proposal in zip(prompts, proposals):
@@ -217,34 +217,37 @@ def branch_chains(draft, prompts, proposals, settings, M, k):
     runner = Model.of(draft).runner(n, max(map(len, prompts)) + k + 1, k, M)
     params = Params.make([settings["temperature"]] * n, [settings["top_k"]] * n, [1.0] * n, [5] * n, range(n), "cpu")
     runner.set_rows(params, settings["coupling"], 1.0)
-    depths = [sorted(m % (len(proposal) + 1) for m in range(M)) for proposal in proposals]
-    ranks = [[row[:m].count(depth) for m, depth in enumerate(row)] for row in depths]
+    lists = [[len(range(j, M, len(d) + 1)) for j in range(len(d) + 1)] for d in proposals]
     with torch.inference_mode(), one_thread():
         runner.prefill([prompt[:-1] for prompt in prompts], [0] * n)
-        forked, top = runner.fork(runner.extend(feed), depths, ranks)
+        forked, depths, top, _ = runner.fork(runner.extend(feed), feed, ByScores(M) if by_scores else lists)
         steps, branches = [], forked
         for step in range(k):
             branches, logq = runner.chain_step(feed, branches, depths, step, None)
             steps.append((branches, logq))
-    return depths, ranks, forked, top, steps
+    return depths, forked, top, steps
 
 
-@pytest.mark.parametrize("coupling", ["shared", "maximal", "independent"])
+@pytest.mark.parametrize(
+    ("coupling", "by_scores"), [("shared", True), ("shared", False), ("maximal", False), ("independent", False)]
+)
 @pytest.mark.parametrize(("temperature", "top_k"), [(0.0, 0), (1.0, 0), (0.75, 3)])
-def test_a_chain_is_ordinary_decoding_from_its_prefix(models, coupling, temperature, top_k):
+def test_a_chain_is_ordinary_decoding_from_its_prefix(models, coupling, by_scores, temperature, top_k):
     """Every chain of every branch against passes over the whole prefix without cache: tokens and log q; and the fork
     takes the best scores of its outcome, all different, never the drafted token."""
     draft, k, M = models[1], 4, 11
     prompts, proposals = PROMPTS[3:9], [[4, 9, 2, 7], [3], [], [8, 8], [1, 2, 3], [40, 41, 42, 43]]
     settings = {"temperature": temperature, "top_k": top_k, "coupling": coupling}
-    depths, ranks, forked, top, steps = branch_chains(draft, prompts, proposals, settings, M, k)
+    depths, forked, top, steps = branch_chains(draft, prompts, proposals, settings, M, k, by_scores)
     for b, (prompt, proposal) in enumerate(zip(prompts, proposals)):
         params = Params.make([temperature], [0], [1.0], [5], [b], "cpu")
         noise = gumbel(params, torch.arange(60)[None], TOKEN, 50, torch.float64)[0]
         for j in range(len(proposal) + 1):
             of_depth = [token for token, depth in zip(forked[b], depths[b]) if depth == j]
-            assert of_depth == top[b][j][: len(of_depth)] and len(set(top[b][j])) == M
-            assert j == len(proposal) or proposal[j] not in top[b][j]
+            assert len(set(of_depth)) == len(of_depth) and (j == len(proposal) or proposal[j] not in of_depth)
+            if not by_scores:
+                assert of_depth == top[b][j][: len(of_depth)] and len(set(top[b][j])) == M
+                assert j == len(proposal) or proposal[j] not in top[b][j]
         for m in range(M):
             prefix = prompt + proposal[: depths[b][m]] + [forked[b][m]]
             chain = [branches[b][m] for branches, _ in steps]
@@ -297,7 +300,10 @@ def test_a_perfect_draft_is_always_right(models, temperature, coupling):
         settings = {"temperature": temperature, "coupling": coupling, "cut": cut, "max_new_tokens": 30}
         stats = pair.generate(PROMPTS[:16], mode=mode, k=4, fan_out=8, **settings).stats
         assert stats["acceptance_rate"] == stats["accepted_fraction"] == 1
-        assert stats["hit_rate"] == (1 if mode == "ssd" else None)
+        if mode == "sd":
+            assert stats["hit_rate"] is None
+        else:  # by scores the draft must first find out that it is never wrong
+            assert stats["hit_rate"] == 1 or (coupling == "shared" and temperature and stats["hit_rate"] > 0.98)
         if not cut:
             assert stats["rounds"] == 6  # one token by the first round, then five by each: 29 more take 6
 
@@ -325,7 +331,8 @@ def test_an_adversarial_draft_does_no_harm(models):
 # ---- what it says about itself
 
 
-def test_the_hit_rate_is_that_of_the_look_ups(pair, monkeypatch):
+@pytest.mark.parametrize("coupling", ["shared", "maximal"])
+def test_the_hit_rate_is_that_of_the_look_ups(pair, monkeypatch, coupling):
     """Hits counted from what was prepared and what came, ranks from the fork; the fan-out learns just that."""
     hits, ranks, take, observe, prepare = [], [], Decoding.take, FanOut.observe, Decoding.prepare
     forks = {}
@@ -335,14 +342,24 @@ def test_the_hit_rate_is_that_of_the_look_ups(pair, monkeypatch):
         settle(self)
         hits.extend((b, accepted[b], following[b]) in chains.branch_of for b in live)
         for b in live:
-            best, F = chains.top[b][accepted[b]], forks[id(chains)][b][accepted[b]]
-            rank = best.index(following[b]) if following[b] in best else None
-            assert hits[len(hits) - len(live) + live.index(b)] == (rank is not None and rank < F)
-            ranks.append((tried.kind[b], len(tried.tokens[b]), accepted[b], rank, 4))
+            hit = hits[len(hits) - len(live) + live.index(b)]
+            held = None
+            if coupling == "shared":  # by scores: one order for all outcomes
+                held = chains.made.held[b]
+                order = [outcome for outcome in chains.branch_of if outcome[0] == b]
+                rank = order.index((b, accepted[b], following[b])) if hit else None
+            else:
+                best, F = chains.made.best[b][accepted[b]], forks[id(chains)][b][accepted[b]]
+                rank = best.index(following[b]) if following[b] in best else None
+                assert hit == (rank is not None and rank < F)
+            ranks.append((tried.kind[b], len(tried.tokens[b]), accepted[b], rank, 4, held))
         return take(self, chains, tried, accepted, following)
 
     def spy_prepare(self, chains, feed, fan_out, *rest):
-        assert all(sum(F) == self.settings.fan_out for F in fan_out)
+        if coupling == "shared":
+            assert fan_out.budget == self.settings.fan_out
+        else:
+            assert all(sum(F) == self.settings.fan_out for F in fan_out)
         forks[id(chains)] = fan_out
         keep.append(chains)
         prepare(self, chains, feed, fan_out, *rest)
@@ -352,7 +369,7 @@ def test_the_hit_rate_is_that_of_the_look_ups(pair, monkeypatch):
     monkeypatch.setattr(Decoding, "prepare", spy_prepare)
     monkeypatch.setattr(FanOut, "observe", lambda self, *seen: (told.append(seen), observe(self, *seen)))
     prompts, settings = some(part(2))
-    result, decoding = play(pair, prompts, mode="ssd", fallback="fast", fan_out=4, k=3, **settings)
+    result, decoding = play(pair, prompts, mode="ssd", fallback="fast", fan_out=4, k=3, coupling=coupling, **settings)
     assert result.stats["hit_rate"] == pytest.approx(sum(hits) / len(hits), abs=1e-12)
     assert 0.3 < result.stats["hit_rate"] < 0.95
     assert told == ranks
