@@ -115,8 +115,8 @@ class Runner:
         for T in lengths if role == "draft" and self.branches else ():
             for M in budgets:
                 fan_out = ByScores(M) if self.coupling == "shared" else [[M]] * B
-                branches, depths, _ = self.fork(self.extend(feeds[T]), feeds[T], fan_out)
-                self.chain_step(feeds[T], branches, depths, 0, None)
+                forked = self.fork(self.extend(feeds[T]), feeds[T], fan_out)
+                self.chain_step(feeds[T], forked.tokens, forked.depths, 0, None)
         self.warm = shapes
         return True
 
