@@ -25,7 +25,7 @@ PRIOR_ACCEPTANCE, PRIOR_WEIGHT = 0.8, 8.0
 # Of all outcomes in one order, F is how many of them are prepared for each j, on average.
 PRIOR_MISS = {"rejected": (0.45, 1.0), "bonus": (0.25, 1.2), "outcome": (0.35, 0.8)}
 FINE = 8  # steps a branch in the curve of "outcome": M / (L + 1) is no whole number
-REVISE_EVERY = 16
+REVISE_EVERY, CARRIED = 16, 24.0
 # The demo pair settles at 0.6 (temperature 0) and 0.8 (1), where the outcomes are likeliest, too. A drafted token that
 # holds against all odds makes it smaller by STRAY_STEP, one that fails larger.
 STRAY, STRAY_LEAST, STRAY_MOST, STRAY_STEP = 0.7, 0.02, 4.0, 0.05
@@ -92,10 +92,27 @@ class FanOut:
         kinds = (NONE, CHAIN, FIXED)  # each has its own profile: a guess from the text holds up unlike a drafted chain
         self.tested, self.accepted = ({kind: [0] * k for kind in kinds} for _ in range(2))
         self.fine, self.stray = FINE if by_scores else 1, STRAY
-        self.seen = {"outcome": 0} if by_scores else {"rejected": 0, "bonus": 0}
-        self.ranks = {use: [0] * (budget * self.fine) for use in self.seen}
-        self.beyond = {use: [0] * (budget * self.fine + 1) for use in self.seen}  # not among the best M: by that M
+        uses = ("outcome",) if by_scores else ("rejected", "bonus")
+        self.ranks = {use: [0] * (budget * self.fine) for use in uses}
+        self.beyond = {use: [0] * (budget * self.fine + 1) for use in uses}  # not among the best M: by that M
+        self.carried = 0.0  # the share of what earlier runs counted that is in these counts
         self._lists, self._curves, self._age = {}, {}, 0
+
+    def _counts(self) -> list[list]:
+        return [count for kept in (self.tested, self.accepted, self.ranks, self.beyond) for count in kept.values()]
+
+    def begin_with(self, earlier: "FanOut") -> None:
+        """What earlier runs of the same kind counted, at the weight of CARRIED tests: texts differ."""
+        self.carried = min(1.0, CARRIED / max(1.0, sum(map(sum, earlier.tested.values()))))
+        for mine, theirs in zip(self._counts(), earlier._counts()):
+            mine[:] = [self.carried * n for n in theirs]
+        self.stray = earlier.stray
+
+    def add(self, run: "FanOut") -> None:
+        """Keep what a run counted, which may have begun with these counts."""
+        for mine, theirs in zip(self._counts(), run._counts()):
+            mine[:] = [n + more - run.carried * n for n, more in zip(mine, theirs)]
+        self.stray = run.stray
 
     def observe(self, kind: int, length: int, accepted: int, rank: int | None, among=None, held=None) -> None:
         """One row's outcome. rank: the place of the next token among the draft's `among` best scores for it (by scores:
@@ -107,7 +124,6 @@ class FanOut:
         among = self.budget if among is None else among
         if among:
             use = "outcome" if self.by_scores else "rejected" if accepted < length else "bonus"
-            self.seen[use] += 1
             if rank is None:
                 self.beyond[use][self._place(among, length)] += 1
             else:
@@ -134,7 +150,7 @@ class FanOut:
         """m(0)..m(most). Of a token that was not among the best M only so much is known (Kaplan and Meier, 1958)."""
         (c, b), places = PRIOR_MISS[use], self.most * self.fine
         prior = [PRIOR_WEIGHT * min(c * (F / self.fine) ** -b if F else 1.0, 1.0) for F in range(places + 1)]
-        known, curve = self.seen[use], [1.0]
+        known, curve = sum(self.ranks[use]) + sum(self.beyond[use]), [1.0]
         for F in range(places):
             still = known - self.ranks[use][F]
             curve.append(curve[F] * (still + prior[F + 1]) / (known + prior[F]))
@@ -152,7 +168,7 @@ class FanOut:
     def curves(self, kind: int, length: int) -> tuple[list[float], list[list[float]]]:
         """P_0..P_L and the miss curve of each outcome."""
         if not self._curves:
-            self._curves = {use: self.miss_curve(use) for use in self.seen}
+            self._curves = {use: self.miss_curve(use) for use in self.ranks}
         return self.outcome_probabilities(kind, length), [self._curves["rejected"]] * length + [self._curves["bonus"]]
 
     def lists(self, kind: int, length: int) -> list[int]:

@@ -8,14 +8,17 @@ verification cheaper. All times are host seconds; a round lasts from the start o
 """
 
 import bisect
+import math
 import time
-from statistics import median
+from statistics import mean, median, variance
 from typing import NamedTuple
 
 from sampling import CHAIN, FIXED
 
 DRAFT_WORK = ("extend", "fork", "chain step", "draft")  # what counts as the draft being busy
 CALIBRATION_ROUNDS = 32
+# An easy or a hard stretch of a text lasts for several rounds: tokens a round vary more over a run than draws would.
+STRETCH = 3.0
 
 
 def expected_tokens(acceptance: float, length: int) -> float:
@@ -64,6 +67,8 @@ class Figures:
         self.lookups: list[LookUp] = []
         self.jit_s: list[float] = []
         self.choices: list[tuple[int, int]] = []  # each round's K and M
+        self.promised: float | None = None  # by the tuner, after the first rounds, tokens a second and row
+        self.earlier: list[float] = []  # tokens a second of earlier runs of the same kind
 
     def verified(self, kinds, lengths, accepted, live, verdict, choice) -> None:
         """One verification is in: what was tried and how much of it held, for the rows in `live`."""
@@ -92,7 +97,7 @@ class Figures:
 
         Waiting pays if the extra tokens per second of waiting beat the run's own rate.
         """
-        if len(self.jit_s) < 2 or len(self.verifies) < 8:
+        if len(self.jit_s) < 2:
             return True
         chain, fixed = self.acceptance(CHAIN, 0.8), self.acceptance(FIXED)
         gain = sum(expected_tokens(chain, k) - expected_tokens(fixed, length) for length in guessed)
@@ -113,6 +118,11 @@ class Figures:
     def emitted_with(self, k: int) -> int:
         """Tokens of the rounds for which this K was chosen."""
         return sum(tokens for tokens, (chosen, _) in zip(self.emitted, self.choices) if chosen == k)
+
+    def rate(self) -> float | None:
+        """Tokens a second, all rows, without the first and the last round; None for a run too short to tell."""
+        rounds = len(self.verifies) - 2
+        return sum(self.emitted[1:-1]) / (self.verifies[-1][0] - self.verifies[1][0]) if rounds >= 16 else None
 
     def usual_choice(self) -> tuple[int, int] | None:
         """The K and M of most rounds."""
@@ -192,7 +202,7 @@ class Figures:
             return out | {"predicted_tokens_per_s": rows / median(lasts)}
         if mode == "sd":
             t_draft = median(after[0] - before[1] for before, after in zip(verifies[1:], verifies[2:]))  # as waited for
-            return out | {"predicted_tokens_per_s": rows * sd_rate(tokens, t_draft, t_verify)}
+            return out | {"predicted_tokens_per_s": self.foretold(rows * sd_rate(tokens, t_draft, t_verify), last)}
         hit = [n for n in self.hit_rounds() if 0 < n < last]
         missed = [n for n in range(1, last) if n not in set(hit)]
         rate = lambda of: sum(self.emitted[n + 1] for n in of) / max(sum(self.live[n + 1] for n in of), 1)  # noqa: E731
@@ -200,9 +210,8 @@ class Figures:
         t_hit = median(lasts[n] for n in hit) if hit else median(lasts)
         t_miss = median(lasts[n] for n in missed) if missed else t_hit
         share = len(hit) / max(len(hit) + len(missed), 1)
-        out["predicted_tokens_per_s"] = rows * ssd_rate(
-            share, rate(hit) if hit else tokens, rate(missed) if missed else tokens, t_hit, t_miss
-        )
+        rates = rate(hit) if hit else tokens, rate(missed) if missed else tokens
+        out["predicted_tokens_per_s"] = self.foretold(rows * ssd_rate(share, *rates, t_hit, t_miss), last)
         steps = [end - begin for name, begin, end in spans if name == "chain step"]
         k, a = self.usual_choice()[0], self.acceptance(CHAIN, 0.8)
         if k and steps and self.lookups:  # none where the draft failed at once or did not pay
@@ -210,3 +219,17 @@ class Figures:
             gain = expected_tokens(a, length) / expected_tokens(a, k)
             out["speedup_ceiling"] = (1 + k * median(steps) / t_verify) * gain
         return out
+
+    def foretold(self, rate: float, last: int) -> float:
+        """The forecast, from what the first `last` rounds came to. They were played with several K, and the rest will
+        be with the one that the tuner chose then: halfway to what it promised. And they are few: towards what earlier
+        runs came to, the more the less these differ from each other, and the more the tokens of a round vary."""
+        if self.promised:
+            rate = math.sqrt(rate * self.promised * len(self.rows))
+        if (n := len(self.earlier)) < 2:
+            return rate
+        logs, tokens = [math.log(x) for x in self.earlier], self.emitted[1:last]
+        between = variance(logs) * (n + 1) / (n - 1)  # few runs tell little of how they differ
+        within = STRETCH * variance(tokens) / mean(tokens) ** 2 / len(tokens)
+        weight = between / (between + within) if between + within else 1.0
+        return math.exp(weight * math.log(rate) + (1 - weight) * mean(logs))

@@ -366,6 +366,7 @@ class Engine:
         """The result of a generation, complete or interrupted."""
         rows, settings, figures = decoding.rows, decoding.settings, decoding.figures
         self.kept = None
+        decoding.tuner.remember(decoding.fan_out, figures.rate())
         if self.draft is not None and decoding.mode != settings.mode:
             self.draft.runners.clear()  # what hangs may still write to their buffers
         # A draft that failed, or a prompt that was interrupted while it was read, leaves no KV worth keeping.

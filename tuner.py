@@ -4,27 +4,28 @@ Knows: how long the steps take at a few sizes, what was accepted and hit so far,
 know: tensors, tokens, how the loop plays a round. Read next: speed.py, and fanout.py for the profiles.
 
 Times are measured once per engine and kind of run, on the run's own lanes and rows just before its prompts are read:
-for SSD with both lanes busy, as they will be. Acceptance and hits come from the run. Which K and M are chosen depends
-on the clock and on past outcomes only, never on a token still to be drawn, so every coupling stays exact.
+in turns for SD, with both lanes busy for SSD, as they will be. Acceptance and hits come from the run, and at first from
+earlier runs of the same kind. Which K and M are chosen depends on the clock and on past outcomes only, never on a token
+still to be drawn, so every coupling stays exact.
 """
 
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import median
 
 from fanout import ByScores, FanOut
 from sampling import CHAIN, FIXED, NONE
 from settings import AUTO
-from speed import sd_rate, ssd_rate
+from speed import CALIBRATION_ROUNDS, sd_rate, ssd_rate
 from steps import Feed
 
 TURNS = 0  # a budget: prepare nothing and take turns, as SD does, where the draft is too slow for more
 PLAIN = 0  # a K: the target goes on alone, as AR does, where even that does not pay
 KS, BUDGETS = (1, 2, 3, 4, 5, 6, 8), (4, 8, 16, 24, 32)
 STATIC_KS, STATIC_BUDGETS = (2, 4, 7), (8, 24)  # every one is compiled and captured
-# Rounds. A revision takes 0.4 ms, and Python's lock from both lanes meanwhile; who begins with a choice has time.
-FIRST_REVISION, FIRST_WITH_CHOICE, REVISE_EVERY = 6, 24, 48
+# Rounds. A revision takes 0.4 ms, and Python's lock from both lanes meanwhile; who knows earlier runs has time.
+FIRST_REVISION, FIRST_IF_LEARNT, REVISE_EVERY = 6, 12, 48
 # How much faster than the best budget turns must look: measured again and again, a draft step is quicker than alone.
 TURNS_IF = 1.15
 PLAIN_AFTER, PLAIN_IF = 24, 1.05  # rounds of evidence, and how much faster it must look: there is no way back
@@ -52,14 +53,16 @@ def between(points: dict[int, float], x: float) -> float:
 
 @dataclass
 class Times:
-    """Seconds. verify by tokens fed (K + 1), prepare (extend and fork) likewise, step (a chain step) by branches M."""
+    """Seconds. verify by tokens fed (K + 1), prepare (extend and fork) likewise, step (a chain step) by branches M;
+    draft by the tokens that are drafted while the target waits, 0 of a draft that is no model."""
 
     verify: dict[int, float]
-    decode: float = 0.0  # one ordinary step of the draft
-    prepare: dict[int, float] | None = None
-    step: dict[int, float] | None = None
+    draft: dict[int, float]
+    prepare: dict[int, float]
+    step: dict[int, float]
     plain: float | None = None  # one ordinary step of the target; None: not to be considered
-    choice: tuple[int, int, int] | None = None  # K, K after a miss and M of the last run: the next one begins with them
+    learnt: FanOut | None = None  # what the runs of this kind counted
+    rates: list[float] = field(default_factory=list)  # and the tokens a second that they came to
 
 
 # ---- measuring
@@ -69,32 +72,40 @@ def measure(decoding, ks: tuple[int, ...], budgets: tuple[int, ...]) -> Times | 
     """Time the steps of `decoding` at a few sizes; None if its draft failed. What they write lies behind every row's
     last token, where the next round writes anyway."""
     rows, target, draft = decoding.rows, decoding.target, decoding.draft
-    B, times = len(rows), Times({}, 0.0, {}, {})
-    undrafted = [NONE] * B, [None] * B
+    B, times = len(rows), Times({}, {}, {}, {})
 
     def feed(T: int) -> Feed:
         return Feed([[row.ids[-1]] + [0] * (T - 1) for row in rows], [len(row.ids) - 1 for row in rows], [T] * B)
 
+    def verify(T: int):
+        return lambda: target.verify(feed(T), [NONE] * B, [None] * B)
+
+    def on_target_lane(*work):
+        return decoding.target_lane.start("calibrate", *work).result()
+
     def on_draft_lane(*work):
         return decoding.draft_lane.start("calibrate", *work)
 
-    if draft is not None:
-        work = on_draft_lane(repeat, draft.decode, feed(1), None)
-        times.decode = decoding.await_draft(work, decoding.patience())
+    def draft_now(k: int) -> None:
+        if draft is not None and decoding.mode != "ar":
+            decoding.await_draft(on_draft_lane(_decode, draft, feed(2), feed(1), k), decoding.patience())
+
     if draft is not None and decoding.settings.k == AUTO:
-        alone = feed(1 + ks[0] if target.policy.static else 1)
-        times.plain = decoding.target_lane.start("calibrate", repeat, target.verify, alone, *undrafted).result()
+        (times.plain,) = on_target_lane(repeat, verify(1 + ks[0] if target.policy.static else 1))
     for k, M in _points(ks, budgets):
-        stop, work = threading.Event(), None
-        if decoding.mode == "ssd":
-            if decoding.draft_lane is decoding.target_lane:  # they take turns anyway
-                stop.set()
-            fan_out = ByScores(M) if decoding.fan_out.by_scores else [[M]] * B
-            work = on_draft_lane(_prepare, draft, feed(k + 1), fan_out, stop)
-        verify = decoding.target_lane.start("calibrate", repeat, target.verify, feed(k + 1), *undrafted)
-        times.verify[k + 1] = verify.result()
+        if decoding.mode != "ssd":  # in turns, as in the run: each finds the caches of the cores as the other left them
+            times.verify[k + 1], drafting = repeat(lambda: on_target_lane(verify(k + 1)), lambda: draft_now(k))
+            times.draft[k] = drafting if draft is not None else 0.0
+            continue
+        (times.draft[k],) = repeat(lambda: draft_now(k))
+        stop = threading.Event()
+        if decoding.draft_lane is decoding.target_lane:  # they take turns anyway
+            stop.set()
+        fan_out = ByScores(M) if decoding.fan_out.by_scores else [[M]] * B
+        work = on_draft_lane(_prepare, draft, feed(k + 1), fan_out, stop)
+        (times.verify[k + 1],) = on_target_lane(repeat, verify(k + 1))
         stop.set()
-        if work is not None and (found := decoding.await_draft(work, decoding.patience())):
+        if found := decoding.await_draft(work, decoding.patience()):
             times.prepare[k + 1], times.step[M] = found
     return times if decoding.mode == decoding.settings.mode else None
 
@@ -106,18 +117,24 @@ def _points(ks: tuple[int, ...], budgets: tuple[int, ...]) -> list[tuple[int, in
     return [(at(ks, i), at(budgets, i)) for i in range(max(len(ks), len(budgets)))]
 
 
-def repeat(work, *args) -> float:
-    """The median seconds of work(*args), the first time left out."""
+def repeat(*works) -> list[float]:
+    """The median seconds of each work, one after the other again and again, the first time left out."""
     lasts, begin = [], time.perf_counter()
-    while len(lasts) < MEASURE_LEAST or time.perf_counter() - begin < MEASURE_S:
-        lasts.append(_timed(work, *args)[0])
-    return median(lasts[1:])
+    while len(lasts) < MEASURE_LEAST or time.perf_counter() - begin < MEASURE_S * len(works):
+        lasts.append([_timed(work)[0] for work in works])
+    return [median(times) for times in zip(*lasts[1:])]
 
 
 def _timed(work, *args) -> tuple[float, object]:
     begin = time.perf_counter()
     value = work(*args)
     return time.perf_counter() - begin, value
+
+
+def _decode(draft, two: Feed, one: Feed, k: int) -> None:
+    """Draft k tokens as ssd.Decoding.decode_now does: the last two of the text are fed first, then one each time."""
+    for step in range(k):
+        draft.decode(one if step else two, None)
 
 
 def _prepare(draft, feed: Feed, fan_out: ByScores | list, stop: threading.Event) -> tuple[float, float]:
@@ -169,40 +186,53 @@ class Tuner:
         if not self.idle and kind not in self.measured and (times := measure(decoding, self.ks, self.budgets)):
             self.measured[kind] = times
         self.times = self.measured.get(kind)
-        if self.times and self.times.choice:
-            self.k, self.k_miss, self.budget = self.times.choice
-            self.due = FIRST_WITH_CHOICE
-        elif self.times:
+        if self.times and self.times.learnt:
+            decoding.fan_out.begin_with(self.times.learnt)
+            self.due = FIRST_IF_LEARNT
+        if self.times:
+            decoding.figures.earlier = list(self.times.rates)
             self.choose(decoding.fan_out, decoding.figures)
         decoding.k, decoding.fan_out.budget = self.k, self.budget
 
     def revise(self, fan_out: FanOut, figures) -> None:
         """Once a round: choose anew where it is time to."""
         self.rounds += 1
-        if self.times is None or self.rounds < self.due or self.k == PLAIN:
+        if self.times is None or self.k == PLAIN:
+            return
+        if self.rounds == CALIBRATION_ROUNDS:
+            turns = self.settings.mode == "ssd" and self.budget == TURNS
+            figures.promised = self.rates(fan_out, figures)[self.k, self.budget][0] * (TURNS_IF if turns else 1)
+        if self.rounds < self.due:
             return
         self.due = self.rounds + min(self.rounds, REVISE_EVERY)
         rate = self.choose(fan_out, figures)
         if self.times.plain and self.rounds >= PLAIN_AFTER and 1 / self.times.plain > PLAIN_IF * rate:
             self.k, self.k_miss, self.budget = PLAIN, PLAIN, TURNS  # for this run: the next text may suit the draft
-        elif self.budget > TURNS or self.settings.mode == "sd":  # turns come from one text, or from the times anyway
-            self.times.choice = self.k, self.k_miss, self.budget
+
+    def remember(self, fan_out: FanOut, rate: float | None) -> None:
+        """The run is over: the next one of its kind begins with what was learnt."""
+        if self.times:
+            self.times.learnt = self.times.learnt or self.fan_out()
+            self.times.learnt.add(fan_out)
+            self.times.rates += [rate] if rate else []
 
     def choose(self, fan_out: FanOut, figures) -> float:
         """What the run has shown so far -> k, k_miss and budget; and the tokens a second and row that they promise."""
-        if self.settings.mode == "sd":
-            rates = self.sd_rates(fan_out)
-        else:
-            rates = self.ssd_rates(fan_out, figures.usual_exposed())
+        rates = self.rates(fan_out, figures)
         (self.k, self.budget), (rate, self.k_miss) = max(rates.items(), key=lambda item: item[1])
         return rate
+
+    def rates(self, fan_out: FanOut, figures) -> dict[tuple[int, int], tuple[float, int]]:
+        if self.settings.mode == "sd":
+            return self.sd_rates(fan_out)
+        return self.ssd_rates(fan_out, figures.usual_exposed())
 
     def sd_rates(self, fan_out: FanOut) -> dict[tuple[int, int], tuple[float, int]]:
         """(K, M) -> tokens a second and row, K again. Drafts that are no model take no time; their kind is FIXED."""
         times = self.times
-        kind = CHAIN if times.decode else FIXED
+        kind = CHAIN if any(times.draft.values()) else FIXED
         tokens = expected(fan_out, kind, self.ks[-1])
-        rate = lambda k: sd_rate(tokens[k], k * times.decode, between(times.verify, k + 1))  # noqa: E731
+        rate = lambda k: sd_rate(tokens[k], between(times.draft, k), between(times.verify, k + 1))  # noqa: E731
         return {(k, TURNS): (rate(k), k) for k in self.ks}
 
     def ssd_rates(self, fan_out: FanOut, exposed: float) -> dict[tuple[int, int], tuple[float, int]]:
@@ -233,7 +263,7 @@ class Tuner:
             t_round = max(t_verify, exposed + t_prepare + needed * step) + exposed
         ways = []  # after a miss: hits, tokens, seconds, and the tokens drafted while the target waits
         if self.settings.fallback != "fast":
-            waits = ((short, t_round + step / 4 + short * self.times.decode) for short in self.ks if short <= k)
+            waits = ((short, t_round + step / 4 + between(self.times.draft, short)) for short in self.ks if short <= k)
             ways += [(hits[short], tokens[short], t_miss, short) for short, t_miss in waits]
         if self.settings.fallback != "jit":
             ways.append((hits[0], 1.0, t_round, self.ks[0]))

@@ -135,7 +135,13 @@ def prediction(bench: Bench) -> dict:
                 for cell in cells:
                     judged = [run for run in cell.runs if "prediction_error" in run["stats"]]
                     for stats in (run["stats"] for run in judged):
-                        point = {"predicted": stats["predicted_tokens_per_s"], "measured": stats["rest_tokens_per_s"]}
+                        told = {"predicted": "predicted", "alone": "alone", "measured": "rest"}
+                        point = {key: stats[f"{of}_tokens_per_s"] for key, of in told.items()}
                         out["points"].append(labels | {"name": cell.name} | point)
                     out["cells"].append(replace(cell, runs=judged or cell.runs).record(**labels, judged=len(judged)))
+    for name in dict.fromkeys(point["name"] for point in out["points"]):
+        points = [point for point in out["points"] if point["name"] == name]
+        off = lambda of: median(abs(p[of] / p["measured"] - 1) for p in points)  # noqa: E731, B023
+        errors = {"prediction_error": off("predicted"), "alone_error": off("alone")}
+        out["cells"].append({"model": "all", "name": name, "judged": len(points)} | errors)
     return out

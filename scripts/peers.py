@@ -23,7 +23,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from statistics import mean, median
+from statistics import median
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
@@ -174,6 +174,7 @@ def run_ours(engine: Engine, prompts: list, without=(), **settings) -> dict:
     if decoding.mode != settings["mode"]:
         raise RuntimeError(f"the draft was lost in mode {settings['mode']}: such a run measures nothing")
     told = {key: stats[key] for key in STATS} | {"k_used": stats["k"], "fan_out_used": stats["fan_out"]}
+    told |= {"stray": decoding.fan_out.stray} if decoding.mode == "ssd" and decoding.fan_out.by_scores else {}
     return {
         "ids": stats["token_ids"],
         "decoded": sum(stats["new_tokens"]) - len(prompts),
@@ -187,16 +188,16 @@ def run_ours(engine: Engine, prompts: list, without=(), **settings) -> dict:
 def foretold(decoding, stats: dict) -> dict:
     """The prediction beside the rate of the rounds that it was not made from; the limit cuts the last one.
 
-    clock_error is what is left of the error once the tokens a round of those rounds are known: the text's part is out.
+    alone_...: the forecast that knows nothing of how fast earlier runs were.
     """
     verifies, first, last = decoding.figures.verifies, CALIBRATION_ROUNDS, len(decoding.figures.verifies) - 1
     if last < 1.5 * first or not stats["predicted_tokens_per_s"]:
         return {}
-    emitted, predicted = decoding.figures.emitted, stats["predicted_tokens_per_s"]
-    rest = sum(emitted[first:last]) / (verifies[last][0] - verifies[first][0])
-    drift = mean(emitted[first:last]) / mean(emitted[1:first])
-    errors = {"prediction_error": abs(predicted / rest - 1), "clock_error": abs(predicted * drift / rest - 1)}
-    return {"rest_tokens_per_s": rest} | errors
+    rest = sum(decoding.figures.emitted[first:last]) / (verifies[last][0] - verifies[first][0])
+    decoding.figures.earlier = []
+    alone = decoding.figures.predict(decoding.settings.mode, decoding.draft_lane.spans)["predicted_tokens_per_s"]
+    errors = {"prediction_error": abs(stats["predicted_tokens_per_s"] / rest - 1), "alone_error": abs(alone / rest - 1)}
+    return {"rest_tokens_per_s": rest, "alone_tokens_per_s": alone} | errors
 
 
 def counts(decoding) -> dict:

@@ -228,11 +228,14 @@ def test_tune(run):
 def test_prediction(run, monkeypatch):
     monkeypatch.setattr(tuner, "KS", (1, 2))  # else the toy pair's rounds are long and few
     part, _, _ = run("prediction", replace(TOY, sizes=()))
-    assert all(1 <= cell["judged"] <= TOY.long_prompts for cell in part["cells"]), "where enough rounds were left"
+    cells, pooled = part["cells"][:-2], part["cells"][-2:]
+    assert all(1 <= cell["judged"] <= TOY.long_prompts for cell in cells), "where enough rounds were left"
+    assert [(cell["model"], cell["name"]) for cell in pooled] == [("all", "SD"), ("all", "SSD")]
     for cell in part["cells"]:
-        points = [p for p in part["points"] if all(p[key] == cell[key] for key in ("name", "temperature"))]
-        errors = [abs(p["predicted"] / p["measured"] - 1) for p in points]
-        assert cell["prediction_error"] == pytest.approx(median(errors))
+        points = [p for p in part["points"] if all(p[key] == cell.get(key, p[key]) for key in ("name", "temperature"))]
+        for error, of in (("prediction_error", "predicted"), ("alone_error", "alone")):
+            assert cell[error] == pytest.approx(median(abs(p[of] / p["measured"] - 1) for p in points))
+        assert cell["judged"] == len(points)
 
 
 def test_ablations(run):

@@ -10,7 +10,18 @@ from families import random_text, tiny_model, whole
 from laws import make, one_thread  # noqa: F401
 
 import sampling
-from fanout import PRIOR_ACCEPTANCE, PRIOR_MISS, PRIOR_WEIGHT, REVISE_EVERY, STRAY, ByScores, FanOut, allocate, convex
+from fanout import (
+    CARRIED,
+    PRIOR_ACCEPTANCE,
+    PRIOR_MISS,
+    PRIOR_WEIGHT,
+    REVISE_EVERY,
+    STRAY,
+    ByScores,
+    FanOut,
+    allocate,
+    convex,
+)
 from runtime import Policy
 from sampling import CHAIN, FIXED, NONE, RESIDUAL, TOKEN, gumbel, warp
 from steps import LEFT_OUT, Feed, Runner
@@ -274,3 +285,25 @@ def test_forks_are_the_best_scores_without_the_drafted_token(coupling, way):
             if j < L:
                 order.remove(text[start + 1 + j])
             assert forked[0] == order[:M]
+
+
+@pytest.mark.parametrize("by_scores", [False, True])
+def test_what_runs_learnt_adds_up(by_scores):
+    """Runs that each begin with the ones before: what is kept is what one run of them all would have counted."""
+    kept, whole, rng = FanOut(3, 8, by_scores=by_scores), FanOut(3, 8, by_scores=by_scores), random.Random(4)
+    for _ in range(3):
+        run = FanOut(3, 8, by_scores=by_scores)
+        run.begin_with(kept)
+        assert sum(map(sum, run.tested.values())) <= CARRIED + 1e-9
+        for _ in range(rng.randrange(5, 60)):
+            rank = rng.choice((None, *range(8)))
+            outcome = (rng.choice((CHAIN, FIXED)), 3, rng.randrange(4), rank, 8)
+            run.observe(*outcome)
+            whole.observe(*outcome)
+        kept.add(run)
+        for mine, theirs in zip(kept._counts(), whole._counts()):
+            assert mine == pytest.approx(theirs)
+    again = FanOut(3, 8, by_scores=by_scores)
+    again.begin_with(kept)
+    assert sum(map(sum, again.tested.values())) == pytest.approx(CARRIED)
+    assert again.hits(CHAIN, 3) != FanOut(3, 8, by_scores=by_scores).hits(CHAIN, 3)

@@ -1,7 +1,9 @@
 """--k auto and --fan-out auto: the choice is the best of what the model says, and no choice changes the text."""
 
 import itertools
+import math
 import random
+import statistics
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -13,7 +15,7 @@ import tuner
 from fanout import FanOut
 from sampling import CHAIN, NONE
 from settings import Settings
-from speed import expected_tokens, sd_rate
+from speed import CALIBRATION_ROUNDS, Figures, expected_tokens, sd_rate
 from tuner import BUDGETS, KS, PLAIN, TURNS, TURNS_IF, Times, Tuner, between, choices
 
 PROMPTS = [[3, 1, 4, 1, 5], [9, 2], [6, 5, 3], [5], [8, 9, 7, 9, 3, 2, 3, 8], [46]]
@@ -58,6 +60,11 @@ def tuned(acceptance: float, times: Times, rounds=400, best=0.6, seed=0, **setti
     return one
 
 
+def steps(step: float) -> dict[int, float]:
+    """A draft whose every ordinary step takes so long."""
+    return {1: step, 8: 8 * step}
+
+
 def test_between():
     points = {2: 1.0, 5: 4.0, 9: 6.0}
     assert [between(points, x) for x in (2, 3, 5, 7, 9)] == [1, 2, 4, 5, 6]
@@ -74,25 +81,25 @@ def test_choices():
 @pytest.mark.parametrize("acceptance", [0.2, 0.5, 0.7, 0.9, 0.97])
 @pytest.mark.parametrize("step", [0.02, 0.1, 0.4])
 def test_sd_chooses_what_the_closed_form_says(acceptance, step):
-    times = Times({2: 1.0, 5: 1.15, 9: 1.4}, step)
+    times = Times({2: 1.0, 5: 1.15, 9: 1.4}, steps(step), {}, {})
     rates = {k: sd_rate(expected_tokens(acceptance, k), k * step, between(times.verify, k + 1)) for k in KS}
     chosen = tuned(acceptance, times, rounds=2000, mode="sd")
     assert rates[chosen.k] > 0.98 * max(rates.values()), f"chose {chosen.k}: {rates}"
 
 
 def test_ssd_weighs_chains_against_budget():
-    free = Times({2: 1.0, 9: 1.1}, 0.01, {2: 0.05, 9: 0.05}, {4: 0.01, 32: 0.01})
+    free = Times({2: 1.0, 9: 1.1}, steps(0.01), {2: 0.05, 9: 0.05}, {4: 0.01, 32: 0.01})
     assert tuned(0.95, free, mode="ssd").k == max(KS), "steps cost nothing: chains as long as they go"
     assert tuned(0.95, free, mode="ssd").budget >= 16
-    assert tuned(0.02, Times({2: 1.0, 9: 4.0}, 0.1, {2: 0.1, 9: 0.1}, {4: 0.1, 32: 0.2}), mode="ssd").k == 1
-    slow = Times({2: 1.0, 9: 1.1}, 0.1, {2: 0.1, 9: 0.1}, {4: 0.12, 32: 2.0})
+    assert tuned(0.02, Times({2: 1.0, 9: 4.0}, steps(0.1), {2: 0.1, 9: 0.1}, {4: 0.1, 32: 0.2}), mode="ssd").k == 1
+    slow = Times({2: 1.0, 9: 1.1}, steps(0.1), {2: 0.1, 9: 0.1}, {4: 0.12, 32: 2.0})
     assert tuned(0.9, slow, best=0.95, mode="ssd").budget == min(BUDGETS), "many branches do not pay"
     waited = [tuned(0.9, slow, mode="ssd", fan_out=16, cut=cut).k for cut in (True, False)]
     assert waited[0] >= waited[1], "chains that are waited for should be shorter"
 
 
 def test_the_chosen_is_the_best_of_all_and_a_fixed_one_stays():
-    times = Times({2: 1.0, 9: 1.3}, 0.1, {2: 0.1, 9: 0.15}, {4: 0.15, 32: 0.3})
+    times = Times({2: 1.0, 9: 1.3}, steps(0.1), {2: 0.1, 9: 0.15}, {4: 0.15, 32: 0.3})
     for settings in ({}, {"k": 3}, {"fan_out": 12}, {"fallback": "jit"}, {"fallback": "fast"}, {"cut": False}):
         one = tuned(0.8, times, mode="ssd", **settings)
         fan_out = FanOut(max(one.ks), max(one.budgets))
@@ -107,7 +114,7 @@ def test_the_chosen_is_the_best_of_all_and_a_fixed_one_stays():
     assert Tuner(Settings(mode="ssd", k=3, fan_out=5), 1, [Untold], {}).idle
 
 
-SLOW = Times({2: 1.0, 9: 1.1}, 0.5, {2: 1.5, 9: 1.6}, {4: 1.0, 32: 1.2})
+SLOW = Times({2: 1.0, 9: 1.1}, steps(0.5), {2: 1.5, 9: 1.6}, {4: 1.0, 32: 1.2})
 
 
 def test_a_slow_draft_takes_turns_and_one_that_does_not_pay_is_left():
@@ -125,7 +132,7 @@ def test_a_slow_draft_takes_turns_and_one_that_does_not_pay_is_left():
 def test_rates_follow_from_hits_and_times():
     """With every outcome in the cache, a round lasts a verification and gives what its chain gives."""
     one = Tuner(Settings(mode="ssd", k=4, fan_out=16), 1, [Untold], {})
-    one.times = Times({}, 0.1)
+    one.times = Times({}, steps(0.1), {}, {})
     lists = [1.0] * 5, [1.0, 1.5, 2.0, 2.5, 3.0], [2.0] * 5, [0.2] * 5  # hits, tokens, verify, prepare
     assert one.ssd_rate(4, *lists, step=0.1, exposed=0.5)[0] == pytest.approx(3.0 / 2.5)
     assert one.ssd_rate(4, *lists, step=0.6, exposed=0.0)[0] == pytest.approx(2.25 / 2.0), "3 fit, or 2"
@@ -134,7 +141,8 @@ def test_rates_follow_from_hits_and_times():
 
 
 def test_after_a_miss_less_is_drafted_where_drafting_is_dear():
-    cheap, dear = (Times({2: 1.0, 9: 1.1}, decode, {2: 0.1, 9: 0.1}, {4: 0.05, 32: 0.05}) for decode in (0.001, 0.9))
+    verify, prepare, step = {2: 1.0, 9: 1.1}, {2: 0.1, 9: 0.1}, {4: 0.05, 32: 0.05}
+    cheap, dear = (Times(verify, steps(decode), prepare, step) for decode in (0.001, 0.9))
     for times, least, most in ((cheap, 6, 8), (dear, 1, 1)):
         one = tuned(0.9, times, best=0.5, mode="ssd", fallback="jit", fan_out=8)
         assert one.k >= 6 and least <= one.k_miss <= most
@@ -203,20 +211,68 @@ def test_calibration_leaves_no_trace_and_is_done_once(pair, monkeypatch):
     pair.times.clear()
     calls, measure = [], tuner.measure
     monkeypatch.setattr(tuner, "measure", lambda *args: (calls.append(1), measure(*args))[1])
-    truth, last = pair.generate(PROMPTS, mode="ar", **ROWS), {}
+    truth = pair.generate(PROMPTS, mode="ar", **ROWS)
     for _ in range(2):
         for mode in ("sd", "ssd"):
             result, decoding = play(pair, PROMPTS, mode=mode, **ROWS)
             assert result.token_ids == truth.token_ids
             times = decoding.tuner.times
-            assert set(times.verify) == {2, 5, 9} and min(times.verify.values()) > 0 and times.decode > 0
+            assert set(times.verify) == {2, 5, 9} and min(times.verify.values()) > 0 and min(times.draft.values()) > 0
             assert set(times.step) == ({4, 16, 32} if mode == "ssd" else set())
-            assert times.plain > 0 and decoding.figures.choices[0] == last.get(mode, decoding.figures.choices[0])
-            if times.choice:  # where the next run begins; none where the last one was better off in turns
-                last[mode] = times.choice[0], times.choice[2]
+            assert times.plain > 0
     assert len(calls) == 2
     play(pair, PROMPTS, mode="ssd", k=2, fan_out=6)
     assert len(calls) == 2, "nothing to choose, nothing to measure"
+
+
+def test_a_run_begins_with_what_earlier_ones_learnt(monkeypatch):
+    """A draft that is the target: after one run the next chooses the longest chains at once."""
+    monkeypatch.setattr(tuner, "PLAIN_IF", 1e9)
+    target = transformer(0)
+    pair = engine(target, target, warn=pytest.fail)
+    settings = {"mode": "sd", "max_new_tokens": 300, "temperature": 1.0}
+    _, first = play(pair, [PROMPTS[0]], **settings)
+    times = first.tuner.times
+    times.draft, times.plain = {1: 1e-6, 8: 8e-6}, None
+    tests = sum(map(sum, times.learnt.tested.values()))
+    assert tests == sum(map(sum, first.fan_out.tested.values())) > 100 and len(times.rates) == 1
+    assert first.figures.earlier == [] and first.figures.promised > 0
+    _, second = play(pair, [PROMPTS[1]], **settings)
+    assert second.figures.choices[0][0] == max(KS) and second.figures.earlier == times.rates[:1]
+    assert sum(map(sum, times.learnt.tested.values())) > tests + 100 and len(times.rates) == 2
+    _, third = play(pair, [PROMPTS[1]], k=4, **settings)
+    assert third.tuner.times is None and third.figures.earlier == [] and len(times.rates) == 2, "nothing to choose"
+
+
+def test_the_promise_is_the_rate_of_the_choice_in_force():
+    times = Times({2: 1.0, 9: 1.3}, steps(0.1), {2: 0.1, 9: 0.15}, {4: 0.15, 32: 0.3})
+    for draft, turns in ((times, False), (SLOW, True)):
+        one = tuned(0.8, draft, best=0.8, rounds=CALIBRATION_ROUNDS - 1, mode="ssd")
+        fan_out, told = FanOut(8, 32), SimpleNamespace(usual_exposed=lambda: 0.0, promised=None)
+        one.due = 99
+        one.revise(fan_out, told)
+        assert (one.budget == TURNS) is turns
+        rate = one.ssd_rates(fan_out, 0.0)[one.k, one.budget][0]
+        assert told.promised == pytest.approx(rate * (TURNS_IF if turns else 1))
+
+
+def test_the_forecast():
+    """Between what the first rounds came to and what was promised, then towards earlier runs as they agree."""
+    figures = Figures([None], Settings(mode="sd"))
+    figures.emitted = [1] + [1, 3] * 16
+    assert figures.foretold(100.0, 32) == 100.0
+    figures.promised = 144.0
+    assert figures.foretold(100.0, 32) == pytest.approx(120.0)
+    figures.earlier = [80.0]
+    assert figures.foretold(100.0, 32) == pytest.approx(120.0), "one run tells nothing about how they differ"
+    figures.earlier = [80.0, 80.0, 80.0]
+    assert figures.foretold(100.0, 32) == pytest.approx(80.0)
+    figures.earlier = [20.0, 80.0, 320.0]
+    between, within = math.log(4) ** 2 * 4 / 2, 3 * statistics.variance([1, 3] * 15 + [1]) / (61 / 31) ** 2 / 31
+    weight = between / (between + within)
+    assert 0.9 < weight < 1 and figures.foretold(100.0, 32) == pytest.approx(120.0**weight * 80.0 ** (1 - weight))
+    figures.emitted = [1] + [2] * 32
+    assert figures.foretold(100.0, 32) == pytest.approx(120.0), "rounds that are all alike tell everything"
 
 
 def test_a_chat_keeps_what_it_read_before_calibration(pair):
@@ -232,7 +288,7 @@ def test_a_chat_keeps_what_it_read_before_calibration(pair):
 def test_n_grams_choose_k_too():
     pair = engine(transformer(0), "ngram")
     result, decoding = play(pair, [[5, 6, 7] * 8], mode="sd", max_new_tokens=60)
-    assert decoding.tuner.times.decode == 0 and result.stats["auto"] == ["k"]
+    assert not any(decoding.tuner.times.draft.values()) and result.stats["auto"] == ["k"]
     assert result.token_ids == pair.generate([[5, 6, 7] * 8], max_new_tokens=60).token_ids
 
 
