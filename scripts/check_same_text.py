@@ -2,7 +2,7 @@
 
 Knows: the grid, and what counts as a floating-point tie. Does not know: how anything is computed. Read next: ssd.py.
 
-    python scripts/check_same_text.py PROMPTS.jsonl              40 prompts, 128 new tokens, about 20 minutes on 2 cores
+    python scripts/check_same_text.py PROMPTS.jsonl              40 prompts, 128 new tokens, about 30 minutes on 2 cores
     python scripts/check_same_text.py PROMPTS.jsonl --quick      8 prompts, 48 new tokens, about a minute
 
 Coupling `shared`: the text of a seed must not depend on the mode, K, the budget, the fallback, cutting or the batch.
