@@ -11,7 +11,6 @@ decides between them, which is reported and counted as a tie; anything else is a
 """
 
 import argparse
-import itertools
 import json
 import sys
 from pathlib import Path
@@ -36,15 +35,12 @@ def cells(quick: bool):
     """(batch, settings) for every cell: K in 1..8 for SD and SSD, the rest of SSD's settings taking turns."""
     for place, (temperature, seed) in enumerate(HEAT[::3] if quick else HEAT):
         heat = {"temperature": temperature, "seed": seed}
-        turns = zip(itertools.cycle(BUDGETS), itertools.cycle(FALLBACKS), itertools.cycle((True, False, False, True)))
-        turns = itertools.islice(turns, place, None)
         yield 1, heat | {"mode": "ar"}
-        for k in (2, 5) if quick else range(1, 9):
+        for n, k in enumerate((2, 5) if quick else range(1, 9)):
             yield (1 if k in (2, 7) else BATCH), heat | {"mode": "sd", "k": k}
-            for _ in range(2):
-                budget, fallback, cut = next(turns)
-                ssd = heat | {"mode": "ssd", "k": k, "fan_out": budget, "fallback": fallback, "cut": cut}
-                yield (1 if k in (3, 5) else BATCH), ssd
+            turns = {"fan_out": BUDGETS[(place + n) % 4], "fallback": FALLBACKS[(place + n) % 3]}
+            ssd = heat | {"mode": "ssd", "k": k, **turns, "cut": (place + n // 2) % 2 == 0}
+            yield (1 if k in (3, 5) else BATCH), ssd
 
 
 def run(engine, prompts: list, batch: int, settings: dict, new: int) -> list[list[int]]:
