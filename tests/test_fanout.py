@@ -300,7 +300,10 @@ def test_what_runs_learnt_adds_up(by_scores):
             outcome = (rng.choice((CHAIN, FIXED)), 3, rng.randrange(4), rank, 8)
             run.observe(*outcome)
             whole.observe(*outcome)
+        assert run.stray == kept.stray
+        run.stray += 0.1
         kept.add(run)
+        assert kept.stray == run.stray
         for mine, theirs in zip(kept._counts(), whole._counts()):
             assert mine == pytest.approx(theirs)
     again = FanOut(3, 8, by_scores=by_scores)
