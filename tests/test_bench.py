@@ -21,6 +21,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 import ablate  # noqa: E402
 import altered  # noqa: E402
 import bench  # noqa: E402
+import check_same_text  # noqa: E402
 import measure  # noqa: E402
 import modes  # noqa: E402
 import peers  # noqa: E402
@@ -388,3 +389,16 @@ def test_quick_is_a_part_of_the_whole():
         "mode_ks", "mode_fan_outs", "tune_ks", "tune_fan_outs", "saguaro_cs", "cut_ks", "slow_ks", "slow_fan_outs",
     ):  # fmt: skip
         assert set(getattr(bench.QUICK, name)) <= set(getattr(bench.FULL, name)), name
+
+
+def test_the_grid_of_texts_covers_what_it_says():
+    """Every temperature and seed with every K in both modes; every budget, fallback and batch, cut and not."""
+    cells = list(check_same_text.cells(quick=False))
+    ssd = [(batch, s) for batch, s in cells if s["mode"] == "ssd"]
+    for mode in ("sd", "ssd"):
+        of = [(s["temperature"], s["seed"], s["k"]) for _, s in cells if s["mode"] == mode]
+        assert sorted(of) == sorted((*heat, k) for heat in check_same_text.HEAT for k in range(1, 9))
+        assert {batch for batch, s in cells if s["mode"] == mode} == {1, 8}
+    assert {(s["k"], s["cut"]) for _, s in ssd} == {(k, cut) for k in range(1, 9) for cut in (True, False)}
+    for key, values in (("fan_out", check_same_text.BUDGETS), ("fallback", check_same_text.FALLBACKS)):
+        assert {(s[key], s["cut"]) for _, s in ssd} == {(value, cut) for value in values for cut in (True, False)}
