@@ -233,7 +233,11 @@ def test_a_run_begins_with_what_earlier_ones_learnt(monkeypatch):
     settings = {"mode": "sd", "max_new_tokens": 300, "temperature": 1.0}
     _, first = play(pair, [PROMPTS[0]], **settings)
     times = first.tuner.times
-    times.draft, times.plain = {1: 1e-6, 8: 8e-6}, None
+    times.verify, times.draft, times.plain = {2: 1.0, 9: 1.0}, steps(0.25), None
+    unlearnt = Tuner(Settings(mode="sd"), 1, [Untold, Untold], {})
+    unlearnt.times = times
+    unlearnt.choose(unlearnt.fan_out(), STILL)
+    assert unlearnt.k < max(KS), "who knows nothing yet expects rejections"
     tests = sum(map(sum, times.learnt.tested.values()))
     assert tests == sum(map(sum, first.fan_out.tested.values())) > 100 and len(times.rates) == 1
     assert first.figures.earlier == [] and first.figures.promised > 0
