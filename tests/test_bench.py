@@ -141,8 +141,9 @@ def test_overlap(run):
     assert facts["share_of_ceiling"] == pytest.approx(over / ceiling)
     assert "overlap target: SSD / SD" in headline and headline["texts_differ"] == 0
     sweep = [row for row in part["sweeps"] if row["model"] == "target" and row["peer"] == "ssd"]
-    best = max(sweep, key=lambda row: row["tokens_per_s"])
-    assert (best["k"], best["fan_out"]) == (ssd["k"], ssd["fan_out"]), "measured at the best of the sweep"
+    enough = measure.SAME * max(row["tokens_per_s"] for row in sweep)
+    first = next(row for row in sweep if row["tokens_per_s"] >= enough)
+    assert (first["k"], first["fan_out"]) == (ssd["k"], ssd["fan_out"]), "measured at the first as good as the best"
 
 
 def test_predict(run):
