@@ -76,7 +76,7 @@ def parser() -> argparse.ArgumentParser:
     add("--temperature", type=number, default=0.0, metavar="T", help="0, the default, is greedy")
     add("--top-k", type=whole, default=0, metavar="N", help="keep the N likeliest tokens; 0, the default, is off")
     add("--top-p", type=number, default=1.0, metavar="P", help="keep the likeliest tokens that sum to P; 1 is off")
-    add("--seed", type=whole, default=0, metavar="S", help="same seed, same text, in every mode (0)")
+    add("--seed", type=whole, default=0, metavar="S", help="same seed, same text, in every mode under shared (0)")
     add("--stop", nargs="+", action="extend", default=[], metavar="TEXT", help="texts that end the output")
     add("--ignore-eos", action="store_true", help="go on behind the end of the text")
     add("--k", type=whole_or_auto, default=AUTO, metavar="K|auto", help="SD, SSD: most draft tokens a round (auto)")

@@ -78,6 +78,14 @@ def write_scripted(folder: Path, tokenizer: Path) -> Path:
     return copy_tokenizer(tokenizer, folder)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def quick_calibration():
+    """Tiny models are timed MEASURE_LEAST times a point, not for a tenth of a second; no test asserts a time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tuner.MEASURE_S", 0.0)
+        yield
+
+
 @pytest.fixture(scope="session")
 def root(tmp_path_factory) -> Path:
     """A folder with assets/demo/target and /draft, as this repository has, and assets/scripted."""

@@ -68,7 +68,6 @@ def run(pair, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(peers, "Worker", Here)
     for module in (peers, runtime):  # the probe takes longer than a toy model's whole run
         monkeypatch.setattr(module, "read_bandwidth", lambda lane: 1e10)
-    monkeypatch.setattr(tuner, "MEASURE_S", 0.0)
     monkeypatch.setattr(bench, "DRAFT_SHAPES", ("layers=3", "hidden=48"))
 
     def run_part(part, effort=TOY):
