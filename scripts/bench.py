@@ -55,6 +55,7 @@ class Effort:
     overlap_prompts: int = 16  # of its sweeps: a K that is too long for its chains costs more than all noise
     fan_outs: tuple[int, ...] = (4, 6, 8, 16, 24)
     assisted_ks: tuple[int, ...] = (1, 2, 3, 4, 6, 8)
+    assisted_repeats: int = 16  # each another prompt: how much there is to repeat differs from text to text
     assisted_fan_outs: tuple[int, ...] = (8, 24)
     thresholds: tuple[float, ...] = (0.0, 0.4)  # 0.4 is transformers' default
     lookup_ks: tuple[int, ...] = (2, 4, 8)
@@ -83,13 +84,12 @@ class Effort:
 
 FULL = Effort()
 QUICK = Effort(
-    sizes=(), batches=(1, 8), repeats=5, plain_tokens=32, pairs=6, new_tokens=32, sweep_prompts=1, sweep_tokens=24,
+    sizes=(), batches=(1, 8), repeats=5, plain_tokens=24, pairs=6, new_tokens=24, sweep_prompts=1, sweep_tokens=16,
     ks=(1, 2, 4), fan_outs=(4, 8), overlap_prompts=1, assisted_ks=(2, 4), assisted_fan_outs=(8,), thresholds=(0.0,),
-    lookup_ks=(4,),
-    quarter=False, temperatures=(0.0, 1.0), budgets=(8, 24), predict_batch=4, predict_batches=1,
-    mode_sizes=(), mode_batches=(1,), mode_ks=(2,), mode_fan_outs=(8,), tune_ks=(1, 2), tune_fan_outs=(8,),
-    predict_ks=(1, 2), tune_pairs=6, tune_tokens=32, long_prompts=2, long_tokens=144, saguaro_cs=(0.25,), cut_ks=(4,),
-    slow_ks=(2,), slow_fan_outs=(4,), slow_repeats=5,
+    assisted_repeats=5, lookup_ks=(4,), quarter=False, temperatures=(0.0, 1.0), budgets=(8, 24), predict_batch=4,
+    predict_batches=1, mode_sizes=(), mode_batches=(1,), mode_ks=(2,), mode_fan_outs=(8,), tune_ks=(1, 2),
+    tune_fan_outs=(8,), predict_ks=(1, 2), tune_pairs=6, tune_tokens=32, long_prompts=2, long_tokens=144,
+    saguaro_cs=(0.25,), cut_ks=(4,), slow_ks=(2,), slow_fan_outs=(4,), slow_repeats=5,
 )  # fmt: skip
 
 BRIEF = Effort(
@@ -248,7 +248,7 @@ def assisted(bench: Bench) -> dict:
                 cell, sweep = bench.best(ask, what, [Cell(peer, peer, how) for how in hows])
                 out["sweeps"] += [{"model": model, **row} for row in sweep]
                 cells.append(cell)
-            bench.time(ask, what, cells, e.repeats, e.new_tokens)
+            bench.time(ask, what, cells, e.assisted_repeats, e.new_tokens)
             by = {cell.peer: cell for cell in cells}
             against = [to for to in ("transformers assisted", "transformers lookup", "transformers", "ar") if to in by]
             for mine in ("ssd", "sd", NGRAM):
