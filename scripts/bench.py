@@ -55,6 +55,7 @@ class Effort:
     overlap_prompts: int = 16  # of its sweeps: a K that is too long for its chains costs more than all noise
     fan_outs: tuple[int, ...] = (4, 6, 8, 16, 24)
     assisted_ks: tuple[int, ...] = (1, 2, 3, 4, 6, 8)
+    assisted_prompts: int = 8  # of its sweeps
     assisted_repeats: int = 16  # each another prompt: how much there is to repeat differs from text to text
     assisted_fan_outs: tuple[int, ...] = (8, 24)
     thresholds: tuple[float, ...] = (0.0, 0.4)  # 0.4 is transformers' default
@@ -86,10 +87,10 @@ FULL = Effort()
 QUICK = Effort(
     sizes=(), batches=(1, 8), repeats=5, plain_tokens=24, pairs=6, new_tokens=24, sweep_prompts=1, sweep_tokens=16,
     ks=(1, 2, 4), fan_outs=(4, 8), overlap_prompts=1, assisted_ks=(2, 4), assisted_fan_outs=(8,), thresholds=(0.0,),
-    assisted_repeats=5, lookup_ks=(4,), quarter=False, temperatures=(0.0, 1.0), budgets=(8, 24), predict_batch=4,
-    predict_batches=1, mode_sizes=(), mode_batches=(1,), mode_ks=(2,), mode_fan_outs=(8,), tune_ks=(1, 2),
-    tune_fan_outs=(8,), predict_ks=(1, 2), tune_pairs=6, tune_tokens=32, long_prompts=2, long_tokens=144,
-    saguaro_cs=(0.25,), cut_ks=(4,), slow_ks=(2,), slow_fan_outs=(4,), slow_repeats=5,
+    assisted_prompts=1, assisted_repeats=5, lookup_ks=(4,), quarter=False, temperatures=(0.0, 1.0), budgets=(8, 24),
+    predict_batch=4, predict_batches=1, mode_sizes=(), mode_batches=(1,), mode_ks=(2,), mode_fan_outs=(8,),
+    tune_ks=(1, 2), tune_fan_outs=(8,), predict_ks=(1, 2), tune_pairs=6, tune_tokens=32, long_prompts=2,
+    long_tokens=144, saguaro_cs=(0.25,), cut_ks=(4,), slow_ks=(2,), slow_fan_outs=(4,), slow_repeats=5,
 )  # fmt: skip
 
 BRIEF = Effort(
@@ -233,8 +234,9 @@ def assisted(bench: Bench) -> dict:
             alone = [{"target": target, "device": d} for d in bench.devices]
             apart = pair | {"device": bench.one, "draft_device": bench.other}
             plans = {
-                "sd": [how | {"k": k} for how in taking_turns for k in e.assisted_ks],
-                "ssd": [apart | {"k": k, "fan_out": M} for k in e.assisted_ks for M in e.assisted_fan_outs],
+                "sd": [how | {"k": k} for how in taking_turns for k in (*e.assisted_ks, "auto")],
+                "ssd": [apart | {"k": k, "fan_out": M} for k in e.assisted_ks for M in e.assisted_fan_outs]
+                + [apart | {"k": "auto", "fan_out": "auto"}],
                 NGRAM: [how | {"k": k} for how in alone for k in e.lookup_ks],
                 "ar": alone,
             }
@@ -245,7 +247,7 @@ def assisted(bench: Bench) -> dict:
                 plans["transformers lookup"] = [how | {"k": k} for how in alone for k in e.lookup_ks]
             what, cells = f"assisted {model}", []
             for peer, hows in plans.items():
-                cell, sweep = bench.best(ask, what, [Cell(peer, peer, how) for how in hows])
+                cell, sweep = bench.best(ask, what, [Cell(peer, peer, how) for how in hows], prompts=e.assisted_prompts)
                 out["sweeps"] += [{"model": model, **row} for row in sweep]
                 cells.append(cell)
             bench.time(ask, what, cells, e.assisted_repeats, e.new_tokens)
