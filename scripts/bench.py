@@ -274,7 +274,7 @@ def parser() -> argparse.ArgumentParser:
     add = p.add_argument
     add("--only", metavar="PART[,PART]", default=",".join(PARTS), help=f"some of {', '.join(PARTS)} (default: all)")
     add("--effort", choices=EFFORTS, default="full", help="how many sizes, settings, prompts and repeats: a part takes "
-        "about 20 seconds, 6 minutes or 20 minutes on 2 cores")  # fmt: skip
+        "about 20 seconds, 4 to 20 minutes, or longer on 2 cores")  # fmt: skip
     add("--quick", dest="effort", action="store_const", const="quick", help="--effort quick: under 3 minutes in all")
     add("--target", metavar="DIR", default=str(DEMO / "target"), help="a small checkpoint (default: the demo pair's)")
     add("--draft", metavar="DIR", default=str(DEMO / "draft"), help="its draft")

@@ -29,7 +29,7 @@ import peers  # noqa: E402
 TOY = bench.Effort(
     sizes=("hidden=48,layers=3",), batches=(1, 2), repeats=3, plain_tokens=12, pairs=3, new_tokens=12, sweep_prompts=1,
     overlap_prompts=1, sweep_tokens=8, ks=(1, 2), fan_outs=(4,), assisted_ks=(2,), assisted_fan_outs=(4,),
-    assisted_prompts=1, assisted_repeats=3, thresholds=(0.0,), lookup_ks=(2,), temperatures=(0.0, 1.0),
+    assisted_prompts=1, assisted_repeats=2, thresholds=(0.0,), lookup_ks=(2,), temperatures=(0.0, 1.0),
     budgets=(4, 8), predict_ks=(1, 2), predict_batch=2, predict_batches=2, mode_sizes=(), mode_batches=(1, 2),
     mode_ks=(2,), mode_fan_outs=(2, 4), tune_ks=(1, 2), tune_fan_outs=(2, 4), tune_pairs=3, tune_tokens=12,
     long_prompts=2, long_tokens=210, saguaro_cs=(0.5,), slow_ks=(1, 2), slow_fan_outs=(4,),
@@ -169,6 +169,7 @@ def test_assisted(run):
     part, results, headline = run("assisted")
     assert {cell["peer"] for cell in part["cells"]} == set(peers.PEERS) and not results["skipped"]
     check_ratios(part)
+    assert {len(cell["tokens_per_s"]["runs"]) for cell in part["cells"]} == {TOY.assisted_repeats}
     for mine in ("ssd", "sd"):
         assert f"assisted target: {mine} / transformers assisted" in headline
         assert "auto" in {row["k"] for row in part["sweeps"] if row["peer"] == mine}, "what a user gets takes part"
