@@ -9,12 +9,13 @@ from pathlib import Path
 
 import torch
 
-from model import Config, Transformer
+from checkpoint.config import Config
+from checkpoint.tokenizer import Tokenizer, load_tokenizer, read_eos_ids, vocabulary_difference
+from checkpoint.weights import available_bytes, load_model, resolve, weight_bytes
+from model import Transformer
 from rows import sampling_params
 from runtime import Policy, one_thread, pack
 from steps import Runner
-from tokenizer import Tokenizer, load_tokenizer, read_eos_ids, vocabulary_difference
-from weights import available_bytes, load_model, resolve, weight_bytes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 TRUNK_STEP = 256  # static shapes: capacities are rounded up to this, so that few are ever compiled

@@ -18,8 +18,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from inflation import NAMES, SHAPES, grown  # noqa: E402
-from weights import TEXT_FILES, pieces, resolve, save_model, weight_bytes  # noqa: E402
+from checkpoint.inflation import NAMES, SHAPES, grown  # noqa: E402
+from checkpoint.weights import TEXT_FILES, pieces, resolve, save_model, weight_bytes  # noqa: E402
 
 
 def inflate(source: str, shape: str, out: Path, dtype: torch.dtype, device: str, seed: int, shard_bytes: int) -> str:

@@ -24,11 +24,11 @@ import peers  # noqa: E402
 import torch  # noqa: E402
 from inflate import inflate  # noqa: E402
 
+from checkpoint.tokenizer import load_tokenizer  # noqa: E402
+from checkpoint.weights import load_config, resolve, split_inflate  # noqa: E402
 from generate import DEMO, read_prompts  # noqa: E402
 from runtime import available_cores  # noqa: E402
 from speed import distinct_4grams  # noqa: E402
-from tokenizer import load_tokenizer  # noqa: E402
-from weights import load_config, resolve, split_inflate  # noqa: E402
 
 LONGEST_PROMPT = 256  # tokens
 SAME = 0.98  # of the fastest in a sweep: as good as it

@@ -33,7 +33,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 from demo_files import Corpus, from_hugging_face, measure, sample, write_json, write_pair  # noqa: E402
 
-from model import Config, Transformer  # noqa: E402
+from checkpoint.config import Config  # noqa: E402
+from model import Transformer  # noqa: E402
 
 STAGES = ("target", "finish", "draft", "export", "report")
 

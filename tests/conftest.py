@@ -44,8 +44,9 @@ def copy_tokenizer(source: Path, folder: Path) -> Path:
 
 def write_random(folder: Path, noise: float = 0.0) -> Path:
     """Random weights, always the same, plus noise: with a little, a draft that is often, not always, right."""
-    from model import Config, Transformer
-    from weights import save_model
+    from checkpoint.config import Config
+    from checkpoint.weights import save_model
+    from model import Transformer
 
     model = Transformer(Config.from_dict(SHAPE)).requires_grad_(False)
     rng, other = (torch.Generator().manual_seed(seed) for seed in (0, 1))
@@ -60,9 +61,10 @@ def write_random(folder: Path, noise: float = 0.0) -> Path:
 
 def write_scripted(folder: Path, tokenizer: Path) -> Path:
     """A model without attention whose next token depends on the last one: whatever it reads, it answers SCRIPT, EOS."""
-    from model import Config, Transformer
-    from tokenizer import load_tokenizer
-    from weights import save_model
+    from checkpoint.config import Config
+    from checkpoint.tokenizer import load_tokenizer
+    from checkpoint.weights import save_model
+    from model import Transformer
 
     model = Transformer(Config.from_dict(SHAPE)).requires_grad_(False)
     for name, weight in model.named_parameters():

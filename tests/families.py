@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from cache import KVCache
-from model import Config, Transformer
+from checkpoint.config import Config
+from model import Transformer
 
 LLAMA = {
     "model_type": "llama", "vocab_size": 96, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2,

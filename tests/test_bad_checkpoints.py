@@ -13,8 +13,8 @@ from families import LLAMA, tiny_model
 from families import refuses as refuses_to
 from safetensors.torch import load_file, save_file
 
-import weights
-from weights import load_config, load_model, save_model
+from checkpoint import weights
+from checkpoint.weights import load_config, load_model, save_model
 
 
 @pytest.fixture

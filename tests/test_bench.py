@@ -13,7 +13,7 @@ import torch
 
 import runtime
 import tuner
-from weights import save_model
+from checkpoint.weights import save_model
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))

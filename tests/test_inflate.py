@@ -10,10 +10,10 @@ import pytest
 import torch
 from families import LLAMA, LLAMA3_ROPE, greedy, random_text, randomise, refuses, tiny_model, whole
 
-from inflation import SHAPES, grow_config, parse_shape
-from model import Config
+from checkpoint.config import Config
+from checkpoint.inflation import SHAPES, grow_config, parse_shape
+from checkpoint.weights import load_config, load_model, pieces, resolve, save_model
 from scripts.inflate import inflate, main
-from weights import load_config, load_model, pieces, resolve, save_model
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = [path.parent for path in sorted(ROOT.glob("assets/demo/*/config.json"))]

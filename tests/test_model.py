@@ -20,8 +20,8 @@ from families import (
     whole,
 )  # fmt: skip
 
-from model import Config
-from weights import load_config, load_model
+from checkpoint.config import Config
+from checkpoint.weights import load_config, load_model
 
 # transformers rounds RMSNorm and RoPE's angles to float32 even in float64 models.
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-5}

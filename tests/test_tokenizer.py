@@ -13,8 +13,15 @@ from pathlib import Path
 
 import pytest
 
-import tokenizer as engine
-from tokenizer import LLAMA3_PATTERN, LLAMA3_SPECIAL, load_tokenizer, read_eos_ids, render_chat, vocabulary_difference
+from checkpoint import tokenizer as engine
+from checkpoint.tokenizer import (
+    LLAMA3_PATTERN,
+    LLAMA3_SPECIAL,
+    load_tokenizer,
+    read_eos_ids,
+    render_chat,
+    vocabulary_difference,
+)
 
 transformers = pytest.importorskip("transformers", reason="transformers, the reference, is not installed")
 tokenizers = pytest.importorskip("tokenizers", reason="tokenizers, the reference, is not installed")

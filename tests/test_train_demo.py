@@ -38,7 +38,7 @@ def made(tmp_path_factory):
 
 
 def test_pair_is_complete(made):
-    from model import Config
+    from checkpoint.config import Config
 
     _, out = made
     for name in ("target", "draft"):

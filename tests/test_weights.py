@@ -13,9 +13,18 @@ import torch
 from families import LLAMA, random_text, refuses, tiny_model, whole
 from safetensors.torch import load_file, save_file
 
-import weights
-from model import Config
-from weights import load_config, load_model, open_tensors, pieces, resolve, save_model, split_inflate, weight_bytes
+from checkpoint import weights
+from checkpoint.config import Config
+from checkpoint.weights import (
+    load_config,
+    load_model,
+    open_tensors,
+    pieces,
+    resolve,
+    save_model,
+    split_inflate,
+    weight_bytes,
+)
 
 KINDS = {
     "llama": {},

@@ -2,7 +2,8 @@
 
 import torch
 
-from model import Config, Transformer
+from checkpoint.config import Config
+from model import Transformer
 from pair import Model
 from runtime import Devices, available_cores, one_thread
 from ssd import Decoding, Engine, Result

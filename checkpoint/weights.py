@@ -22,7 +22,8 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from model import Config, Transformer
+from checkpoint.config import Config
+from model import Transformer
 
 INFLATE = "inflate:"
 FLOATS = ("F64", "F32", "F16", "BF16")
@@ -176,7 +177,7 @@ def load_config(name: str | Path) -> Config:
     """The config of a checkpoint without its weights; of an inflated one, the grown config."""
     folder, inflated = resolve(name), split_inflate(name)
     if inflated:
-        from inflation import grow_config, parse_shape
+        from checkpoint.inflation import grow_config, parse_shape
 
         return parse_config(grow_config(read_config(folder), parse_shape(inflated[0])), folder)
     return parse_config(read_config(folder), folder)
@@ -186,7 +187,7 @@ def load_model(name: str | Path, device="cpu", dtype: torch.dtype = torch.float3
     """The checkpoint `name` on `device` in `dtype`, with no second copy in host memory. ValueError: what is wrong."""
     folder, inflated = resolve(name), split_inflate(name)
     if inflated:
-        from inflation import load_inflated
+        from checkpoint.inflation import load_inflated
 
         return load_inflated(inflated[0], folder, device, dtype)
     config = parse_config(read_config(folder), folder)

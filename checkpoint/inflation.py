@@ -24,8 +24,9 @@ from pathlib import Path
 
 import torch
 
-from model import Config, Transformer
-from weights import Fill, Piece, build_model, load_model, parse_config, pieces_of, read_config
+from checkpoint.config import Config
+from checkpoint.weights import Fill, Piece, build_model, load_model, parse_config, pieces_of, read_config
+from model import Transformer
 
 NAMES = {
     "hidden": "hidden_size", "layers": "num_hidden_layers", "heads": "num_attention_heads",
