@@ -13,6 +13,7 @@ Shape letters: L layers, B batch, T tokens fed per row, G key/value heads, S slo
 """
 
 import threading
+import time
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -110,59 +111,60 @@ class KVCache:
 
 
 class SpeculationCache:
-    """Outcome -> chain, for the round in flight: filled by the draft lane, read by the loop while it is being filled.
+    """Outcome -> chain, for the round in flight: filled by the draft's lane, read by the loop while it is filled.
 
-    fork() once, then append() after every chain step; whoever reads takes the steps that are there. A look-up is one
-    dictionary access. The two events let the reader wait for the first moment at which an answer exists.
+    The key is (row, accepted tokens, next token), the value a branch, whose chain grows by a token a
+    step. fork() comes once, then append() after every chain step; a reader takes the steps that are
+    there. work is the lane's future that fills this cache, None where nothing is prepared.
     """
 
-    def __init__(self):
+    def __init__(self, lane, cut: bool):
+        """cut: a look-up waits for the first token of a chain only; else for all of the work."""
+        self.lane, self.cut, self.work = lane, cut, None
         self.branch_of: dict[tuple[int, int, int], int] = {}
-        self.steps: list[tuple[list[list[int]], torch.Tensor | None]] = []  # (tokens [B][M], log q (B, M, V)) a step
-        self.made = None  # the fork, to learn from
+        self.chance: list[float] = []  # [B], that one of a row's branches is the outcome
+        self.steps: list[tuple[list[list[int]], object]] = []  # (tokens [B][M], their LogQ or None)
+        self.moments: list[float] = []  # when the fork and each step were done
         self.forked, self.ready = threading.Event(), threading.Event()
-        self.error: BaseException | None = None
-        self.work = None  # the draft lane's Pending that fills this cache
 
     @contextmanager
     def filling(self):
         """Whatever happens to the work inside, nobody waits for this cache for ever."""
         try:
             yield
-        except BaseException as error:
-            self.error = error
-            raise
         finally:
             self.forked.set()
             self.ready.set()
 
-    def fork(self, made) -> None:
-        """made: steps.Forked."""
-        for row, (tokens, depths) in enumerate(zip(made.tokens, made.depths)):
-            for branch, (depth, token) in enumerate(zip(depths, tokens)):
+    def fork(self, tokens_BM: list[list[int]], depths_BM: list[list[int]], chance_B: list[float]) -> None:
+        for row, branches in enumerate(zip(depths_BM, tokens_BM)):
+            for branch, (depth, token) in enumerate(zip(*branches)):
                 self.branch_of[row, depth, token] = branch
-        self.made = made
+        self.chance = chance_B
+        self.moments.append(time.perf_counter())
         self.forked.set()
 
-    def append(self, tokens_BM: list[list[int]], logq_BMV: torch.Tensor | None) -> None:
-        self.steps.append((tokens_BM, logq_BMV))
+    def append(self, tokens_BM: list[list[int]], logq) -> None:
+        self.steps.append((tokens_BM, logq))
+        self.moments.append(time.perf_counter())
         self.ready.set()
 
-    def look_up(self, row: int, accepted: int, token: int) -> int | None:
-        """The branch prepared for "exactly `accepted` draft tokens, then `token`", or None: a miss."""
-        return self.branch_of.get((row, accepted, token))
+    def look_up(self, rows: list[int], accepted: list[int], bonus: list[int]) -> dict[int, tuple[list[int], list]]:
+        """Row -> the chain prepared for what happened, for the rows that hit. A chain is tokens and their LogQ.
 
-    def lesson(self, row: int, accepted: int, token: int) -> tuple[int | None, int, list[float] | None]:
-        """The place of an outcome among those it was ranked with, None if it is not there; how many they were; and
-        the chances that its drafted tokens had."""
-        made = self.made
-        if made.best is None:
-            return self.look_up(row, accepted, token), len(made.tokens[row]), made.held[row]
-        best = made.best[row][accepted]
-        return (best.index(token) if token in best else None), len(best), None
-
-    def chain(self, row: int, branch: int, length: int) -> tuple[list[int], list[torch.Tensor] | None]:
-        """The first `length` prepared tokens of a branch and, unless the coupling is `shared`, their log q (V,)."""
-        taken = self.steps[:length]
-        tokens = [tokens_BM[row][branch] for tokens_BM, _ in taken]
-        return tokens, [logq[row, branch] for _, logq in taken] if taken and taken[0][1] is not None else None
+        accepted and bonus are by row, as `verify` returns them. Raises DraftLost.
+        """
+        if self.work is None or not rows:
+            return {}
+        if not self.cut:
+            self.lane.answer(self.work)
+        self.lane.wait_for(self.forked)
+        outcomes = {b: (b, accepted[b], bonus[b]) for b in rows}
+        hits = {b: self.branch_of[key] for b, key in outcomes.items() if key in self.branch_of}
+        if hits:
+            self.lane.wait_for(self.ready)
+        steps = list(self.steps)  # what comes later is of no use to this round
+        return {
+            b: ([tokens[b][branch] for tokens, _ in steps], [logq and logq.of(b, branch) for _, logq in steps])
+            for b, branch in hits.items()
+        }

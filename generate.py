@@ -2,9 +2,9 @@
 
 Knows: flags, streams, exit codes. Does not know: anything about models or rounds. Read next: ssd.py.
 
-    python generate.py                      plain decoding of a built-in prompt by the demo pair, on the CPU
-    python generate.py --ssd                the same text, faster where the draft has a device of its own
-    python generate.py --compare            the three modes side by side on the same prompt and seed
+    python generate.py                      the default model answers a question by plain decoding
+    python generate.py --ssd                the same answer, faster where the draft has its own device
+    python generate.py --compare            the three modes side by side on one prompt and seed
 """
 
 import argparse
@@ -15,13 +15,12 @@ import time
 import warnings
 from pathlib import Path
 
-from report import MODES, compare, explain, figures_line, table, write_trace
+from figures import MODES, compare, explain, figures_line, table, write_trace
 
-DEMO = Path(__file__).resolve().parent / "assets" / "demo"
-AUTO = "auto"  # settings.AUTO; torch is imported later, inside main, so that Ctrl-C ends quietly
-PROMPT = "def fibonacci(n):\n"
+AUTO = "auto"  # rows.AUTO; torch is imported later, inside main, so that Ctrl-C ends quietly
+QUESTION = "Why is the sky blue?"
 FILE_LIMIT = 1 << 26  # bytes of a prompt file
-MISTAKE, INTERRUPTED, NOBODY_READS = 2, 130, 141  # exit codes; the last two are 128 + the signal's number
+FAILED, MISTAKE, INTERRUPTED, NOBODY_READS = 1, 2, 130, 141  # exit codes; the last two are 128 + a signal
 DRAFT_FLAGS, SSD_FLAGS = ("draft", "draft_device", "k", "coupling", "saguaro_c"), ("fan_out", "cut", "fallback")
 SAMPLING_FLAGS = ("top_k", "top_p", "seed")  # of no effect at temperature 0
 
@@ -67,8 +66,11 @@ def parser() -> argparse.ArgumentParser:
     text.add_argument("--prompt", nargs="+", action="extend", metavar="TEXT", help="a prompt, or several (a batch)")
     text.add_argument("--prompt-file", metavar="FILE", help="a text (one prompt), or .jsonl with a \"prompt\" a line")
     text.add_argument("--chat", action="store_true", help="talk with a chat model, a line of stdin a turn")
-    add("--target", metavar="DIR|HUB_ID", default=str(DEMO / "target"), help="the model whose text you want")
-    add("--draft", metavar="DIR|HUB_ID", help="the small model that drafts (the demo has one), or ngram for --sd")
+    add("--target", metavar="DIR|FILE|HUB_ID", help="the model whose text you want (SmolLM2-135M-Instruct)")
+    add("--draft", metavar="DIR|FILE|HUB_ID", help="the small model that drafts (the default target has one); "
+        "--sd also knows ngram: no model")
+    add("--system", metavar="TEXT", help="chat: the instructions before the first turn")
+    add("--thinking", action=switch, default=None, help="chat: let a model that can think aloud do so, or not")
     add("--device", help="where the target runs: cpu, cpu:0-1 (cores), cuda:0 (default: what suits the mode)")
     add("--draft-device", help="where the draft runs (default: what suits the mode)")
     add("--dtype", help="float32, bfloat16, float16, float64 (default: float32 on a CPU, bfloat16 on CUDA)")
@@ -78,7 +80,7 @@ def parser() -> argparse.ArgumentParser:
     add("--top-p", type=number, default=1.0, metavar="P", help="keep the likeliest tokens that sum to P; 1 is off")
     add("--seed", type=whole, default=0, metavar="S", help="same seed, same text, in every mode under shared (0)")
     add("--stop", nargs="+", action="extend", default=[], metavar="TEXT", help="texts that end the output")
-    add("--ignore-eos", action="store_true", help="go on behind the end of the text")
+    add("--ignore-eos", action="store_true", help="go on after the end of the text")
     add("--k", type=whole_or_auto, default=AUTO, metavar="K|auto", help="SD, SSD: most draft tokens a round (auto)")
     add("--fan-out", type=whole_or_auto, default=AUTO, metavar="M|auto", help="SSD: outcomes prepared a round (auto)")
     add("--cut", action=switch, default=True, help="SSD: use what is ready when the verdict is in, or wait for all")
@@ -92,8 +94,9 @@ def parser() -> argparse.ArgumentParser:
 
 
 def read_prompts(args) -> list[str]:
+    """The texts to complete; none where nothing was given."""
     if args.prompt_file is None:
-        return args.prompt or [PROMPT]
+        return args.prompt or []
     path = Path(args.prompt_file)
     try:
         with path.open("rb") as file:
@@ -115,7 +118,7 @@ def read_prompts(args) -> list[str]:
             except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise ValueError(f'line {number} of {path} is not a JSON object with a "prompt": correct it') from error
             if not isinstance(prompts[-1], str):
-                raise ValueError(f'"prompt" in line {number} of {path} is no text: put it in quotes')
+                raise ValueError(f'"prompt" in line {number} of {path} is not a text: put it in quotes')
     if not prompts:
         raise ValueError(f"{path} holds no prompts, wanted one a line: add some")
     return prompts
@@ -146,21 +149,36 @@ def settings_of(args, mode: str) -> dict:
     return {name: getattr(args, name) for name in names} | {"mode": mode, "stop": tuple(args.stop)}
 
 
-def complete(engine, prompts: list[str], settings: dict, quiet: bool, keep: bool = False):
-    """Run one generation, one prompt streaming to stdout as it comes. -> result, the run, interrupted or not."""
-    decoding, interrupted = engine.start(prompts, keep, **settings), False
+def chat_ids(engine, args, messages: list[dict]) -> list[int]:
+    """The ids of a conversation up to the answer, by the model's own chat template."""
+    if engine.tokenizer is None:
+        raise ValueError("the checkpoint has no tokenizer files, which a chat needs: use another, or give --prompt")
+    first = [{"role": "system", "content": args.system}] if args.system else []
+    return engine.tokenizer.encode_chat(first + messages, thinking=args.thinking)
+
+
+def complete(engine, prompts: list, settings: dict, quiet: bool, keep: bool = False):
+    """Run one generation; a single one streams to stdout as it comes. Returns result, run, interrupted or not.
+
+    Whatever ends it, the text so far has been printed.
+    """
+    decoding, interrupted, error = engine.start(prompts, keep, **settings), False, None
     try:
         for _ in decoding.rounds():
             if len(prompts) == 1 and not quiet and (piece := decoding.rows[0].piece()):
                 print(piece, end="", flush=True)
     except KeyboardInterrupt:
         interrupted = True
+    except (ValueError, RuntimeError) as raised:
+        error = raised
     result = engine.finish(decoding)
     if not quiet and len(prompts) > 1:
         for number, text in enumerate(result.text, 1):
             print(f"--- {number} ---\n{text}")
     elif not quiet:
-        print(decoding.rows[0].text[decoding.rows[0].told :])
+        print(decoding.rows[0].text[decoding.rows[0].told :], flush=True)
+    if error:
+        raise error
     return result, decoding, interrupted
 
 
@@ -184,7 +202,7 @@ def compare_modes(engine, prompts: list[str], args) -> int:
 def save(args, stats: dict, decoding) -> None:
     if args.trace is not None:
         lanes = dict.fromkeys(filter(None, (decoding.target_lane, decoding.draft_lane)))
-        write_trace(args.trace, lanes, decoding.figures.lookups)
+        write_trace(args.trace, lanes, decoding.figures.rounds)
     if args.json is not None:
         write_json(args.json, stats)
 
@@ -197,11 +215,9 @@ def write_json(where: str, stats: dict) -> None:
         Path(where).write_text(line + "\n")
 
 
-def chat(engine, settings: dict) -> int:
+def chat(engine, args, settings: dict) -> int:
     """Turns from stdin until it ends; each keeps the KV of the turns before it."""
-    if engine.tokenizer is None:
-        raise ValueError("the checkpoint has no tokenizer files, which --chat needs: use another checkpoint")
-    engine.tokenizer.encode_chat([{"role": "user", "content": "?"}])  # no chat template: say so before anybody types
+    chat_ids(engine, args, [{"role": "user", "content": "?"}])  # no template: say so before anybody types
     messages, prompt = [], "> " if sys.stdin.isatty() else ""
     while True:
         try:
@@ -215,7 +231,7 @@ def chat(engine, settings: dict) -> int:
             raise ValueError("a line of stdin is not UTF-8, wanted UTF-8 text: convert it") from error
         if not said.strip():
             continue
-        ids = engine.tokenizer.encode_chat([*messages, {"role": "user", "content": said}])
+        ids = chat_ids(engine, args, [*messages, {"role": "user", "content": said}])
         result, _, interrupted = complete(engine, [ids], settings, quiet=False, keep=True)
         print(figures_line(result.stats), file=sys.stderr)
         messages += [{"role": "user", "content": said}, {"role": "assistant", "content": result.text[0]}]
@@ -223,35 +239,46 @@ def chat(engine, settings: dict) -> int:
             return INTERRUPTED
 
 
+def load_pair(args, mode: str):
+    """The engine of the models that were asked for; the default target has a draft of its own."""
+    from engine import DEFAULT_DRAFT, default_target, load
+
+    if args.draft == "ngram" and mode == "ssd":
+        raise ValueError("--draft is ngram, which only --sd can use, wanted a small model: name one, or choose --sd")
+    if args.draft is None and mode != "ar" and args.target is not None:
+        raise ValueError("no --draft was given, wanted a small model with the target's vocabulary: name one")
+    began = time.perf_counter()
+    draft = (args.draft or DEFAULT_DRAFT) if mode != "ar" else None
+    target = args.target or default_target()
+    engine = load(target, draft, args.device, args.draft_device, args.dtype, args.compile)
+    print(f"loaded in {time.perf_counter() - began:.1f} s", file=sys.stderr)
+    return engine
+
+
 def run(args) -> int:
     if args.chat and (args.compare or args.json is not None or args.trace is not None):
         raise ValueError("--chat was given with --compare, --json or --trace, which want one generation: choose one")
     prompts = None if args.chat else read_prompts(args)
+    if prompts and (args.system is not None or args.thinking is not None):
+        raise ValueError("--system or --thinking was given with a prompt to complete, wanted a chat: add --chat")
     check_outputs(args)
     mode = "ssd" if args.ssd or args.compare else "sd" if args.sd else "ar"
-    if args.draft == "ngram" and mode == "ssd":
-        raise ValueError("--draft is ngram, which only --sd can use, wanted a small model: name one, or choose --sd")
-    if args.draft is None and mode != "ar":
-        source = args.target.split(":", 2)[-1] if args.target.startswith("inflate:") else args.target
-        if Path(source).resolve() != DEMO / "target":
-            raise ValueError("no --draft was given, wanted a small model with the target's vocabulary: name one")
-        args.draft = str(DEMO / "draft")
     warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # torch misses it at each start; nobody here does
-    from settings import Settings  # before the models: a wrong flag should not wait for them
+    from rows import Settings  # before the models: a wrong flag should not wait for them
 
     Settings(**settings_of(args, mode))
     note_idle_flags(args, mode)
-    from ssd import load
-
-    began = time.perf_counter()
-    draft = args.draft if mode != "ar" else None
-    engine = load(args.target, draft, args.device, args.draft_device, args.dtype, args.compile)
-    print(f"loaded in {time.perf_counter() - began:.1f} s", file=sys.stderr)
+    engine = load_pair(args, mode)
     if args.chat:
-        return chat(engine, settings_of(args, mode))
+        return chat(engine, args, settings_of(args, mode))
+    quiet = args.json == "-"
+    if not prompts:  # nothing to complete: the built-in question, asked as a user would
+        if not quiet:
+            print(f"> {QUESTION}")
+        prompts = [chat_ids(engine, args, [{"role": "user", "content": QUESTION}])]
     if args.compare:
         return compare_modes(engine, prompts, args)
-    result, decoding, interrupted = complete(engine, prompts, settings_of(args, mode), quiet=args.json == "-")
+    result, decoding, interrupted = complete(engine, prompts, settings_of(args, mode), quiet)
     print(figures_line(result.stats), file=sys.stderr)
     save(args, result.stats, decoding)
     return INTERRUPTED if interrupted else 0
@@ -267,6 +294,9 @@ def main() -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return MISTAKE
+    except RuntimeError as error:  # a device that failed or is full, say
+        print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
+        return FAILED
     except KeyboardInterrupt:
         return INTERRUPTED
 

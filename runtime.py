@@ -1,10 +1,10 @@
-"""Where and when work runs: lanes, thread pinning, packed weights, compilation and CUDA graphs. All of it, only here.
+"""Where and when work runs: lanes, pinned threads, linear layers, compilation, CUDA graphs.
 
-Knows: devices, threads, streams, torch.compile. Does not know: what the work computes. Read next: steps.py, the work.
+Knows: devices, threads, streams, torch.compile. Does not know: what the work computes. Read next: auto.py.
 
-A lane is one device's ordered queue of work, served by one thread: start() returns at once, result() waits. Because
-PyTorch releases the interpreter's lock inside its operators, two lanes of one process really do overlap: two sets of
-cores, a GPU and some cores, two GPUs, or two streams of one GPU.
+A lane is one device's ordered queue of work, served by one thread: start() returns at once with a
+future. PyTorch releases the interpreter's lock inside its operators, so two lanes of one process
+really do overlap: two sets of cores, a GPU and some cores, two GPUs, or two streams of one GPU.
 """
 
 import atexit
@@ -13,21 +13,26 @@ import queue
 import sys
 import threading
 import time
+from collections import defaultdict, deque
 from collections.abc import Callable
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as NotInTime
 from contextlib import contextmanager, nullcontext
+from statistics import median
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-# A lane that wants the interpreter's lock asks for it after this many seconds (Python's default is 5 ms, longer than a
-# round). Measured on 2 cores, a verification beside a busy draft: 5.2 ms by default, 4.5 ms at 20 us, 3.4 ms alone.
+# A lane that wants the interpreter's lock asks for it after this many seconds. Python's default is
+# 5 ms, longer than a round. Measured on 2 cores, a verification beside a busy draft: 5.2 ms by
+# default, 4.5 ms at 20 us, 3.4 ms alone.
 SWITCH_S = 2e-5
-HANGS_S = 5.0  # a draft still busy with a run that ended so long ago hangs: it gets a new lane
-
-
-class LaneFault(RuntimeError):
-    """A lane's work raised, gave garbage or exceeded its time limit. The message is one sentence for the user."""
+# How long a draft may take to answer: this, or so many times its slowest job so far.
+PATIENCE_S, PATIENCE_TIMES = 2.0, 20
+HANGS_S = 5.0  # a draft that is still busy with a run that ended so long ago is left behind
+# A step that is begun must be likely to be done in time: so much of one like the last must fit.
+STEP_SHARE = 0.75
 
 
 # ---- devices
@@ -79,106 +84,168 @@ def _ranges(cores: list[int]) -> str:
 # ---- lanes
 
 
-class Pending:
-    """Work that a lane has accepted."""
+class DraftLost(RuntimeError):
+    """The draft raised, gave garbage or did not answer in time. The message says what happened."""
 
-    def __init__(self, name: str, work: Callable, args: tuple):
-        self.name, self.work, self.args = name, work, args
-        self.value, self.error = None, None
-        self.begin = self.end = 0.0  # seconds, time.perf_counter()
-        self.usual_s = float("inf")  # what such work takes, as far as the caller knows
-        self._finished = threading.Event()
 
-    def done(self, within: float = 0.0) -> bool:
-        """Is it finished, or will it be so many seconds from now, if it takes what it usually does?"""
-        soon = self.begin and time.perf_counter() + within > self.begin + self.usual_s
-        return bool(soon) or self._finished.is_set()
+class Work(Future):
+    """A future that knows its times: begin, end, and when it is due, in time.perf_counter() seconds.
 
-    def wait(self, limit_s: float) -> bool:
-        return self._finished.wait(limit_s)
+    begin and end are 0 before they happen; due is infinite where too little is known.
+    """
 
-    def result(self, limit_s: float | None = None):
-        """Wait for the value. Raises what the work raised, or LaneFault after limit_s seconds."""
-        if not self._finished.wait(limit_s):
-            raise LaneFault(f"{self.name} did not finish within {limit_s:.3g} s")
-        if self.error is not None:
-            raise self.error
-        return self.value
-
-    def run(self) -> None:
-        self.begin = time.perf_counter()
-        try:
-            self.value = self.work(*self.args)
-        except BaseException as error:  # handed to whoever asks for the result
-            self.error = error
-        self.end = time.perf_counter()
-        self.work = self.args = None  # do not keep tensors alive
-        self._finished.set()
+    def __init__(self):
+        super().__init__()
+        self.begin, self.end, self.due = 0.0, 0.0, float("inf")
 
 
 class Lane:
-    """One device's queue of work and the thread that serves it. `spans` records (name, begin, end) of what ran."""
+    """One device's queue of work and the thread that serves it.
+
+    spans records (name, begin, end) of all that ran. A lane whose work hangs is not lost: leave()
+    gives it a new thread, and what hangs keeps the old one.
+    """
 
     def __init__(self, spec: str, name: str, high_priority: bool = False):
-        self.spec, self.name = spec, name
+        self.spec, self.name, self.priority = spec, name, -1 if high_priority else 0
         self.device, self.cores = parse_device(spec)
         self.threads = len(self.cores) or len(available_cores())
-        self.stream = torch.cuda.Stream(self.device, priority=-1 if high_priority else 0) if self.on_gpu else None
-        self.broken = False  # its work failed or hangs: a new lane is needed
-        self.error: BaseException | None = None  # what its work raised last
-        self.last: Pending | None = None
         self.spans: list[tuple[str, float, float]] = []
-        self.last_s = 0.0  # what the last of them lasted
-        self._queue: queue.SimpleQueue[Pending | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._serve, name=f"lane-{name}", daemon=True)
-        self._thread.start()
+        self.recent = defaultdict(lambda: deque(maxlen=9))  # seconds that work of a name took
+        self._open()
         atexit.register(self.close)
 
     @property
     def on_gpu(self) -> bool:
         return self.device.type == "cuda"
 
-    def start(self, name: str, work: Callable, *args) -> Pending:
-        """Queue work(*args) behind what is already there and return at once."""
-        self.last = pending = Pending(name, work, args)
-        self._queue.put(pending)
-        return pending
+    def start(self, work: Callable, *args) -> Work:
+        """Queue work(*args) after what is already there. Returns its future at once."""
+        self._last = future = Work()
+        self._queue.put((future, work, args))
+        return future
+
+    def answer(self, future: Work, limit_s: float = 0.0):
+        """The value of a draft's work. Raises DraftLost if it failed or was not done in time.
+
+        limit_s: the least time that it gets, in seconds.
+        """
+        try:
+            value = future.result(max(limit_s, self.patience()))
+        except NotInTime:
+            self._late()
+        except Exception as error:
+            raise DraftLost(str(error) or type(error).__name__) from error
+        self.check()
+        return value
+
+    def wait_for(self, event: threading.Event) -> None:
+        """Wait for something that the draft's work will set. Raises DraftLost as answer() does."""
+        if not event.wait(self.patience()):
+            self._late()
+        self.check()
+
+    def check(self) -> None:
+        """Raise DraftLost if any work since the last leave() has failed."""
+        if self.error is not None:
+            raise DraftLost(str(self.error) or type(self.error).__name__) from self.error
+
+    def patience(self) -> float:
+        """How long to wait for an answer, in seconds."""
+        return max(PATIENCE_S, PATIENCE_TIMES * self.slowest_s)
+
+    def has_time(self, verdict: Work) -> bool:
+        """Is there time for one more step like the last before `verdict` is in?"""
+        soon = time.perf_counter() + STEP_SHARE * self.last_s > verdict.due
+        return not (soon or verdict.done())
 
     @contextmanager
     def span(self, name: str):
-        """Record a part of the work, for the trace and the figures. Called on this lane's thread."""
+        """Record a part of the work. Called on this lane's thread."""
         begin = time.perf_counter()
         yield
-        self.spans.append((name, begin, time.perf_counter()))
-        self.last_s = time.perf_counter() - begin
+        self._note(name, begin, time.perf_counter())
 
-    def close(self) -> None:
-        """Let the work in hand finish, for a moment; a thread that dies with the interpreter inside torch aborts it."""
+    def settle(self, limit_s: float | None) -> None:
+        """Wait for the work of a run that has ended. What still hangs after limit_s is left behind."""
+        try:
+            self._last.exception(limit_s)
+        except NotInTime:
+            self.leave()
+        self.error, self.slowest_s = None, 0.0
+        self.spans.clear()
+
+    def leave(self) -> None:
+        """Leave the work in hand to its thread, and go on with a new one."""
+        self.close(0.0)
+        self._open()
+
+    def close(self, limit_s: float = 1.0) -> None:
+        """Let the work in hand finish. A thread that dies inside torch with the program aborts it."""
         self._queue.put(None)
-        self._thread.join(1.0)
+        self._thread.join(limit_s)
 
-    def _serve(self) -> None:
+    def _open(self) -> None:
+        self.stream = torch.cuda.Stream(self.device, self.priority) if self.on_gpu else None
+        self.error: BaseException | None = None
+        self.slowest_s = self.last_s = 0.0  # of whole works; of the last span
+        self._queue: queue.SimpleQueue = queue.SimpleQueue()
+        self._last = Work()
+        self._last.set_result(None)
+        served = (self._queue, self.stream)
+        self._thread = threading.Thread(target=self._serve, args=served, name=self.name, daemon=True)
+        self._thread.start()
+
+    def _late(self) -> None:
+        limit_s = self.patience()
+        self.leave()
+        raise DraftLost(f"it did not answer within {limit_s:.3g} s")
+
+    def _note(self, name: str, begin: float, end: float) -> None:
+        self.spans.append((name, begin, end))
+        self.recent[name].append(end - begin)
+        self.last_s = end - begin
+
+    def _serve(self, work_queue: queue.SimpleQueue, stream) -> None:
         sys.setswitchinterval(SWITCH_S)
-        # The order matters: OpenMP helpers inherit the affinity of the thread that first needs them.
+        # The order matters: OpenMP helpers inherit the cores of the thread that first needs them.
         if self.cores and hasattr(os, "sched_setaffinity"):
             os.sched_setaffinity(0, self.cores)
         if not self.on_gpu:
             torch.set_num_threads(self.threads)
-        with torch.inference_mode(), torch.cuda.stream(self.stream) if self.on_gpu else nullcontext():
-            while (pending := self._queue.get()) is not None:
-                pending.run()
-                self.error = pending.error or self.error
-                self.spans.append((pending.name, pending.begin, pending.end))
+        with torch.inference_mode(), torch.cuda.stream(stream) if stream else nullcontext():
+            while (job := work_queue.get()) is not None:
+                self._run(*job, abandoned=lambda: work_queue is not self._queue)
+                del job  # the tensors of finished work are not kept until the next
+
+    def _run(self, future: Work, work: Callable, args: tuple, abandoned: Callable) -> None:
+        name, future.begin = work.__name__.strip("_"), time.perf_counter()
+        if len(known := self.recent[name]) > 2:
+            future.due = future.begin + median(known)
+        value = error = None
+        try:
+            value = work(*args)
+        except BaseException as raised:  # handed to whoever asks for the result
+            error = raised
+        future.end = time.perf_counter()
+        if not abandoned():
+            self._note(name, future.begin, future.end)
+            self.slowest_s = max(self.slowest_s, future.end - future.begin)
+            self.error = self.error or error
+        if error is None:
+            future.set_result(value)
+        else:
+            future.set_exception(error)
 
 
 class Devices:
-    """Where target and draft run: given by the user, or what measures best for a mode on this machine."""
+    """Where target and draft run: as given by the user, or what measures best for a mode here."""
 
     def __init__(self, device: str | None = None, draft_device: str | None = None):
         self.given = (device, draft_device or device)
         self.target, self.draft = (parse_device(spec)[0] for spec in self.choose("ssd"))
         self._lanes: dict[tuple[str, str], Lane] = {}
-        self._bandwidth: dict[str, float] = {}
+        self._bandwidth: dict[str, float | None] = {}
 
     def choose(self, mode: str) -> tuple[str, str]:
         """The target's and the draft's device, as given or by default."""
@@ -199,20 +266,21 @@ class Devices:
         target = self._lane(target_spec, "target")
         return target, target if mode != "ssd" and draft_spec == target_spec else self._lane(draft_spec, "draft")
 
-    def bandwidth(self, lane: Lane) -> float:
-        """Bytes per second a plain read reaches on the lane, measured once."""
+    def bandwidth(self, lane: Lane) -> float | None:
+        """Bytes per second that a plain read reaches on the lane, measured once. None: no memory for it."""
         if lane.spec not in self._bandwidth:
-            self._bandwidth[lane.spec] = read_bandwidth(lane)
+            try:
+                self._bandwidth[lane.spec] = read_bandwidth(lane)
+            except RuntimeError:  # out of memory: a figure is not worth a text
+                self._bandwidth[lane.spec] = None
         return self._bandwidth[lane.spec]
 
     def _lane(self, spec: str, role: str) -> Lane:
-        lane = self._lanes.get((spec, role))
-        # A draft may hang in a round that no longer needed it. The target's lane is waited for by its queue, always.
-        if lane is not None and role == "draft" and lane.last is not None and not lane.broken:
-            lane.broken = not lane.last.wait(HANGS_S)
-        if lane is None or lane.broken or lane.error:
-            lane = self._lanes[spec, role] = Lane(spec, role, high_priority=role == "target")
-        lane.spans.clear()
+        """The lane, ready for a new run."""
+        if (spec, role) not in self._lanes:
+            self._lanes[spec, role] = Lane(spec, role, high_priority=role == "target")
+        lane = self._lanes[spec, role]
+        lane.settle(None if role == "target" else HANGS_S)
         return lane
 
 
@@ -258,7 +326,7 @@ def read_bandwidth(lane: Lane) -> float:
     """Bytes per second that a plain read of memory reaches on a lane: the floor of every decode step."""
 
     def probe():
-        source = torch.ones(1 << (30 if lane.on_gpu else 26), device=lane.device)
+        source = torch.ones(1 << (27 if lane.on_gpu else 26), device=lane.device)  # past any cache
         best = float("inf")
         for _ in range(4):
             _wait(lane)
@@ -268,7 +336,7 @@ def read_bandwidth(lane: Lane) -> float:
             best = min(best, time.perf_counter() - begin)
         return source.nbytes / best
 
-    return lane.start("read probe", probe).result()
+    return lane.start(probe).result()
 
 
 def _wait(lane: Lane) -> None:
@@ -320,27 +388,18 @@ class Graph:
         self.graph, self.work = graph, None
 
 
-COMPILED_SHAPES = 64  # most shapes of one function that may be compiled in a process
-# Up to so many rows a matrix product becomes a generated loop, tuned by coordinate descent where it runs, as gpt-fast
-# does: inductor has one for a single row only. More rows go to cuBLAS. 0: always cuBLAS. gpu_check.py measures both.
-TUNED_ROWS = 1
+# Most shapes of one function that are compiled in a process: 14 shapes of each of at most 8 trunk sizes
+# (powers of two), for two models and a few batch sizes.
+COMPILED_SHAPES = 512
 _CAPTURE = threading.Lock()  # one capture at a time in a process
 
 
-def _inductor(graph, inputs):
-    """torch.compile's inductor, which tunes what it generates for few rows: about ten kernels and half a minute."""
-    from torch._inductor.compile_fx import compile_fx
-
-    x_BTE = next(x for x in inputs if isinstance(x, torch.Tensor) and x.ndim == 3)  # all else has 1, 2 or 4 axes
-    few = x_BTE.shape[:-1].numel() <= TUNED_ROWS
-    return compile_fx(graph, inputs, config_patches={"coordinate_descent_tuning": few})
-
-
 class Policy:
-    """How a model's steps run: eager, or static: compiled, and on CUDA captured. Static shapes never change.
+    """How a model's steps run: eager, or static, which is compiled and on CUDA captured.
 
-    One block is compiled and serves every layer, so that warm-up takes seconds, not minutes. On CUDA the noise is too,
-    the longest chain of small operations over the vocabulary; everything around is captured as it is.
+    The shapes of static steps never change. One block is compiled and serves every layer, so that
+    warm-up takes seconds, not minutes. On CUDA so are the noise and the head; everything around is
+    captured as it is.
     """
 
     def __init__(self, device: torch.device, compile: bool):
@@ -348,21 +407,26 @@ class Policy:
         self.graphs = compile and device.type == "cuda"
 
     def enter_thread(self) -> None:
-        """Before anything compiles on a thread (the setting is the thread's own): every shape of every model is one
-        more "recompilation" of the one block's code."""
+        """Call this before anything compiles on a thread: from torch 2.13 on the limit is a thread's own.
+
+        Each shape of each model counts as a "recompilation" of the one block's code.
+        """
         torch._dynamo.config.recompile_limit = COMPILED_SHAPES
+        torch._dynamo.config.accumulated_recompile_limit = 8 * COMPILED_SHAPES
 
     def fuse(self, work: Callable) -> Callable:
+        """`work` compiled into few kernels where steps are captured, else as it is."""
         return torch.compile(work, fullgraph=True, dynamic=False) if self.graphs else work
 
     def compile(self, model) -> None:
-        """A transformer's block, which serves all layers, and on CUDA its head, which can be as large as several."""
-        on_gpu = {"backend": _inductor} if self.graphs else {}
+        """Compile a transformer's block, which serves all layers, and on CUDA its head as well."""
         for block in model.layers:
-            block.compile(fullgraph=True, dynamic=False, **on_gpu)
-        if self.graphs:  # a function of ours: torch.compile skips modules of torch.nn that stand alone
-            head = lambda x_BTE: F.linear(x_BTE, model.head.weight)  # noqa: E731
-            model.head.forward = torch.compile(head, fullgraph=True, dynamic=False, **on_gpu)
+            block.compile(fullgraph=True, dynamic=False)
+        if self.graphs:
+            # torch.compile skips modules of torch.nn that stand alone. The function holds the weight
+            # only: through the model it would keep itself alive.
+            weight = model.head.weight
+            model.head.forward = self.fuse(lambda x_BTE: F.linear(x_BTE, weight))
 
     def new_pool(self):
         """Memory for the graphs of one lane: they never replay at once. None where nothing is captured."""

@@ -1,7 +1,7 @@
 """Sampling: noise, warping, drawing, acceptance, Saguaro. Pure functions of tensors, vectorised over rows.
 
 Knows: logits, distributions, the noise that all randomness comes from. Does not know: models, caches, devices' queues,
-texts. Read next: fanout.py, which spends the draft's budget, and steps.py, which calls this behind every forward pass.
+texts. Read next: cache.py.
 
 A draw from a distribution d is argmax over tokens of log d + G, where the Gumbel noise G is a pure function of
 (seed, row, position, purpose, token). It needs no generator and no state, so the draft can ask for the very noise
@@ -11,7 +11,8 @@ Shape letters: B rows, T positions, K draft tokens, M branches, V vocabulary. p 
 """
 
 import math
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple, Optional  # TorchScript reads Optional
 
 import torch
 
@@ -20,6 +21,7 @@ from unlocked import unlocked
 TOKEN, ACCEPT, RESIDUAL = 1, 2, 3  # purposes: the target's or draft's own draw, the accept test, the residual's draw
 NONE, CHAIN, FIXED = 0, 1, 2  # kinds of a proposal: nothing, drawn from q, a fixed token
 COUPLINGS = ("shared", "maximal", "independent")
+SPREAD_STEP, HOLD_STEP = 0.05, 0.02
 
 
 class Params(NamedTuple):
@@ -78,41 +80,46 @@ def row_keys(seed_B: torch.Tensor, row_B: torch.Tensor) -> torch.Tensor:
     return torch.stack((key1, key2), -1)
 
 
-def hash_words(params: Params, positions_BT: torch.Tensor, purpose: int, tokens: int | None = None) -> torch.Tensor:
-    """31-bit hash words, int32 >= 0: (B, T), or (B, T, tokens) with one for each token id. Equal on every device."""
-    return _hash(params.key_B2, positions_BT, purpose, 0 if tokens is None else tokens)
+def hash_words(params: Params, positions_BT: torch.Tensor, purpose: int, words_V=None) -> torch.Tensor:
+    """31-bit hash words, int32 >= 0: (B, T), or (B, T, V) with one for each token. Equal on every device.
+
+    words_V: token ids, int32; or how many there are, 0 to V - 1.
+    """
+    if isinstance(words_V, int):
+        words_V = torch.arange(words_V, dtype=torch.int32, device=positions_BT.device)
+    return _hash(params.key_B2, positions_BT, purpose, words_V)
 
 
 @unlocked
-def _hash(key_B2: torch.Tensor, positions_BT: torch.Tensor, purpose: int, tokens: int) -> torch.Tensor:
+def _hash(
+    key_B2: torch.Tensor, positions_BT: torch.Tensor, purpose: int, words_V: Optional[torch.Tensor]
+) -> torch.Tensor:
     """Two keys a position, so that two positions of one run never share their noise vector."""
     word_BT1 = (positions_BT & 0xFFFFFFFF).to(torch.int32)[..., None]
     key_BT2 = _mix(_mix(word_BT1 + key_B2[:, None] * 5) * 5 + purpose)
     key1, key2 = key_BT2[..., 0], key_BT2[..., 1]
-    if tokens == 0:
+    if words_V is None:
         return _mix(key1 ^ _mix(key2)) & 0x7FFFFFFF
-    # Only words that were loaded may overflow: compilers compute on arange in wider integers, which do not wrap.
-    token_V = torch.arange(tokens, dtype=torch.int32, device=positions_BT.device)
-    return _mix(_mix(token_V + key1[..., None]) ^ key2[..., None]) & 0x7FFFFFFF
+    return _mix(_mix(words_V + key1[..., None]) ^ key2[..., None]) & 0x7FFFFFFF
 
 
-def uniform(params, positions_BT, purpose, tokens=None, dtype=torch.float32) -> torch.Tensor:
+def uniform(params, positions_BT, purpose, words_V=None, dtype=torch.float32) -> torch.Tensor:
     """Uniform noise in (0, 1) for each position, or for each position and token."""
-    return _spread(hash_words(params, positions_BT, purpose, tokens), dtype)
+    return _to_unit(hash_words(params, positions_BT, purpose, words_V), dtype)
 
 
 @unlocked
-def _spread(words: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def _to_unit(words: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     # In float32 the largest words would round to 1 exactly; the nearest number below it keeps the interval open.
     return (words.to(dtype) * 2.0**-31 + 2.0**-32).clamp_(max=1 - 2.0**-24)
 
 
-def gumbel(params: Params, positions_BT, purpose: int, tokens: int, dtype=torch.float32) -> torch.Tensor:
-    """Gumbel noise (B, T, tokens), 0 for rows of temperature 0.
+def gumbel(params: Params, positions_BT, purpose: int, words_V, dtype=torch.float32) -> torch.Tensor:
+    """Gumbel noise (B, T, V), 0 for rows of temperature 0. words_V as in hash_words.
 
     -log(-log(1 - v)): the large values that decide a draw come from v near 0, where floats are dense.
     """
-    noise = _double_log(uniform(params, positions_BT, purpose, tokens, dtype))
+    noise = _double_log(uniform(params, positions_BT, purpose, words_V, dtype))
     return noise * (params.temperature_B > 0).to(dtype)[:, None, None]
 
 
@@ -161,11 +168,11 @@ def log_probs(warped_BTV: torch.Tensor, params: Params) -> torch.Tensor:
     return torch.where((params.temperature_B > 0)[:, None, None], x, certain)
 
 
-def noisy(warped_BTV, params: Params, positions_BT, purpose: int = TOKEN) -> torch.Tensor:
+def noisy(warped_BTV, params: Params, positions_BT, words_V) -> torch.Tensor:
     """Scores whose argmax is the draw, and whose ranking is the draft's ranking of likely draws."""
     if params.greedy:
         return warped_BTV
-    return warped_BTV + gumbel(params, positions_BT, purpose, warped_BTV.shape[-1], warped_BTV.dtype)
+    return warped_BTV + gumbel(params, positions_BT, TOKEN, words_V, warped_BTV.dtype)
 
 
 def saguaro(logq_BTV: torch.Tensor, params: Params, top_BT: torch.Tensor, c: float) -> torch.Tensor:
@@ -178,27 +185,59 @@ def saguaro(logq_BTV: torch.Tensor, params: Params, top_BT: torch.Tensor, c: flo
     return torch.where((params.temperature_B > 0)[:, None, None], lowered, logq_BTV)
 
 
-# ---- outcomes: what a round may decide, as the draft sees it
+# ---- outcomes: what a round may decide, as the draft foresees it
+
+
+@dataclass
+class Foresight:
+    """What a run has taught about how well the draft foresees; `outcomes` needs both numbers.
+
+    spread: how far the draft's scores are from the target's, as the scale of a Gumbel distribution
+    hold: the chance that a drafted token is accepted
+    """
+
+    spread: float = 0.7  # where the pairs measured here settle: 0.6 at temperature 0, 0.8 at 1
+    hold: float = 0.8
+
+    def learn(self, chance: float, hits: float, accepted: int, rejected: int) -> None:
+        """One row's round. With the right spread as many outcomes are hit as were expected to be."""
+        self.spread = min(max(self.spread * math.exp(SPREAD_STEP * (chance - hits)), 0.02), 4.0)
+        self.hold += HOLD_STEP * (accepted - self.hold * (accepted + rejected))
+        self.hold = min(max(self.hold, 0.02), 0.98)
 
 
 @unlocked
-def outcomes(scores_BTV: torch.Tensor, drafted_BT: torch.Tensor, length_B: torch.Tensor, stray_B: torch.Tensor):
-    """Coupling `shared`: the log probability of every outcome (j, t), -inf where it cannot be, (B, T, V); and the
-    probability that the target draws d_{j+1} behind d_1..d_j, (B, T).
+def outcomes(
+    scores_BTV: torch.Tensor, drafted_BT: torch.Tensor, length_B: torch.Tensor, spread_B: torch.Tensor,
+    hold_B: Optional[torch.Tensor],
+) -> torch.Tensor:  # fmt: skip
+    """The log probability of every outcome (j, t), -inf where it cannot be, (B, T, V).
 
-    scores_BTV[:, j] are log q_j + G_j, of which the target will take the argmax with p for q; drafted_BT[:, j] is
-    d_{j+1}, for j < length_B. If log p - log q, token by token, is itself like Gumbel noise of the scale stray_B, the
-    target draws t with the probability softmax(scores / stray). So (j, t) happens if it draws d_1..d_j, then t.
+    scores_BTV[:, j] are log q_j + the noise that will draw t. drafted_BT[:, j] is d_{j+1}, for j <
+    length_B; V for a token that the draft does not know. If log p - log q, token by token, is itself
+    like Gumbel noise of the scale `spread`, the target draws t with softmax(scores / spread).
+
+    hold_B None (coupling `shared`): d_{j+1} holds if the target draws it, so the scores say how
+    likely that is. Otherwise it holds with this probability, and what is drawn after a rejection is
+    another token.
     """
-    logp_BTV = (scores_BTV / stray_B[:, None, None]).log_softmax(-1)
     place_T1 = torch.arange(scores_BTV.shape[1], device=length_B.device)[:, None]
-    drafted_BT1, length_B11 = drafted_BT[..., None], length_B[:, None, None]
-    held_BT1 = logp_BTV.gather(-1, drafted_BT1)
-    all_held_BT1 = torch.cat((torch.zeros_like(held_BT1[:, :1]), held_BT1[:, :-1].cumsum(1)), 1)
-    joint_BTV = torch.where(place_T1 <= length_B11, logp_BTV + all_held_BT1, float("-inf"))
+    tried_BT1 = place_T1 < length_B[:, None, None]
+    known_BT1 = (drafted_BT < scores_BTV.shape[2])[..., None]
+    drafted_BT1 = drafted_BT[..., None].clamp(max=scores_BTV.shape[2] - 1)
+    logp_BTV = (scores_BTV / spread_B[:, None, None]).log_softmax(-1)
+    own_BT1 = logp_BTV.gather(-1, drafted_BT1)
     # Had d_{j+1} been right, the outcome would not be j.
-    at_d_BT1 = joint_BTV.gather(-1, drafted_BT1).masked_fill(place_T1 < length_B11, float("-inf"))
-    return joint_BTV.scatter(-1, drafted_BT1, at_d_BT1), held_BT1[..., 0].exp()
+    out_BT1 = own_BT1.masked_fill(tried_BT1 & known_BT1, float("-inf"))
+    logp_BTV = logp_BTV.scatter(-1, drafted_BT1, out_BT1)
+    if hold_B is None:
+        held_BT1 = torch.where(known_BT1, own_BT1, math.log(0.5))
+    else:
+        held_BT1 = hold_B.log()[:, None, None].expand_as(own_BT1)
+        failed_BT1 = torch.log1p(-hold_B)[:, None, None].expand_as(own_BT1)
+        logp_BTV = logp_BTV.log_softmax(-1) + torch.where(tried_BT1, failed_BT1, torch.zeros_like(failed_BT1))
+    before_BT1 = torch.cat((torch.zeros_like(held_BT1[:, :1]), held_BT1[:, :-1].cumsum(1)), 1)
+    return torch.where(place_T1 <= length_B[:, None, None], logp_BTV + before_BT1, float("-inf"))
 
 
 # ---- acceptance: what a round decides

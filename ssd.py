@@ -1,52 +1,72 @@
-"""Speculative speculative decoding: one loop for plain decoding (AR), speculative decoding (SD), and SSD.
+"""Speculative speculative decoding: one loop for plain decoding (AR), speculative decoding (SD) and SSD.
 
-Knows: rows, proposals, outcomes, and who waits for whom. Does not know: how a pass computes (steps.py), where it runs
-(runtime.py), where the budget goes (fanout.py). Read first: Decoding.rounds and the two methods below it, which are
-the whole method on one screen. Read next: steps.py.
+Knows: plans, proposals, outcomes, and who waits for whom. Does not know: how a pass computes
+(steps.py), where it runs (runtime.py), how K and M are chosen (auto.py). Read first: Decoding.rounds,
+propose and prepare, which are the whole method. Read next: engine.py.
 
     AR   feed the pending token, draw the next
     SD   the draft proposes K tokens, the target verifies them in one pass; they take turns
-    SSD  while the target verifies, the draft prepares a chain for every likely outcome; the next proposal is a look-up
+    SSD  while the target verifies, the draft prepares a chain for each of the M likeliest outcomes;
+         the next proposal is a look-up
 
 Source: Kumar, Dao, May, "Speculative Speculative Decoding", ICLR 2026 (arXiv 2603.03251).
 """
 
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
-
 from cache import SpeculationCache
-from pair import Model, check_memory, check_pair
-from report import run_stats
-from rows import Row, make_rows
-from runtime import Devices, Lane, Pending, peak_memory_gb
-from sampling import CHAIN, FIXED, NONE
-from settings import Settings
-from speed import Figures
+from figures import Figures, Round
+from rows import Row
+from runtime import DraftLost, Lane, Work
+from sampling import CHAIN, FIXED, NONE, Foresight
 from steps import Feed, Runner
-from tuner import PLAIN, TURNS, Times, Tuner
 
-NGRAM = "ngram"  # a draft that is no model
-NO_LESSON = ((), None, None, None, None)  # live rows, what was tried, accepted, following, chains
-# How long the target waits for a draft that should have answered: this, or so many times the draft's slowest job yet.
-PATIENCE_S, PATIENCE_TIMES = 2.0, 20
-# The same for its first passes, which may still fetch weights from memory or disk, or compile.
+# How long the target waits for the draft's first passes, in seconds: they may still fetch weights
+# from memory or disk, or compile. Later the lane is as patient as its slowest work tells it to be.
 PREFILL_PATIENCE_S, WARM_UP_PATIENCE_S = 10.0, 600.0
-BEGIN_IF = 0.75  # so much of a chain step, at least, must fit before the verdict is expected: times vary
+Chain = tuple[list[int], list]  # draft tokens, and the LogQ that each was drawn from (None under `shared`)
 
 
-@dataclass
+@dataclass(frozen=True)
+class Plan:
+    """What a round is played with. AR is k = 0, SD is m = 0, SSD is the rest.
+
+    k         most draft tokens of a proposal
+    m         outcomes that the draft prepares for while the target verifies
+    fallback  for a row that misses: "jit" drafts now, "fast" guesses from the row's own text, "auto"
+              drafts now where no row that hit would have to wait for it
+    cut       use the chains that are ready when the verdict is in; False: wait for all of them
+    """
+
+    k: int
+    m: int
+    fallback: str = "auto"
+    cut: bool = True
+
+
+class Fixed:
+    """A planner that never changes its mind. auto.Auto is one that learns from every round."""
+
+    def __init__(self, plan: Plan):
+        self.plan = plan
+
+    def first(self) -> Plan:
+        return self.plan
+
+    def next(self, done: Round) -> Plan:
+        return self.plan
+
+
 class Proposal:
-    """What the next verification tries, per row: draft tokens, their kind, and the log q they were drawn from."""
+    """What the next verification tries, per row: draft tokens, their kind, and the LogQ of each."""
 
-    tokens: list[list[int]]
-    kind: list[int]
-    logq: list[list[torch.Tensor] | None]
+    def __init__(self, rows: int):
+        self.tokens: list[list[int]] = [[] for _ in range(rows)]
+        self.kind, self.logq = [NONE] * rows, [None] * rows
 
-    def put(self, row: int, kind: int, tokens: list[int], logq=None) -> None:
+    def put(self, row: int, kind: int, tokens: list[int], logq: list | None = None) -> None:
         if tokens:
             self.tokens[row], self.kind[row], self.logq[row] = tokens, kind, logq
 
@@ -54,345 +74,206 @@ class Proposal:
 class Decoding:
     """One generation: its rows, the target and the draft on their lanes, and the rounds that advance them."""
 
-    def __init__(self, rows: list[Row], settings: Settings, target: Runner, target_lane: Lane,
-                 draft: Runner | None, draft_lane: Lane | None, tuner: Tuner, warn):  # fmt: skip
-        self.rows, self.settings, self.mode, self.warn = rows, settings, settings.mode, warn
+    def __init__(self, rows: list[Row], planner, target: Runner, target_lane: Lane,
+                 draft: Runner | None, draft_lane: Lane, shapes: tuple, warn):  # fmt: skip
+        """shapes: the lengths of verifications and the budgets that static steps are compiled for."""
+        self.rows, self.planner, self.shapes, self.warn = rows, planner, shapes, warn
         self.target, self.draft, self.target_lane, self.draft_lane = target, draft, target_lane, draft_lane
-        self.tuner, self.fan_out = tuner, tuner.fan_out()
-        self.k, self.fan_out.budget = tuner.k, tuner.budget
-        self.figures, self.lesson, self.slowest_draft_s = Figures(rows, settings), NO_LESSON, 0.0
+        self.figures, self.foresight, self.lost = Figures(rows), Foresight(), False
 
-    # ---- the loop
+    # ---- the method
 
     def rounds(self) -> Iterator[None]:
-        """Play rounds until every row has ended. Yields once a round, while the next one is already running."""
+        """Play rounds until every row has ended. Yields once a round, while the target verifies."""
         self.prefill()
-        proposal, chains = self.nothing(), None
-        while self.live():
-            feed = self.feed(proposal)
-            verdict = self.target_lane.start("verify", self.target.verify, feed, proposal.kind, proposal.logq)
-            chains = self.start_preparing(feed, proposal, verdict, chains)
-            yield  # the caller prints the last round's text while this one runs
-            self.learn()
-            accepted, following = verdict.result()
-            self.emit(proposal, accepted, following, verdict)
-            if chains:
-                proposal = self.take(chains, proposal, accepted, following)
-            elif self.mode != "ar":
-                proposal = self.draft_now(self.live()) if self.draft else self.guess(self.live())
-            else:
-                proposal = self.nothing()
+        plan, proposal = self.planner.first(), Proposal(len(self.rows))
+        while live := self.live():
+            feed, last = self.feed(proposal), self.figures.last
+            verdict = self.target_lane.start(self.target.verify, feed, proposal.kind, proposal.logq)
+            chains = SpeculationCache(self.draft_lane, plan.cut)
+            if plan.m > 0:  # with m = 0 the draft waits for the verdict, too
+                work = self.prepare, chains, feed, self.unread(feed), plan, verdict
+                chains.work = self.draft_lane.start(*work)
+            yield  # the caller prints the text of the last round
+            next_plan = self.planner.next(last) if last else plan
+            accepted, bonus = verdict.result()  # the only wait of a round that hits
+            self.emit(proposal, accepted, bonus)
+            done = self.figures.verified(plan, proposal, live, accepted, verdict)
+            try:
+                proposal, plan = self.propose(chains, accepted, bonus, next_plan, done), next_plan
+            except DraftLost as lost:
+                proposal, plan = self.go_on_alone(lost)
         self.figures.end = time.perf_counter()
         yield
 
-    def prepare(self, chains: SpeculationCache, feed: Feed, fan_out, weigh, verdict: Pending) -> None:
-        """The draft's side of a round, on its own lane: extend, fork, then chains until the verdict is in."""
-        with chains.filling():
-            with self.draft_lane.span("extend"):
-                scores = self.draft.extend(feed)
-            with self.draft_lane.span("fork"):
-                forked = self.draft.fork(scores, feed, fan_out)
-                chains.fork(forked)
-            branches, depths = forked.tokens, forked.depths
-            for step, top in enumerate(weigh):
-                if step > 0 and self.settings.cut and verdict.done(within=BEGIN_IF * self.draft_lane.last_s):
-                    break  # cut by the clock alone: no token's value decides whether it is drawn
-                with self.draft_lane.span("chain step"):
-                    branches, logq = self.draft.chain_step(feed, branches, depths, step, top)
-                    chains.append(branches, logq)
-
-    def take(self, chains: SpeculationCache, tried: Proposal, accepted, following) -> Proposal:
-        """The look-up: rows that hit get the chain prepared for their outcome, rows that miss fall back."""
-        proposal, missed, live = self.nothing(), [], self.live()
-        if live and not self.settings.cut:
-            self.await_draft(chains.work, self.patience())
-        if not live or self.mode != "ssd" or not self.answered(chains.forked, chains):
-            return proposal
-        begin = time.perf_counter()
-        branch = {b: chains.look_up(b, accepted[b], following[b]) for b in live}
-        if any(found is not None for found in branch.values()) and not self.answered(chains.ready, chains):
-            return proposal
+    def propose(self, chains, accepted, bonus, plan: Plan, done: Round) -> Proposal:
+        """The next proposal: a row that hit takes its chain; for a row that missed it is made now."""
+        proposal, live = Proposal(len(self.rows)), self.live()
+        found = chains.look_up(live, accepted, bonus)
+        missed = [b for b in live if b not in found]
+        self.learn(done, chains, found, missed)
+        if missed and (plan.fallback == "jit" or plan.fallback == "auto" and not found):
+            found |= self.draft_now(missed, plan, done)
         for b in live:
-            if branch[b] is None:
-                missed.append(b)
+            room = self.rows[b].room(plan.k)
+            if b in found:
+                proposal.put(b, CHAIN, *self.checked(*found[b], room))
             else:
-                proposal.put(b, CHAIN, *chains.chain(b, branch[b], self.rows[b].room(self.k)))
-        self.figures.looked_up(begin, len(live), missed, len(chains.steps))
-        self.lesson = (live, tried, accepted, following, chains)
-        return self.fall_back(proposal, missed) if missed else proposal
-
-    def fall_back(self, proposal: Proposal, missed: list[int]) -> Proposal:
-        """Rows that missed: draft now and wait (jit), or guess from their own text (fast)."""
-        how = self.settings.fallback
-        guess = self.guess(missed, proposal) if how != "jit" else proposal
-        if how == "auto":
-            lengths = [len(guess.tokens[b]) for b in missed]
-            how = "jit" if self.figures.prefers_jit(lengths, self.tuner.k_miss) else "fast"
-        return self.draft_now(missed, proposal) if how == "jit" else guess
-
-    def guess(self, wanted: list[int], proposal: Proposal | None = None) -> Proposal:
-        """A fixed proposal for the wanted rows from their own text: what followed the same n-gram before, or none."""
-        proposal = self.nothing() if proposal is None else proposal
-        for b in wanted:
-            proposal.put(b, FIXED, self.rows[b].guess(self.rows[b].room(self.k)))
+                proposal.put(b, FIXED, self.rows[b].guess(room))
         return proposal
+
+    def prepare(self, chains, feed: Feed, unread, plan: Plan, verdict: Work) -> None:
+        """The draft's side of a round, on its own lane: extend, fork, chains until the verdict."""
+        draft, lane = self.draft, self.draft_lane
+        with chains.filling():
+            draft.prefill(*unread)  # nothing, unless the draft was left out of some rounds
+            with lane.span("extend"):
+                scores = draft.extend(feed)
+            with lane.span("fork"):
+                tokens, depths, chance = draft.fork(scores, feed, plan.m, self.foresight)
+                chains.fork(tokens, depths, chance)
+            for step in range(plan.k):
+                if step > 0 and plan.cut and not lane.has_time(verdict):
+                    break  # by the clock alone: no token decides whether it is drawn
+                with lane.span("chain step"):
+                    tokens, logq = draft.chain_step(feed, tokens, depths, step, saguaro_top(plan))
+                    chains.append(tokens, logq)
 
     # ---- the steps of a round
 
-    def nothing(self) -> Proposal:
-        return Proposal([[] for _ in self.rows], [NONE] * len(self.rows), [None] * len(self.rows))
-
     def live(self) -> list[int]:
+        """The rows that have not ended."""
         return [b for b, row in enumerate(self.rows) if row.finish is None]
+
+    def feed(self, proposal: Proposal) -> Feed:
+        """[r, d_1 .. d_L] of every live row, padded to one length; static steps know few lengths."""
+        fed = [[row.ids[-1], *d] for row, d in zip(self.rows, proposal.tokens)]
+        fed = [[] if row.finish else tokens for row, tokens in zip(self.rows, fed)]
+        start = [len(row.ids) - 1 if tokens else 0 for row, tokens in zip(self.rows, fed)]
+        T = self.target.fits(max(map(len, fed)))
+        return Feed([tokens + [0] * (T - len(tokens)) for tokens in fed], start, list(map(len, fed)))
+
+    def unread(self, feed: Feed) -> tuple[list[list[int]], list[int]]:
+        """What the draft has not read before `feed`, and where that begins, for each row.
+
+        To be called once for every feed that the draft is given. A proposal that was accepted whole
+        leaves its last token unread.
+        """
+        ids, begins = [], []
+        for row, start, count in zip(self.rows, feed.start, feed.count):
+            known = min(row.read, start)
+            ids.append(row.ids[known:start])
+            begins.append(known)
+            row.read = start + count if count else row.read
+        return ids, begins
+
+    def emit(self, proposal: Proposal, accepted: list[int], bonus: list[int]) -> None:
+        """Append d_1..d_j and the bonus token to every live row, at once; a row that ends drops the rest."""
+        for b in self.live():
+            for token in (*proposal.tokens[b][: accepted[b]], bonus[b]):
+                if self.rows[b].finish is None:
+                    self.rows[b].push(token)
+
+    def learn(self, done: Round, chains: SpeculationCache, found: dict, missed: list[int]) -> None:
+        """Note what was foreseen. What the draft is told of the next round's outcomes comes of it."""
+        done.looked_up(chains, list(found), missed)
+        for b in (*found, *missed) if chains.work else ():
+            self.foresight.learn(chains.chance[b], b in found, done.accepted[b], done.rejected(b))
+
+    def draft_now(self, missed: list[int], plan: Plan, done: Round) -> dict[int, Chain]:
+        """Ordinary decoding by the draft for the rows that missed, while the target waits."""
+        if self.draft is None or (most := max(self.rows[b].room(plan.k) for b in missed)) == 0:
+            return {}
+        count = [int(b in missed) for b in range(len(self.rows))]
+        start = [len(row.ids) - 1 if c else 0 for row, c in zip(self.rows, count)]
+        feed = Feed([row.ids[-1:] for row in self.rows], start, count)
+        unread = self.unread(feed)
+        for b in missed:
+            self.rows[b].read += most - 1
+        done.drafted = self.draft_lane.start(self.decode, feed, unread, most, saguaro_top(plan))
+        steps = self.draft_lane.answer(done.drafted)
+        return {
+            b: ([tokens[b] for tokens, _ in steps], [logq and logq.of(b, 0) for _, logq in steps])
+            for b in missed
+        }
+
+    def decode(self, feed: Feed, unread, most: int, top: int) -> list[tuple[list[int], object]]:
+        """On the draft's lane: feed what is unread, then a token at a time. Returns `most` steps' tokens and LogQ."""
+        before, begins = unread
+        if max(map(len, before)) > 1:  # the draft was left out of some rounds
+            self.draft.prefill(before, begins)
+        elif any(before):
+            tokens = [old + new for old, new in zip(before, feed.tokens)]
+            tokens = [row + [0] * (2 - len(row)) for row in tokens]
+            count = [c and len(old) + c for old, c in zip(before, feed.count)]
+            feed = Feed(tokens, [b if c else 0 for b, c in zip(begins, count)], count)
+        steps = []
+        while len(steps) < most:
+            steps.append(self.draft.decode(feed, top))
+            start = [s + c for s, c in zip(feed.start, feed.count)]
+            feed = Feed([[t] for t in steps[-1][0]], start, [min(c, 1) for c in feed.count])
+        return steps
+
+    def checked(self, tokens: list[int], logq: list, room: int) -> Chain:
+        """A chain, as long as the row has room for. Raises DraftLost for a token that does not exist."""
+        if wrong := [t for t in tokens if not 0 <= t < self.target.vocab]:
+            raise DraftLost(f"it proposed the token id {wrong[0]}")
+        return tokens[:room], logq[:room]
+
+    # ---- before the first round, and after a draft is lost
 
     def prefill(self) -> None:
         """Both models read the prompts, all but their last token, at the same time."""
         self.warm_up()
         self.figures.begin = time.perf_counter()
-        ids, kept = [row.ids[row.kept : -1] for row in self.rows], [row.kept for row in self.rows]
-        reading = self.target_lane.start("prefill", self.target.prefill, ids, kept)
-        drafting = self.mode != "ar" and self.draft and self.draft_lane.start("prefill", self.draft.prefill, ids, kept)
+        kept = [row.kept for row in self.rows]
+        ids = [row.ids[k:-1] for row, k in zip(self.rows, kept)]
+        reading = self.target_lane.start(self.target.prefill, ids, kept)
+        if self.draft is not None:
+            last = Feed([], [len(row.ids) - 1 for row in self.rows], [0] * len(self.rows))
+            drafting = self.draft_lane.start(self.draft.prefill, *self.unread(last))
+            for row in self.rows:
+                row.read = len(row.ids) - 1
         reading.result()
-        if drafting:
-            self.await_draft(drafting, PREFILL_PATIENCE_S + PATIENCE_TIMES * (reading.end - reading.begin))
+        if self.draft is not None:
+            self.await_draft(drafting, PREFILL_PATIENCE_S + 20 * (reading.end - reading.begin))
 
     def warm_up(self) -> None:
         """Compile and capture what is not yet, one lane after the other, and tell how long it took."""
-        began, lengths = time.perf_counter(), [1 + k for k in self.tuner.ks] if self.mode != "ar" else [1]
-        fresh = self.target_lane.start("warm-up", self.target.warm_up, "target", lengths).result()
+        began = time.perf_counter()
+        fresh = self.target_lane.start(self.target.warm_up, *self.shapes).result()
         if self.draft is not None:
-            work = self.draft_lane.start("warm-up", self.draft.warm_up, "draft", lengths, self.tuner.budgets)
+            work = self.draft_lane.start(self.draft.warm_up, *self.shapes)
             fresh |= bool(self.await_draft(work, WARM_UP_PATIENCE_S))
         if fresh:
-            self.warn(f"compiled in {time.perf_counter() - began:.1f} s; the same shapes will not compile again")
-        if self.mode != "ar":
-            self.tuner.calibrate(self)
-        self.slowest_draft_s = 0.0  # compiling and calibrating say nothing about later jobs
+            took = time.perf_counter() - began
+            self.warn(f"compiled in {took:.1f} s; the same shapes will not compile again")
+        self.draft_lane.slowest_s = 0.0  # compiling says nothing about later work
 
-    def learn(self) -> None:
-        """The fan-out from the last look-up's ranks, K and M from the speed model: while the target verifies."""
-        (live, tried, accepted, following, chains), self.lesson = self.lesson, NO_LESSON
-        for b in live:
-            lesson = chains.lesson(b, accepted[b], following[b]) if chains else (None, 0)
-            self.fan_out.observe(tried.kind[b], len(tried.tokens[b]), accepted[b], *lesson)
-        self.tuner.revise(self.fan_out, self.figures)
-        self.k, self.fan_out.budget = self.tuner.k, self.tuner.budget
-
-    def feed(self, proposal: Proposal) -> Feed:
-        live, V = set(self.live()), self.target.model.config.vocab_size
-        if wrong := [d for tokens in proposal.tokens for d in tokens if not 0 <= d < V]:
-            self.lose_draft(f"it proposed the token id {wrong[0]}")
-            proposal = self.nothing()
-        longest = max(len(tokens) for tokens in proposal.tokens)
-        if self.target.policy.static and self.mode != "ar":
-            longest = min(k for k in self.tuner.ks if k >= max(longest, self.k))
-        T = 1 + longest
-        feed = Feed([], [], [])
-        for b, row in enumerate(self.rows):
-            fed = [row.ids[-1], *proposal.tokens[b]] if b in live else []
-            feed.tokens.append(fed + [0] * (T - len(fed)))
-            feed.start.append(len(row.ids) - 1 if fed else 0)
-            feed.count.append(len(fed))
-        return feed
-
-    def start_preparing(self, feed: Feed, proposal: Proposal, verdict: Pending, before) -> SpeculationCache | None:
-        if self.mode != "ssd" or self.fan_out.budget == TURNS:
-            if self.mode == "ssd" and before:  # what comes from the cache, the draft has not read in its place yet
-                self.draft_lane.start("catch up", self.draft.extend, feed)
-            return None
-        chains, verdict.usual_s = SpeculationCache(), self.figures.usual_verify()
-        fan_out = self.fan_out.plan(proposal.kind, [len(d) for d in proposal.tokens])
-        chains.work = self.draft_lane.start("prepare", self.prepare, chains, feed, fan_out, self.weigh(self.k), verdict)
-        return chains
-
-    def weigh(self, k: int) -> list[int | None]:
-        """Saguaro: how many of the draft's top tokens to weigh down at each place of a chain (None: off)."""
-        if self.settings.saguaro_c == 1 or self.fan_out.budget == TURNS:
-            return [None] * k
-        return [F + 1 for F in self.fan_out.lists(CHAIN, k)[:k]]
-
-    def emit(self, proposal: Proposal, accepted: list[int], following: list[int], verdict: Pending) -> None:
-        """Append d_1..d_j and r' to every live row, at once; what lies behind an end of text is dropped."""
-        live = self.live()
-        self.figures.prefilled = self.figures.prefilled or time.perf_counter()
-        lengths = [len(d) for d in proposal.tokens]
-        self.figures.verified(proposal.kind, lengths, accepted, live, verdict, (self.k, self.fan_out.budget))
-        self.lesson = (live, proposal, accepted, following, None)
-        for b in live:
-            for token in (*proposal.tokens[b][: accepted[b]], following[b]):
-                if self.rows[b].finish is None:
-                    self.rows[b].push(token)
-
-    def draft_now(self, wanted: list[int], proposal: Proposal | None = None) -> Proposal:
-        """The draft decodes a chain for the wanted rows, and the target waits for it."""
-        proposal = self.nothing() if proposal is None else proposal
-        weigh = self.weigh(self.tuner.k_miss)
-        if wanted and weigh and (work := self.draft_lane.start("draft", self.decode_now, wanted, weigh)):
-            drafted = self.await_draft(work, self.patience())
-            for b, (tokens, logq) in (drafted or {}).items():
-                proposal.put(b, CHAIN, tokens, logq)
-            self.figures.jit_s.append(work.end - work.begin)
-        return proposal
-
-    def decode_now(self, wanted: list[int], weigh) -> dict[int, tuple[list[int], list | None]]:
-        """On the draft's lane: ordinary decoding of up to K tokens. The last two tokens are fed first, because after a
-        wholly accepted proposal the draft has not read its own last token yet."""
-        rows, k = self.rows, len(weigh)
-        out = {b: ([], None if self.settings.coupling == "shared" else []) for b in wanted}
-        feed = Feed([r.ids[-2:] for r in rows], [len(r.ids) - 2 for r in rows], [2] * len(rows))
-        for b in set(range(len(rows))) - set(wanted):
-            feed.start[b] = feed.count[b] = 0
-        for step in range(max(rows[b].room(k) for b in wanted)):
-            tokens, logq_BV = self.draft.decode(feed, weigh[step])
-            for b in wanted:
-                out[b][0].append(tokens[b])
-                if logq_BV is not None:
-                    out[b][1].append(logq_BV[b])
-            start = [s + c for s, c in zip(feed.start, feed.count)]
-            feed = Feed([[token] for token in tokens], start, [min(c, 1) for c in feed.count])
-        return {b: (tokens[: rows[b].room(k)], logq) for b, (tokens, logq) in out.items()}
-
-    # ---- a draft that fails: the target goes on alone and says so once
-
-    def patience(self) -> float:
-        return max(PATIENCE_S, PATIENCE_TIMES * self.slowest_draft_s)
-
-    def answered(self, event, chains: SpeculationCache) -> bool:
-        if not event.wait(self.patience()):
-            self.lose_draft(f"it did not answer within {self.patience():.3g} s")
-        elif error := chains.error or self.draft_lane.error:  # a chain step of the round before may have failed late
-            self.lose_draft(str(error) or type(error).__name__)
-        return self.mode == "ssd"
-
-    def await_draft(self, work: Pending, limit_s: float):
+    def await_draft(self, work: Work, limit_s: float):
+        """What the draft's work returns; None, and the target goes on alone, if it fails."""
         try:
-            value = work.result(limit_s)
-            self.slowest_draft_s = max(self.slowest_draft_s, work.end - work.begin)
-            return value
-        except Exception as error:
-            self.lose_draft(str(error) or type(error).__name__)
+            return self.draft_lane.answer(work, limit_s)
+        except DraftLost as lost:
+            self.go_on_alone(lost)
 
-    def lose_draft(self, why: str) -> None:
-        if self.mode != "ar":
-            self.mode = "ar"
-            self.draft_lane.broken = True
-            if self.target_lane is self.draft_lane:  # one lane for both: do not wait behind a draft that hangs
-                self.target_lane = Lane(self.draft_lane.spec, "target")
-            self.warn(f"the draft failed ({why}): the target goes on alone, the text stays right")
+    def go_on_alone(self, lost: DraftLost) -> tuple[Proposal, Plan]:
+        """From now on nothing is proposed. The text stays right, since every token of it is the target's own draw."""
+        self.warn(f"the draft failed ({lost}): the target goes on alone, the text stays right")
+        self.draft_lane.leave()  # what may hang keeps the old thread; the target may share this lane
+        self.draft, self.lost, self.planner = None, True, Fixed(Plan(0, 0))
+        return Proposal(len(self.rows)), self.planner.first()
 
 
-# ---- the engine around it
+def saguaro_top(plan: Plan) -> int:
+    """How many of the draft's likeliest tokens Saguaro weighs down: a place's share of the budget, and the drafted one."""
+    return plan.m // (plan.k + 1) + 1
 
 
-@dataclass
-class Result:
-    """What generate() returns, a list entry per prompt; stats is the terminal contract's JSON object."""
+def __getattr__(name: str):
+    """`from ssd import load`: the engine is above this file in the house, so it is fetched when asked for."""
+    if name == "load":
+        import engine
 
-    token_ids: list[list[int]]
-    text: list[str | None]
-    finish_reason: list[str | None]
-    stats: dict
-
-
-class Engine:
-    """A target, perhaps a draft, their tokenizer, and the lanes they run on. Make one with load()."""
-
-    def __init__(self, target: Model, draft: Model | str | None, devices: Devices, warn=None):
-        self.target, self.devices, self.ngram = target, devices, draft == NGRAM
-        self.draft = draft = None if self.ngram else draft
-        self.tokenizer, self.eos = target.tokenizer, target.eos
-        self.warn = warn or (lambda text: print(f"warning: {text}", file=sys.stderr))
-        self.times: dict[tuple, Times] = {}  # measured for --k auto, by kind of run
-        self.kept: tuple | None = None  # (runners, ids) of the last generation, for the next turn of a chat
-        if draft is not None:
-            check_pair(target, draft)
-
-    def generate(self, prompts: list, keep: bool = False, **settings) -> Result:
-        """Complete a batch of prompts, each a text or a list of token ids; settings as in settings.Settings.
-
-        keep: a single prompt starts from the KV of the call before it, as far as their ids agree (a chat's turns).
-        Raises ValueError with one sentence for anything the user can set right.
-        """
-        decoding = self.start(prompts, keep, **settings)
-        for _ in decoding.rounds():
-            pass
-        return self.finish(decoding)
-
-    def stream(self, prompt, keep: bool = False, **settings) -> Iterator[str]:
-        """The text of one prompt, piece by piece, never half a character."""
-        if self.tokenizer is None:
-            raise ValueError("the checkpoint has no tokenizer files, wanted some to print text: use generate()")
-        decoding = self.start([prompt], keep, **settings)
-        for _ in decoding.rounds():
-            if piece := decoding.rows[0].piece():
-                yield piece
-        self.finish(decoding)
-
-    def start(self, prompts: list, keep: bool = False, **settings) -> Decoding:
-        """Check everything a user can get wrong, allocate the KV caches, and set up one generation."""
-        settings = Settings(**settings)
-        rows = make_rows(prompts, settings, self.tokenizer, self.eos, self.target.config)
-        mode, V = settings.mode, self.target.config.vocab_size
-        drafts = [self.draft] if self.draft is not None and mode != "ar" else []
-        if mode != "ar" and not drafts and (mode == "ssd" or not self.ngram):
-            raise ValueError(f"mode {mode} needs a draft model: load one with draft=..., or use mode ar")
-        tuner = Tuner(settings, len(rows), [self.target, *drafts], self.times)
-        target_lane, draft_lane = self.devices.lanes(mode)
-        k, M = max(tuner.ks) if mode != "ar" else 0, max(tuner.budgets)
-        longest = max(row.limit for row in rows) + k + 1
-        models = [(self.target, 0)] + [(draft, M if mode == "ssd" else 0) for draft in drafts]
-        check_memory(models, len(rows), longest, k)
-        old = self.reuse(rows[0], len(models)) if keep and len(rows) == 1 else [None] * len(models)
-        # On the lanes themselves: a GPU's streams would not wait for what another stream allocates and zeroes.
-        lanes = zip((target_lane, draft_lane), models, old)
-        runners = [
-            lane.start("set up", model.set_up, rows, settings, longest, k, branches, V, before).result()
-            for lane, (model, branches), before in lanes
-        ]
-        runners += [None]  # where there is no draft model
-        return Decoding(rows, settings, runners[0], target_lane, runners[1], draft_lane, tuner, self.warn)
-
-    def reuse(self, row: Row, models: int) -> list[Runner | None]:
-        """The runners of the previous call, if their KV holds a beginning of this prompt: row.kept tokens of it."""
-        if self.kept is None or len(self.kept[0]) != models:
-            return [None] * models
-        old, ids = self.kept
-        # The pending token has no KV, and after SD the draft may not have read the token before it.
-        same = min(len(ids) - 2, len(row.ids) - 1)
-        row.kept = max(0, next((i for i in range(same) if ids[i] != row.ids[i]), same))
-        return old
-
-    def finish(self, decoding: Decoding) -> Result:
-        """The result of a generation, complete or interrupted."""
-        rows, settings, figures = decoding.rows, decoding.settings, decoding.figures
-        self.kept = None
-        decoding.tuner.remember(decoding.fan_out, figures.rate())
-        if self.draft is not None and decoding.mode != settings.mode:
-            self.draft.runners.clear()  # what hangs may still write to their buffers
-        # A draft that failed, or a prompt that was interrupted while it was read, leaves no KV worth keeping.
-        if len(rows) == 1 and decoding.mode == settings.mode and figures.prefilled:
-            runners = [decoding.target, *([decoding.draft] if decoding.draft else [])]
-            self.kept = (runners, rows[0].ids[: len(rows[0].ids) - figures.emitted_with(PLAIN)])
-        figures.end = figures.end or time.perf_counter()
-        draft = self.draft.name if decoding.draft else NGRAM if settings.mode == "sd" else None
-        stats = {"target": self.target.name, "draft": draft, "dtype": str(self.target.dtype).split(".")[1]}
-        stats |= run_stats(decoding, self.target.step_bytes / self.devices.bandwidth(decoding.target_lane))
-        stats["peak_memory_gb"] = peak_memory_gb(decoding.target_lane.device)
-        return Result(stats["token_ids"], stats["text"], stats["finish_reason"], stats)
-
-
-def load(target: str, draft: str | None = None, device: str | None = None, draft_device: str | None = None,
-         dtype: str | None = None, compile: bool | None = None) -> Engine:  # fmt: skip
-    """Load a pair of checkpoints (folders, hub ids or inflate:SHAPE:FOLDER) onto their devices.
-
-    draft "ngram": no model; mode "sd" proposes what followed the same n-gram earlier in the text.
-    device, draft_device: "cpu", "cpu:0-1", "cuda:1"; by default what measures best for the mode on this machine.
-    dtype: "float32", "bfloat16", "float16", "float64"; by default float32 on a CPU and bfloat16 on CUDA.
-    compile: by default only on CUDA. Raises ValueError with one sentence for anything the user can set right.
-    """
-    devices = Devices(device, draft_device)
-    return Engine(
-        Model.load(target, devices.target, dtype, compile),
-        draft if draft in (None, NGRAM) else Model.load(draft, devices.draft, dtype, compile),
-        devices,
-    )
+        return engine.load
+    raise AttributeError(f"module ssd has no {name!r}")

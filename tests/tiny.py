@@ -4,9 +4,9 @@ import torch
 
 from checkpoint.config import Config
 from model import Transformer
-from pair import Model
+from engine import Engine, Model, Result
 from runtime import Devices, available_cores, one_thread
-from ssd import Decoding, Engine, Result
+from ssd import Decoding
 
 SHAPE = {
     "model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
@@ -50,7 +50,7 @@ def play(engine: Engine, prompts, **settings) -> tuple[Result, Decoding]:
 
 def settle(decoding: Decoding) -> None:
     """Wait until the draft's lane has done all it was given."""
-    decoding.draft_lane.start("settle", lambda: None).result(60)
+    decoding.draft_lane.start(lambda: None).result(60)
 
 
 def log_probs(model, ids: list[int]) -> torch.Tensor:
