@@ -1,7 +1,7 @@
 """A target and a draft, loaded and checked, and what stands around one generation.
 
-Knows: which pieces make a usable model, what two models must share, what a chat keeps between turns.
-Does not know: rounds (ssd.py), formats of files (checkpoint/). Read next: rows.py.
+Knows: which pieces make a usable model, what two models must share, what a chat keeps between
+turns. Does not know: rounds (ssd.py), formats of files (checkpoint/). Read next: rows.py.
 """
 
 import difflib
@@ -26,14 +26,21 @@ from steps import Runner
 DEFAULT_DRAFT = str(Path(__file__).resolve().parent / "assets" / "draft")
 NGRAM = "ngram"  # a draft that is not a model: it guesses from the row's own text
 DTYPES = {
-    "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64
-}  # fmt: skip
-SHORTEST_TRUNK = 256  # tokens; static trunks are this or twice, four times ... as long: at most 8 sizes
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+SHORTEST_TRUNK = (
+    256  # tokens; static trunks are this or twice, four times ... as long: at most 8 sizes
+)
 
 
 @dataclass
 class Model:
-    """A transformer ready to run. step_bytes: what one decode step reads, the embedding table left out."""
+    """A transformer ready to run. step_bytes: what one decode step reads, the embedding table left
+    out.
+    """
 
     name: str
     transformer: Transformer
@@ -46,8 +53,14 @@ class Model:
     runners: dict[tuple, Runner] = field(default_factory=dict)
 
     @classmethod
-    def load(cls, name: str, device: torch.device, dtype: str | None = None, compile: bool | None = None,
-             target: "Model | None" = None) -> "Model":  # fmt: skip
+    def load(
+        cls,
+        name: str,
+        device: torch.device,
+        dtype: str | None = None,
+        compile: bool | None = None,
+        target: "Model | None" = None,
+    ) -> "Model":
         """target: the loaded target, for a draft that was trained for it and uses its embedding."""
         if dtype is not None and dtype not in DTYPES:
             raise ValueError(f"dtype is {dtype!r}, wanted one of {', '.join(DTYPES)}")
@@ -56,20 +69,22 @@ class Model:
         with one_thread():
             transformer = load_model(
                 name, device, DTYPES.get(dtype, usual), Transformer, target and target.transformer
-            )  # fmt: skip
+            )
         tokenizer, eos = load_tokenizer(where), frozenset(read_eos_ids(where))
         return cls.of(transformer, str(name), tokenizer, eos, compile)
 
     @classmethod
-    def of(cls, transformer: Transformer, name="model", tokenizer=None, eos=frozenset(), compile=None) -> "Model":
+    def of(
+        cls, transformer: Transformer, name="model", tokenizer=None, eos=frozenset(), compile=None
+    ) -> "Model":
         """A model from a transformer that is already in memory."""
         config, weight = transformer.config, transformer.embed.weight
         if tokenizer is not None:
             eos = eos or frozenset(tokenizer.eos_ids)
             if tokenizer.vocab_size > config.vocab_size:
                 raise ValueError(
-                    f"the tokenizer of {name} has {tokenizer.vocab_size} tokens, but the model only "
-                    f"{config.vocab_size}: use the tokenizer files that belong to this checkpoint"
+                    f"the tokenizer of {name} has {tokenizer.vocab_size} tokens, but the model "
+                    f"only {config.vocab_size}: use the tokenizer files of this checkpoint"
                 )
         compile = weight.device.type == "cuda" if compile is None else compile
         read = sum(w.nbytes for name, w in transformer.named_parameters() if name != "embed.weight")
@@ -80,12 +95,17 @@ class Model:
         else:
             with one_thread():
                 pack(transformer)
-        if weight.device.type == "cuda":  # the lanes' streams do not wait for the one that filled the weights
+        if (
+            weight.device.type == "cuda"
+        ):  # the lanes' streams do not wait for the one that filled the weights
             torch.cuda.synchronize(weight.device)
         return cls(name, transformer, config, tokenizer, eos, weight.dtype, policy, read)
 
-    def runner(self, role: str, batch: int, trunk: int, k: int, branches: int, vocab: int) -> Runner:
-        """A runner with room for `trunk` tokens a row. A static one is kept: its graphs belong to its buffers.
+    def runner(
+        self, role: str, batch: int, trunk: int, k: int, branches: int, vocab: int
+    ) -> Runner:
+        """A runner with room for `trunk` tokens a row. A static one is kept: its graphs belong to
+        its buffers.
 
         A shorter text runs in a longer trunk, since attention reads no more than there is.
         """
@@ -97,11 +117,17 @@ class Model:
             while room < trunk:
                 room *= 2
             self.runners.clear()  # one set of buffers at a time
-            self.runners[key] = Runner(role, self.transformer, batch, room, k, branches, self.policy, vocab)
+            self.runners[key] = Runner(
+                role, self.transformer, batch, room, k, branches, self.policy, vocab
+            )
         return self.runners[key]
 
-    def set_up(self, role, rows, settings, trunk: int, k: int, branches: int, vocab: int, before) -> Runner:
-        """A runner that knows how these rows sample, with the KV of the tokens that the runner `before` has read."""
+    def set_up(
+        self, role, rows, settings, trunk: int, k: int, branches: int, vocab: int, before
+    ) -> Runner:
+        """A runner that knows how these rows sample, with the KV of the tokens that the runner
+        `before` has read.
+        """
         runner = self.runner(role, len(rows), trunk, k, branches, vocab)
         params = sampling_params(rows, settings, runner.device)
         runner.set_rows(params, settings.coupling, settings.saguaro_c)
@@ -111,26 +137,30 @@ class Model:
 
 
 def check_pair(target: Model, draft: Model) -> None:
-    """Refuse a draft whose tokens are not the target's. Embeddings padded to different sizes do not matter."""
+    """Refuse a draft whose tokens are not the target's. Embeddings padded to different sizes do not
+    matter.
+    """
     if draft.config.head_tokens:
         return  # trained for this target, which was checked when it was loaded
     if target.tokenizer is None or draft.tokenizer is None:
         if target.config.vocab_size != draft.config.vocab_size:
             raise ValueError(
-                f"the target {target.name} has {target.config.vocab_size} tokens and the draft {draft.name} "
-                f"{draft.config.vocab_size}: use a draft with the target's vocabulary"
+                f"the target {target.name} has {target.config.vocab_size} tokens and the draft "
+                f"{draft.name} {draft.config.vocab_size}: use a draft with the target's vocabulary"
             )
         return
     if difference := vocabulary_difference(target.tokenizer, draft.tokenizer):
         token, ours, theirs = difference
         raise ValueError(
-            f"target and draft do not share a vocabulary: token {token} is {ours!r} in {target.name} and {theirs!r} "
-            f"in {draft.name}: use a draft with the target's tokenizer"
+            f"target and draft do not share a vocabulary: token {token} is {ours!r} in "
+            f"{target.name} and {theirs!r} in {draft.name}: use a draft with the target's tokenizer"
         )
 
 
 def check_memory(models: list[tuple[Model, int]], batch: int, trunk: int, k: int) -> None:
-    """Refuse KV caches that would not fit, before they are allocated. models: each with its number of branches."""
+    """Refuse KV caches that would not fit, before they are allocated. models: each with its number
+    of branches.
+    """
     need: dict[torch.device, int] = {}
     for model, branches in models:
         c = model.config
@@ -142,14 +172,17 @@ def check_memory(models: list[tuple[Model, int]], batch: int, trunk: int, k: int
         free = available_bytes(device)
         if free is not None and size > free:
             raise ValueError(
-                f"the KV cache for {batch} rows of {trunk} tokens needs {size / 1e9:.1f} GB, but {device} has "
-                f"{free / 1e9:.1f} GB free: use fewer or shorter prompts, or a smaller max_new_tokens"
+                f"the KV cache for {batch} rows of {trunk} tokens needs {size / 1e9:.1f} GB, but "
+                f"{device} has {free / 1e9:.1f} GB free: use fewer or shorter prompts or a smaller "
+                "max_new_tokens"
             )
 
 
 @dataclass
 class Result:
-    """What generate() returns, a list entry per prompt; stats is the terminal contract's JSON object."""
+    """What generate() returns, a list entry per prompt; stats is the terminal contract's JSON
+    object.
+    """
 
     token_ids: list[list[int]]
     text: list[str | None]
@@ -158,7 +191,7 @@ class Result:
 
 
 class Engine:
-    """A target, perhaps a draft, their tokenizer, and the lanes they run on. Make one with load()."""
+    """A target, perhaps a draft, their tokenizer, and their lanes. Make one with load()."""
 
     def __init__(self, target: Model, draft: Model | str | None, devices: Devices, warn=None):
         self.target, self.devices, self.ngram = target, devices, draft == NGRAM
@@ -173,9 +206,9 @@ class Engine:
     def generate(self, prompts: list, keep: bool = False, **settings) -> Result:
         """The completions of a batch of prompts, each a text or a list of token ids.
 
-        settings: as in rows.Settings. keep: a single prompt starts from the KV of the call before it,
-        as far as their ids agree (a chat's turns). Raises ValueError with one sentence for anything
-        that the user can set right.
+        settings: as in rows.Settings. keep: a single prompt starts from the KV of the call before
+        it, as far as their ids agree (a chat's turns). Raises ValueError with one sentence for
+        anything that the user can set right.
         """
         decoding = self.start(prompts, keep, **settings)
         for _ in decoding.rounds():
@@ -185,7 +218,9 @@ class Engine:
     def stream(self, prompt, keep: bool = False, **settings) -> Iterator[str]:
         """The text of one prompt, piece by piece, never half a character."""
         if self.tokenizer is None:
-            raise ValueError("the checkpoint has no tokenizer files, wanted some to print text: use generate()")
+            raise ValueError(
+                "the checkpoint has no tokenizer files, wanted some to print text: use generate()"
+            )
         decoding = self.start([prompt], keep, **settings)
         for _ in decoding.rounds():
             if piece := decoding.rows[0].piece():
@@ -193,20 +228,26 @@ class Engine:
         self.finish(decoding)
 
     def start(self, prompts: list, keep: bool = False, **settings) -> Decoding:
-        """A generation that is set up and has not begun. Everything that a user can get wrong is checked here."""
+        """A generation that is set up and has not begun. Everything that a user can get wrong is
+        checked here.
+        """
         self.settings = settings = check_settings(settings)
         rows = make_rows(prompts, settings, self.tokenizer, self.eos, self.target.config)
         mode, V = settings.mode, self.target.config.vocab_size
         drafts = [self.draft] if self.draft is not None and mode != "ar" else []
         if mode != "ar" and not drafts and (mode == "ssd" or not self.ngram):
-            raise ValueError(f"mode {mode} needs a draft model: load one with draft=..., or use mode ar")
+            raise ValueError(
+                f"mode {mode} needs a draft model: load one with draft=..., or use mode ar"
+            )
         planner, ks, ms = self.planner(settings, len(rows), drafts)
         k, branches = max(ks), max(ms)
         target_lane, draft_lane = self.devices.lanes(mode)
         longest = max(row.limit for row in rows) + k + 1
         models = [("target", self.target, 0)] + [("draft", draft, branches) for draft in drafts]
         check_memory([(model, m) for _, model, m in models], len(rows), longest, k)
-        before = self.reuse(rows[0], len(models)) if keep and len(rows) == 1 else [None] * len(models)
+        before = (
+            self.reuse(rows[0], len(models)) if keep and len(rows) == 1 else [None] * len(models)
+        )
         # On the lanes themselves: a GPU's streams would not wait for what another stream allocates.
         lanes = zip((target_lane, draft_lane), models, before)
         runners = [
@@ -216,15 +257,24 @@ class Engine:
         runners += [None]  # where there is no draft model
         lengths = sorted({1, *(1 + k for k in ks)})
         shapes = lengths, [m for m in ms if m]
-        return Decoding(rows, planner, runners[0], target_lane, runners[1], draft_lane, shapes, self.warn)
+        return Decoding(
+            rows, planner, runners[0], target_lane, runners[1], draft_lane, shapes, self.warn
+        )
 
     def planner(self, settings: Settings, batch: int, drafts: list[Model]) -> tuple:
-        """The planner of a run, and all the K and M that it may choose. The plan is what makes a mode."""
-        mode, common = settings.mode, min(m.transformer.head.out_features for m in (self.target, *drafts))
+        """The planner of a run, and all the K and M that it may choose. The plan is what makes a
+        mode.
+        """
+        mode, common = (
+            settings.mode,
+            min(m.transformer.head.out_features for m in (self.target, *drafts)),
+        )
         if mode == "ar":
             return Fixed(Plan(0, 0)), (0,), (0,)
         if mode == "ssd" and settings.fan_out != AUTO and settings.fan_out >= common:
-            raise ValueError(f"fan_out is {settings.fan_out}, wanted less than the vocabulary, {common} tokens")
+            raise ValueError(
+                f"fan_out is {settings.fan_out}, wanted less than the vocabulary, {common} tokens"
+            )
         fallback = settings.fallback if mode == "ssd" else "jit" if drafts else "fast"
         choosable = [settings.k] + [settings.fan_out] * (mode == "ssd")
         if AUTO not in choosable:
@@ -234,7 +284,11 @@ class Engine:
 
         static = any(m.policy.static for m in (self.target, *drafts))
         ks = (0, *(auto.STATIC_KS if static else auto.KS)) if settings.k == AUTO else (settings.k,)
-        ms = (0, *(auto.STATIC_MS if static else auto.MS)) if settings.fan_out == AUTO else (settings.fan_out,)
+        ms = (
+            (0, *(auto.STATIC_MS if static else auto.MS))
+            if settings.fan_out == AUTO
+            else (settings.fan_out,)
+        )
         ms = tuple(m for m in ms if m < common) if mode == "ssd" else (0,)
         sampled = any(settings.per_row("temperature", None))
         kind = (mode, batch, settings.coupling, sampled, ks, ms, fallback, settings.cut)
@@ -242,7 +296,9 @@ class Engine:
         return auto.Auto(ks, ms, Plan(0, 0, fallback, settings.cut), batch, seen), ks, ms
 
     def reuse(self, row: Row, models: int) -> list[Runner | None]:
-        """The runners of the previous call, if their KV holds a beginning of this prompt: row.kept tokens of it."""
+        """The runners of the previous call, if their KV holds a beginning of this prompt: row.kept
+        tokens of it.
+        """
         if self.kept is None or len(self.kept[0]) != models:
             return [None] * models
         old, ids, read = self.kept
@@ -257,7 +313,9 @@ class Engine:
         self.kept, figures.end = None, figures.end or time.perf_counter()
         if decoding.lost:
             self.draft.runners.clear()  # what hangs may still write to their buffers
-        elif len(rows) == 1 and figures.rounds:  # a prompt that was not read whole leaves no KV worth keeping
+        elif (
+            len(rows) == 1 and figures.rounds
+        ):  # a prompt that was not read whole leaves no KV worth keeping
             runners = [decoding.target, *([decoding.draft] if decoding.draft else [])]
             self.kept = runners, list(rows[0].ids), rows[0].read
         draft = NGRAM if self.ngram else self.draft.name if self.draft else None
@@ -265,13 +323,15 @@ class Engine:
         stats |= {"dtype": str(self.target.dtype).split(".")[1]}
         peak = peak_memory_gb(decoding.target_lane.device)
         bandwidth = self.devices.bandwidth(decoding.target_lane)
-        stats |= run_stats(decoding, self.settings, bandwidth and self.target.step_bytes / bandwidth)
+        stats |= run_stats(
+            decoding, self.settings, bandwidth and self.target.step_bytes / bandwidth
+        )
         stats["peak_memory_gb"] = peak
         return Result(stats["token_ids"], stats["text"], stats["finish_reason"], stats)
 
 
 def check_settings(given: dict) -> Settings:
-    """Settings from keywords. ValueError names one that does not exist, and the nearest that does."""
+    """Settings from keywords. ValueError names one that does not exist, and the nearest."""
     known = [f.name for f in fields(Settings)]
     for name in given:
         if name not in known:
@@ -281,15 +341,23 @@ def check_settings(given: dict) -> Settings:
     return Settings(**given)
 
 
-def load(target: str | None = None, draft: str | None = None, device: str | None = None,
-         draft_device: str | None = None, dtype: str | None = None, compile: bool | None = None) -> Engine:  # fmt: skip
-    """An engine with a pair of checkpoints (folders, .gguf files, hub ids or inflate:SHAPE:FOLDER) on their devices.
+def load(
+    target: str | None = None,
+    draft: str | None = None,
+    device: str | None = None,
+    draft_device: str | None = None,
+    dtype: str | None = None,
+    compile: bool | None = None,
+) -> Engine:
+    """An engine with a pair of checkpoints (folders, .gguf files, hub ids or inflate:SHAPE:FOLDER)
+    on their devices.
 
-    target None: the default model and the draft that was trained for it. draft "ngram": not a model;
-    mode "sd" proposes what followed the same n-gram earlier in the text. device, draft_device: "cpu",
-    "cpu:0-1", "cuda:1"; by default what measures best for the mode on this machine. dtype: "float32",
-    "bfloat16", "float16", "float64"; by default float32 on a CPU and bfloat16 on CUDA. compile: by
-    default only on CUDA. Raises ValueError with one sentence for anything that the user can set right.
+    target None: the default model and the draft that was trained for it. draft "ngram": not a
+    model; mode "sd" proposes what followed the same n-gram earlier in the text. device,
+    draft_device: "cpu", "cpu:0-1", "cuda:1"; by default what measures best for the mode on this
+    machine. dtype: "float32", "bfloat16", "float16", "float64"; by default float32 on a CPU and
+    bfloat16 on CUDA. compile: by default only on CUDA. Raises ValueError with one sentence for
+    anything that the user can set right.
     """
     if target is None:
         target, draft = default_target(), draft or DEFAULT_DRAFT

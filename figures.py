@@ -1,7 +1,8 @@
-"""What happened in a run, counted and shown: a record for each round, one line, a table of modes, a trace.
+"""What happened in a run, counted and shown: a record for each round, one line, a table of modes, a
+trace.
 
-Knows: times and counts, and how they combine. Does not know: tensors, models, why a round was played
-as it was. Read next: checkpoint/, if you want to know what is on disk.
+Knows: times and counts, and how they combine. Does not know: tensors, models, why a round was
+played as it was. Read next: checkpoint/, if you want to know what is on disk.
 
 With equal K, SSD gains at most (1 + t_draft / t_verify) over SD: it hides the drafting, it does not
 make a verification cheaper. All times are seconds of the host's clock. A round lasts from the start
@@ -35,13 +36,16 @@ ROWS = (  # key, label, format, factor
 )
 SETTINGS_SHOWN = ("mode", "cut", "fallback", "coupling", "temperature", "seed")
 UNUSED = {
-    "ar": ("k", "fan_out", "cut", "fallback", "coupling"), "sd": ("fan_out", "cut", "fallback"), "ssd": ()
-}  # fmt: skip
+    "ar": ("k", "fan_out", "cut", "fallback", "coupling"),
+    "sd": ("fan_out", "cut", "fallback"),
+    "ssd": (),
+}
 
 
 @dataclass
 class Round:
-    """One round: what was tried, what held, what was foreseen, and how long it took. Lists are by row.
+    """One round: what was tried, what held, what was foreseen, and how long it took. Lists are by
+    row.
 
     steps and prepare_s, step_s (extend and fork; a chain step) are of the chains at the look-up;
     drafted is the work that drafted while the target waited, None where there was none.
@@ -63,7 +67,7 @@ class Round:
     drafted: object = None
 
     def rejected(self, b: int) -> int:
-        """1 if a draft token of row b was rejected. Tokens after it are untested and count nowhere."""
+        """1 if a draft token of row b was rejected. Tokens after it are untested."""
         return int(self.accepted[b] < self.length[b])
 
     def looked_up(self, chains, hit: list[int], missed: list[int]) -> None:
@@ -82,7 +86,9 @@ class Round:
 
 
 def expected_tokens(acceptance: float, length: float) -> float:
-    """Tokens that a round emits whose proposal has `length` tokens, each accepted with one probability."""
+    """Tokens that a round emits whose proposal has `length` tokens, each accepted with one
+    probability.
+    """
     if acceptance >= 1:
         return length + 1
     return (1 - acceptance ** (length + 1)) / (1 - acceptance)
@@ -114,7 +120,8 @@ class Figures:
         return done
 
     def report(self, spans: list[tuple[str, float, float]], speculates: bool) -> dict:
-        """The figures of the terminal contract. spans: what ran on the draft's lane, (name, begin, end).
+        """The figures of the terminal contract. spans: what ran on the draft's lane, (name, begin,
+        end).
 
         The first round belongs to the prefill: it is left out of rates and medians.
         """
@@ -154,7 +161,9 @@ class Figures:
         return total
 
     def times(self, spans, speculates: bool) -> dict:
-        """Medians per round, in milliseconds, and what they say: the share that is hidden, the ceiling."""
+        """Medians per round, in milliseconds, and what they say: the share that is hidden, the
+        ceiling.
+        """
         rounds, busy = self.rounds, self.busy(spans)
         pairs = list(zip(rounds[1:], rounds[2:]))  # a round and the one after it
         middle = lambda values: median(values) * 1e3 if values else None  # noqa: E731
@@ -162,7 +171,9 @@ class Figures:
             "round_ms": middle([after.begin - r.begin for r, after in pairs]),
             "verify_ms": middle([r.end - r.begin for r in rounds[1:]]),
             "draft_ms": middle(busy[1:]) if speculates else None,
-            "exposed_ms": middle([after.begin - r.end for r, after in pairs]) if speculates else None,
+            "exposed_ms": middle([after.begin - r.end for r, after in pairs])
+            if speculates
+            else None,
             "hidden": None,
             "speedup_ceiling": None,
         }
@@ -188,7 +199,8 @@ class Figures:
 
 
 def run_stats(decoding, settings, floor_s: float | None) -> dict:
-    """The JSON object of a run: its settings (None where its mode has no use for one), texts, figures.
+    """The JSON object of a run: its settings (None where its mode has no use for one), texts,
+    figures.
 
     floor_s: seconds that reading the target's weights once takes at the speed of a plain read.
     """
@@ -210,7 +222,9 @@ def run_stats(decoding, settings, floor_s: float | None) -> dict:
 
 def figures_line(stats: dict) -> str:
     """One line of figures: speed first, then what explains it."""
-    show = [f"{stats['mode']}: {sum(stats['new_tokens'])} tokens, {stats['tokens_per_s']:.1f} tokens/s"]
+    show = [
+        f"{stats['mode']}: {sum(stats['new_tokens'])} tokens, {stats['tokens_per_s']:.1f} tokens/s"
+    ]
     for key, text, factor in (
         ("k", "K {}", 1),
         ("fan_out", "M {}", 1),
@@ -233,16 +247,26 @@ def figures_line(stats: dict) -> str:
 
 
 def compare(runs: dict[str, dict]) -> dict:
-    """Ratios between the modes' figures. `ceiling`: hiding all drafting, with the tokens a round that SSD reached."""
+    """Ratios between the modes' figures. `ceiling`: hiding all drafting, with the tokens a round
+    that SSD reached.
+    """
     ar, sd, ssd = (runs[mode] for mode in MODES)
     for run in runs.values():
         for name, base in (("over_ar", ar), ("over_sd", sd)):  # a text of one token has no rate
             run[name] = run["tokens_per_s"] / base["tokens_per_s"] if base["tokens_per_s"] else None
         run["ceiling"] = None
     if all((sd["draft_ms"], sd["verify_ms"], sd["tokens_per_round"], ssd["tokens_per_round"])):
-        ssd["ceiling"] = (1 + sd["draft_ms"] / sd["verify_ms"]) * ssd["tokens_per_round"] / sd["tokens_per_round"]
+        ssd["ceiling"] = (
+            (1 + sd["draft_ms"] / sd["verify_ms"])
+            * ssd["tokens_per_round"]
+            / sd["tokens_per_round"]
+        )
     same = all(run["token_ids"] == ar["token_ids"] for run in runs.values())
-    return {**runs, "same_text": same, "best": max(MODES, key=lambda mode: runs[mode]["tokens_per_s"])}
+    return {
+        **runs,
+        "same_text": same,
+        "best": max(MODES, key=lambda mode: runs[mode]["tokens_per_s"]),
+    }
 
 
 def table(compared: dict) -> str:
@@ -263,16 +287,18 @@ def explain(compared: dict) -> list[str]:
     if compared["same_text"]:
         out.append("The three texts are the same.")
     elif ssd["coupling"] == "shared":
-        out.append("The three texts DIFFER: a floating-point near-tie or a bug; scripts/check_same_text.py tells.")
+        out.append("The three texts DIFFER: a near-tie or a bug; scripts/check_same_text.py tells.")
     else:
-        out.append(f"The texts differ, as they may with the coupling {ssd['coupling']}: other draws, same odds.")
+        out.append(
+            f"The texts differ, as they may under {ssd['coupling']}: other draws, same odds."
+        )
     if ssd["ceiling"]:
         slower = ssd["verify_ms"] / sd["verify_ms"]
         waits = 1 + (ssd["exposed_ms"] or 0) / ssd["verify_ms"]
         losses = {
-            f"a verification took {ssd['verify_ms']:.2f} ms instead of {sd['verify_ms']:.2f} ms": slower,
+            f"a verification took {ssd['verify_ms']:.2f} ms, not {sd['verify_ms']:.2f}": slower,
             f"{ssd['exposed_ms'] or 0:.2f} ms a round were exposed between verifications": waits,
-            f"rounds were {ssd['tokens_per_round']:.2f} tokens long instead of {sd['tokens_per_round']:.2f}":
+            f"a round was {ssd['tokens_per_round']:.2f} tokens, not {sd['tokens_per_round']:.2f}":
                 sd["tokens_per_round"] / ssd["tokens_per_round"],
         }  # fmt: skip
         term = max(losses, key=losses.get)
@@ -280,7 +306,11 @@ def explain(compared: dict) -> list[str]:
         if losses[term] > 1.02:
             out.append(f"What ate most of the rest: {term}.")
     best = compared["best"]
-    why = "" if best == "ssd" else ": SSD pays where the draft has a device of its own that the target could not use"
+    why = (
+        ""
+        if best == "ssd"
+        else ": SSD pays where the draft has a device of its own that the target could not use"
+    )
     out.append(f"Best on this machine for this text: {best.upper()}{why}.")
     return out
 
@@ -289,7 +319,9 @@ def explain(compared: dict) -> list[str]:
 
 
 def write_trace(path: str, lanes, rounds: list[Round]) -> None:
-    """A Chrome/Perfetto trace: a line per lane, and the loop's look-ups with hits and misses. Times in microseconds."""
+    """A Chrome/Perfetto trace: a line per lane, and the loop's look-ups with hits and misses. Times
+    in microseconds.
+    """
     events = []
     for thread, lane in enumerate(lanes, 1):
         name = {"name": f"{lane.name} ({lane.spec})"}
@@ -298,7 +330,12 @@ def write_trace(path: str, lanes, rounds: list[Round]) -> None:
     events.append({"ph": "M", "pid": 1, "tid": 0, "name": "thread_name", "args": {"name": "loop"}})
     for number, r in enumerate(rounds):
         if r.look_up:
-            args = {"round": number, "rows": len(r.live), "missed": r.missed, "chain_steps": r.steps}
+            args = {
+                "round": number,
+                "rows": len(r.live),
+                "missed": r.missed,
+                "chain_steps": r.steps,
+            }
             events.append(_span(0, "look-up: " + ("miss" if r.missed else "hit"), *r.look_up, args))
     Path(path).write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))
 

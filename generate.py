@@ -1,10 +1,11 @@
 """The terminal program: flags in, text and one line of figures out.
 
-Knows: flags, streams, exit codes. Does not know: anything about models or rounds. Read next: ssd.py.
+Knows: flags, streams, exit codes. Does not know: anything about models or rounds. Read next:
+ssd.py.
 
-    python generate.py                      the default model answers a question by plain decoding
-    python generate.py --ssd                the same answer, faster where the draft has its own device
-    python generate.py --compare            the three modes side by side on one prompt and seed
+    python generate.py                  the default model answers a question by plain decoding
+    python generate.py --ssd            the same answer, faster where the draft has its own device
+    python generate.py --compare        the three modes side by side on one prompt and seed
 """
 
 import argparse
@@ -20,13 +21,23 @@ from figures import MODES, compare, explain, figures_line, table, write_trace
 AUTO = "auto"  # rows.AUTO; torch is imported later, inside main, so that Ctrl-C ends quietly
 QUESTION = "Why is the sky blue?"
 FILE_LIMIT = 1 << 26  # bytes of a prompt file
-FAILED, MISTAKE, INTERRUPTED, NOBODY_READS = 1, 2, 130, 141  # exit codes; the last two are 128 + a signal
-DRAFT_FLAGS, SSD_FLAGS = ("draft", "draft_device", "k", "coupling", "saguaro_c"), ("fan_out", "cut", "fallback")
+FAILED, MISTAKE, INTERRUPTED, NOBODY_READS = (
+    1,
+    2,
+    130,
+    141,
+)  # exit codes; the last two are 128 + a signal
+DRAFT_FLAGS, SSD_FLAGS = (
+    ("draft", "draft_device", "k", "coupling", "saguaro_c"),
+    ("fan_out", "cut", "fallback"),
+)
 SAMPLING_FLAGS = ("top_k", "top_p", "seed")  # of no effect at temperature 0
 
 
 class Parser(argparse.ArgumentParser):
-    def error(self, message: str):  # one sentence, like every other mistake, instead of the whole usage
+    def error(
+        self, message: str
+    ):  # one sentence, like every other mistake, instead of the whole usage
         raise ValueError(f"{message} (python generate.py --help lists the flags)")
 
 
@@ -41,7 +52,9 @@ def whole_or_auto(text: str) -> int | str:
     try:
         return AUTO if text == AUTO else int(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"got {text[:40]!r}, wanted a whole number or {AUTO}") from None
+        raise argparse.ArgumentTypeError(
+            f"got {text[:40]!r}, wanted a whole number or {AUTO}"
+        ) from None
 
 
 def number(text: str) -> float:
@@ -53,42 +66,151 @@ def number(text: str) -> float:
 
 def parser() -> argparse.ArgumentParser:
     p = Parser(
-        prog="generate.py", description="Complete text with a Llama-family model, and let a draft model speed it up.",
-        epilog="Text goes to stdout, figures to stderr. Exit codes: 0 done, 2 a mistake in what was given, 130 Ctrl-C. "
+        prog="generate.py",
+        description="Complete text with a Llama-family model, and let a draft model speed it up.",
+        epilog="Text goes to stdout, figures to stderr. Exit codes: 0 done, 1 a device failed, 2 a "
+        "mistake in what was given, 130 Ctrl-C. "
         "A text that begins with a dash is given as --prompt=-TEXT.", allow_abbrev=False,
     )  # fmt: skip
     add, switch = p.add_argument, argparse.BooleanOptionalAction
     mode = p.add_mutually_exclusive_group()
-    mode.add_argument("--sd", action="store_true", help="speculative decoding: draft and target take turns")
-    mode.add_argument("--ssd", action="store_true", help="SSD: the draft prepares while the target verifies")
-    mode.add_argument("--compare", action="store_true", help="plain decoding, SD and SSD on one prompt, side by side")
+    mode.add_argument(
+        "--sd", action="store_true", help="speculative decoding: draft and target take turns"
+    )
+    mode.add_argument(
+        "--ssd", action="store_true", help="SSD: the draft prepares while the target verifies"
+    )
+    mode.add_argument(
+        "--compare",
+        action="store_true",
+        help="plain decoding, SD and SSD on one prompt, side by side",
+    )
     text = p.add_mutually_exclusive_group()
-    text.add_argument("--prompt", nargs="+", action="extend", metavar="TEXT", help="a prompt, or several (a batch)")
-    text.add_argument("--prompt-file", metavar="FILE", help="a text (one prompt), or .jsonl with a \"prompt\" a line")
-    text.add_argument("--chat", action="store_true", help="talk with a chat model, a line of stdin a turn")
-    add("--target", metavar="DIR|FILE|HUB_ID", help="the model whose text you want (SmolLM2-135M-Instruct)")
-    add("--draft", metavar="DIR|FILE|HUB_ID", help="the small model that drafts (the default target has one); "
-        "--sd also knows ngram: no model")
+    text.add_argument(
+        "--prompt",
+        nargs="+",
+        action="extend",
+        metavar="TEXT",
+        help="a prompt, or several (a batch)",
+    )
+    text.add_argument(
+        "--prompt-file",
+        metavar="FILE",
+        help='a text (one prompt), or .jsonl with a "prompt" a line',
+    )
+    text.add_argument(
+        "--chat", action="store_true", help="talk with a chat model, a line of stdin a turn"
+    )
+    add(
+        "--target",
+        metavar="DIR|FILE|HUB_ID",
+        help="the model whose text you want (SmolLM2-135M-Instruct)",
+    )
+    add(
+        "--draft",
+        metavar="DIR|FILE|HUB_ID",
+        help="the small model that drafts (the default target has one); "
+        "--sd also knows ngram: no model",
+    )
     add("--system", metavar="TEXT", help="chat: the instructions before the first turn")
-    add("--thinking", action=switch, default=None, help="chat: let a model that can think aloud do so, or not")
-    add("--device", help="where the target runs: cpu, cpu:0-1 (cores), cuda:0 (default: what suits the mode)")
+    add(
+        "--thinking",
+        action=switch,
+        default=None,
+        help="chat: let a model that can think aloud do so, or not",
+    )
+    add(
+        "--device",
+        help="where the target runs: cpu, cpu:0-1 (cores), cuda:0 (default: what suits the mode)",
+    )
     add("--draft-device", help="where the draft runs (default: what suits the mode)")
-    add("--dtype", help="float32, bfloat16, float16, float64 (default: float32 on a CPU, bfloat16 on CUDA)")
-    add("--max-new-tokens", type=whole, default=128, metavar="N", help="most new tokens per prompt (128)")
+    add(
+        "--dtype",
+        help="float32, bfloat16, float16, float64 (default: float32 on a CPU, bfloat16 on CUDA)",
+    )
+    add(
+        "--max-new-tokens",
+        type=whole,
+        default=128,
+        metavar="N",
+        help="most new tokens per prompt (128)",
+    )
     add("--temperature", type=number, default=0.0, metavar="T", help="0, the default, is greedy")
-    add("--top-k", type=whole, default=0, metavar="N", help="keep the N likeliest tokens; 0, the default, is off")
-    add("--top-p", type=number, default=1.0, metavar="P", help="keep the likeliest tokens that sum to P; 1 is off")
-    add("--seed", type=whole, default=0, metavar="S", help="same seed, same text, in every mode under shared (0)")
-    add("--stop", nargs="+", action="extend", default=[], metavar="TEXT", help="texts that end the output")
+    add(
+        "--top-k",
+        type=whole,
+        default=0,
+        metavar="N",
+        help="keep the N likeliest tokens; 0, the default, is off",
+    )
+    add(
+        "--top-p",
+        type=number,
+        default=1.0,
+        metavar="P",
+        help="keep the likeliest tokens that sum to P; 1 is off",
+    )
+    add(
+        "--seed",
+        type=whole,
+        default=0,
+        metavar="S",
+        help="same seed, same text, in every mode under shared (0)",
+    )
+    add(
+        "--stop",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="TEXT",
+        help="texts that end the output",
+    )
     add("--ignore-eos", action="store_true", help="go on after the end of the text")
-    add("--k", type=whole_or_auto, default=AUTO, metavar="K|auto", help="SD, SSD: most draft tokens a round (auto)")
-    add("--fan-out", type=whole_or_auto, default=AUTO, metavar="M|auto", help="SSD: outcomes prepared a round (auto)")
-    add("--cut", action=switch, default=True, help="SSD: use what is ready when the verdict is in, or wait for all")
-    add("--fallback", default="auto", metavar="auto|jit|fast", help="SSD, on a miss: draft now, guess, or the faster")
-    add("--coupling", default="shared", metavar="shared|maximal|independent", help="how the models share randomness")
-    add("--saguaro-c", type=number, default=1.0, metavar="C", help="independent: weigh down the draft's top tokens")
+    add(
+        "--k",
+        type=whole_or_auto,
+        default=AUTO,
+        metavar="K|auto",
+        help="SD, SSD: most draft tokens a round (auto)",
+    )
+    add(
+        "--fan-out",
+        type=whole_or_auto,
+        default=AUTO,
+        metavar="M|auto",
+        help="SSD: outcomes prepared a round (auto)",
+    )
+    add(
+        "--cut",
+        action=switch,
+        default=True,
+        help="SSD: use what is ready when the verdict is in, or wait for all",
+    )
+    add(
+        "--fallback",
+        default="auto",
+        metavar="auto|jit|fast",
+        help="SSD, on a miss: draft now, guess, or the faster",
+    )
+    add(
+        "--coupling",
+        default="shared",
+        metavar="shared|maximal|independent",
+        help="how the models share randomness",
+    )
+    add(
+        "--saguaro-c",
+        type=number,
+        default=1.0,
+        metavar="C",
+        help="independent: weigh down the draft's top tokens",
+    )
     add("--compile", action=switch, default=None, help="torch.compile (default: on CUDA only)")
-    add("--json", metavar="FILE|-", help="write the figures as one JSON object; -: to stdout, and nothing else there")
+    add(
+        "--json",
+        metavar="FILE|-",
+        help="write the figures as one JSON object; -: to stdout, and nothing else there",
+    )
     add("--trace", metavar="FILE", help="write a Chrome/Perfetto trace of both lanes")
     return p
 
@@ -102,12 +224,18 @@ def read_prompts(args) -> list[str]:
         with path.open("rb") as file:
             data = file.read(FILE_LIMIT + 1)
         if len(data) > FILE_LIMIT:
-            raise ValueError(f"{path} has more than {FILE_LIMIT >> 20} MiB, wanted at most that: use a smaller file")
+            raise ValueError(
+                f"{path} has more than {FILE_LIMIT >> 20} MiB, the limit: use a smaller file"
+            )
         text = data.decode("utf-8-sig")
     except OSError as error:
-        raise ValueError(f"the prompt file {path} cannot be read ({error.strerror}): check the path") from error
+        raise ValueError(
+            f"the prompt file {path} cannot be read ({error.strerror}): check the path"
+        ) from error
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 at byte {error.start}, wanted UTF-8 text: save it as UTF-8") from error
+        raise ValueError(
+            f"{path} is not UTF-8 at byte {error.start}, wanted UTF-8 text: save it as UTF-8"
+        ) from error
     if path.suffix != ".jsonl":
         return [text]
     prompts = []
@@ -116,9 +244,13 @@ def read_prompts(args) -> list[str]:
             try:
                 prompts.append(json.loads(line)["prompt"])
             except (ValueError, KeyError, TypeError, RecursionError) as error:
-                raise ValueError(f'line {number} of {path} is not a JSON object with a "prompt": correct it') from error
+                raise ValueError(
+                    f'line {number} of {path} is not a JSON object with a "prompt": correct it'
+                ) from error
             if not isinstance(prompts[-1], str):
-                raise ValueError(f'"prompt" in line {number} of {path} is not a text: put it in quotes')
+                raise ValueError(
+                    f'"prompt" in line {number} of {path} is not a text: put it in quotes'
+                )
     if not prompts:
         raise ValueError(f"{path} holds no prompts, wanted one a line: add some")
     return prompts
@@ -128,9 +260,13 @@ def check_outputs(args) -> None:
     """A file that cannot be written should not be found out after the work."""
     for path in (args.json if args.json != "-" else None, args.trace):
         if path is not None and Path(path).is_dir():
-            raise ValueError(f"{path or repr(path)} is a folder, wanted a file to write: name one in it")
+            raise ValueError(
+                f"{path or repr(path)} is a folder, wanted a file to write: name one in it"
+            )
         if path is not None and not Path(path).resolve().parent.is_dir():
-            raise ValueError(f"{path} cannot be written, its folder does not exist: create it first")
+            raise ValueError(
+                f"{path} cannot be written, its folder does not exist: create it first"
+            )
 
 
 def note_idle_flags(args, mode: str) -> None:
@@ -138,27 +274,33 @@ def note_idle_flags(args, mode: str) -> None:
     idle = (*DRAFT_FLAGS, *SSD_FLAGS) if mode == "ar" else SSD_FLAGS if mode == "sd" else ()
     idle += SAMPLING_FLAGS if args.temperature == 0 else ()
     usual = parser().parse_args([])
-    given = ["--" + name.replace("_", "-") for name in idle if getattr(args, name, None) != getattr(usual, name, None)]
+    given = [
+        "--" + name.replace("_", "-")
+        for name in idle
+        if getattr(args, name, None) != getattr(usual, name, None)
+    ]
     if given:
-        print(f"note: in mode {mode} at temperature {args.temperature:g}, {', '.join(given)} changes nothing",
-              file=sys.stderr)  # fmt: skip
+        where = f"in mode {mode} at temperature {args.temperature:g}"
+        print(f"note: {where}, {', '.join(given)} changes nothing", file=sys.stderr)
 
 
 def settings_of(args, mode: str) -> dict:
-    names = "max_new_tokens temperature top_k top_p seed ignore_eos k fan_out cut fallback coupling saguaro_c".split()
+    names = "max_new_tokens temperature top_k top_p seed ignore_eos k fan_out cut fallback coupling"
+    names = [*names.split(), "saguaro_c"]
     return {name: getattr(args, name) for name in names} | {"mode": mode, "stop": tuple(args.stop)}
 
 
 def chat_ids(engine, args, messages: list[dict]) -> list[int]:
     """The ids of a conversation up to the answer, by the model's own chat template."""
     if engine.tokenizer is None:
-        raise ValueError("the checkpoint has no tokenizer files, which a chat needs: use another, or give --prompt")
+        raise ValueError("the checkpoint has no tokenizer files, which a chat needs: use another")
     first = [{"role": "system", "content": args.system}] if args.system else []
     return engine.tokenizer.encode_chat(first + messages, thinking=args.thinking)
 
 
 def complete(engine, prompts: list, settings: dict, quiet: bool, keep: bool = False):
-    """Run one generation; a single one streams to stdout as it comes. Returns result, run, interrupted or not.
+    """Run one generation; a single one streams to stdout as it comes. Returns result, run,
+    interrupted or not.
 
     Whatever ends it, the text so far has been printed.
     """
@@ -183,7 +325,9 @@ def complete(engine, prompts: list, settings: dict, quiet: bool, keep: bool = Fa
 
 
 def compare_modes(engine, prompts: list[str], args) -> int:
-    """The three modes on the same prompts and seed; a short run before each, so that nothing is timed cold."""
+    """The three modes on the same prompts and seed; a short run before each, so that nothing is
+    timed cold.
+    """
     quiet, runs, decoding = args.json == "-", {}, None
     for mode in MODES:
         settings = settings_of(args, mode)
@@ -217,7 +361,9 @@ def write_json(where: str, stats: dict) -> None:
 
 def chat(engine, args, settings: dict) -> int:
     """Turns from stdin until it ends; each keeps the KV of the turns before it."""
-    chat_ids(engine, args, [{"role": "user", "content": "?"}])  # no template: say so before anybody types
+    chat_ids(
+        engine, args, [{"role": "user", "content": "?"}]
+    )  # no template: say so before anybody types
     messages, prompt = [], "> " if sys.stdin.isatty() else ""
     while True:
         try:
@@ -228,13 +374,18 @@ def chat(engine, args, settings: dict) -> int:
             print()
             return INTERRUPTED
         except UnicodeDecodeError as error:
-            raise ValueError("a line of stdin is not UTF-8, wanted UTF-8 text: convert it") from error
+            raise ValueError(
+                "a line of stdin is not UTF-8, wanted UTF-8 text: convert it"
+            ) from error
         if not said.strip():
             continue
         ids = chat_ids(engine, args, [*messages, {"role": "user", "content": said}])
         result, _, interrupted = complete(engine, [ids], settings, quiet=False, keep=True)
         print(figures_line(result.stats), file=sys.stderr)
-        messages += [{"role": "user", "content": said}, {"role": "assistant", "content": result.text[0]}]
+        messages += [
+            {"role": "user", "content": said},
+            {"role": "assistant", "content": result.text[0]},
+        ]
         if interrupted and not sys.stdin.isatty():
             return INTERRUPTED
 
@@ -244,9 +395,13 @@ def load_pair(args, mode: str):
     from engine import DEFAULT_DRAFT, default_target, load
 
     if args.draft == "ngram" and mode == "ssd":
-        raise ValueError("--draft is ngram, which only --sd can use, wanted a small model: name one, or choose --sd")
+        raise ValueError(
+            "--draft is ngram, which only --sd can use: name a small model, or choose --sd"
+        )
     if args.draft is None and mode != "ar" and args.target is not None:
-        raise ValueError("no --draft was given, wanted a small model with the target's vocabulary: name one")
+        raise ValueError(
+            "no --draft was given, wanted a small model with the target's vocabulary: name one"
+        )
     began = time.perf_counter()
     draft = (args.draft or DEFAULT_DRAFT) if mode != "ar" else None
     target = args.target or default_target()
@@ -257,13 +412,19 @@ def load_pair(args, mode: str):
 
 def run(args) -> int:
     if args.chat and (args.compare or args.json is not None or args.trace is not None):
-        raise ValueError("--chat was given with --compare, --json or --trace, which want one generation: choose one")
+        raise ValueError(
+            "--chat was given with --compare, --json or --trace, which are of one text: choose"
+        )
     prompts = None if args.chat else read_prompts(args)
     if prompts and (args.system is not None or args.thinking is not None):
-        raise ValueError("--system or --thinking was given with a prompt to complete, wanted a chat: add --chat")
+        raise ValueError(
+            "--system or --thinking was given with a prompt to complete, wanted a chat: add --chat"
+        )
     check_outputs(args)
     mode = "ssd" if args.ssd or args.compare else "sd" if args.sd else "ar"
-    warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # torch misses it at each start; nobody here does
+    warnings.filterwarnings(
+        "ignore", "Failed to initialize NumPy"
+    )  # torch misses it at each start; nobody here does
     from rows import Settings  # before the models: a wrong flag should not wait for them
 
     Settings(**settings_of(args, mode))
@@ -285,10 +446,14 @@ def run(args) -> int:
 
 
 def main() -> int:
-    sys.stdout.reconfigure(errors="replace")  # a character that the terminal cannot show is no reason to stop
+    sys.stdout.reconfigure(
+        errors="replace"
+    )  # a character that the terminal cannot show is no reason to stop
     try:
         return run(parser().parse_args())
-    except BrokenPipeError:  # `| head` has what it wanted; without the next line the last flush would complain
+    except (
+        BrokenPipeError
+    ):  # `| head` has what it wanted; without the next line the last flush would complain
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return NOBODY_READS
     except (ValueError, OSError) as error:

@@ -1,4 +1,5 @@
-"""What a user may ask of one generation, checked, and one sequence: from its prompt to the token that ends it.
+"""What a user may ask of one generation, checked, and one sequence: from its prompt to the token
+that ends it.
 
 Knows: names, types and ranges of settings; token ids, text, stop strings, limits, the n-grams of a
 row's own text. Does not know: models, proposals, other rows. Read next: steps.py.
@@ -13,21 +14,24 @@ MODES = ("ar", "sd", "ssd")
 AUTO = "auto"
 FALLBACKS = (AUTO, "jit", "fast")
 PER_ROW = ("temperature", "top_k", "top_p", "seed", "max_new_tokens")
-LONGEST_NGRAM = 4  # the longest suffix that a guess from the text matches; a single token says too little
+LONGEST_NGRAM = (
+    4  # the longest suffix that a guess from the text matches; a single token says too little
+)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """One generation. temperature, top_k, top_p, seed and max_new_tokens are one value, or a list with one per prompt.
+    """One generation. temperature, top_k, top_p, seed and max_new_tokens are one value, or a list
+    with one per prompt.
 
-    mode            "ar" plain decoding, "sd" draft and target take turns, "ssd" the draft prepares while verifying
-    max_new_tokens  most new tokens of a row, EOS included
-    temperature     0 is greedy; top_k 0 and top_p 1 are off; order: temperature, top-k, top-p
-    seed            one seed: rows draw independently; a list: each row draws as if it were alone with its seed
-    stop            texts that end a row (not included in its text)
-    k, fan_out      most draft tokens a round (K); outcomes prepared a round (M); "auto" lets the speed model choose
-    cut             use the chains that are ready when the verdict is in, instead of waiting for all of them
-    fallback        what follows a miss: "jit" drafts now, "fast" guesses from the text, "auto" whichever is faster
+    mode            "ar" plain decoding, "sd" draft and target take turns, "ssd" the draft prepares
+    while verifying max_new_tokens  most new tokens of a row, EOS included temperature     0 is
+    greedy; top_k 0 and top_p 1 are off; order: temperature, top-k, top-p seed            one seed:
+    rows draw independently; a list: each row draws as if it were alone with its seed stop
+    texts that end a row (not included in its text) k, fan_out      most draft tokens a round (K);
+    outcomes prepared a round (M); "auto" lets the speed model choose cut             use the chains
+    that are ready when the verdict is in, instead of waiting for all of them fallback        what
+    follows a miss: "jit" drafts now, "fast" guesses from the text, "auto" whichever is faster
     coupling        how the two models' randomness is joined: "shared", "maximal", "independent"
     saguaro_c       with "independent": how far the draft's top tokens are weighed down, 0 < C <= 1
     """
@@ -54,21 +58,25 @@ class Settings:
         _each(self.max_new_tokens, "max_new_tokens", int, 1, 1 << 24)
         _each(self.temperature, "temperature", float, 0, 100)
         if any(0 < t < 1e-6 for t in self.per_row("temperature", None)):
-            raise ValueError(f"temperature is {self.temperature}, wanted 0 or at least 0.000001: use 0 for greedy")
+            raise ValueError(
+                f"temperature is {self.temperature}, wanted 0 (greedy) or at least 0.000001"
+            )
         _each(self.top_k, "top_k", int, 0, 1 << 24)
         _each(self.top_p, "top_p", float, 0, 1, above=True)
         _each(self.seed, "seed", int, 0, (1 << 64) - 1)
         for name, most in (("k", 64), ("fan_out", 1024)):
             if getattr(self, name) != AUTO:
-                _each(getattr(self, name), name, int, 1, most, lists=False, otherwise=f", or {AUTO!r}")
+                _each(
+                    getattr(self, name), name, int, 1, most, lists=False, otherwise=f", or {AUTO!r}"
+                )
         _each(self.saguaro_c, "saguaro_c", float, 0, 1, above=True, lists=False)
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
         if not all(isinstance(text, str) and text for text in self.stop):
-            raise ValueError(f"stop is {self.stop!r}, wanted texts of at least one character: leave empty ones out")
+            raise ValueError(f"stop is {self.stop!r}, wanted texts of at least one character")
         if self.saguaro_c < 1 and self.coupling != "independent":
             raise ValueError(
-                f"saguaro_c is {self.saguaro_c} with the coupling {self.coupling}, which it cannot help: "
+                f"saguaro_c is {self.saguaro_c} with the coupling {self.coupling}: "
                 "use --coupling independent, or leave it at 1"
             )
 
@@ -78,26 +86,42 @@ class Settings:
         if not isinstance(value, (list, tuple)):
             return [value] * (1 if rows is None else rows)
         if rows is not None and len(value) != rows:
-            raise ValueError(f"{name} has {len(value)} values for {rows} prompts: give one value, or one per prompt")
+            raise ValueError(
+                f"{name} has {len(value)} values for {rows} prompts: give one, or one a prompt"
+            )
         return list(value)
 
 
 class Row:
-    """ids holds prompt and new tokens; the last one is the pending token, which no KV cache holds yet.
+    """ids holds prompt and new tokens; the last one is the pending token, which no KV cache holds
+    yet.
 
-    number is the sequence's stable number, which with its seed names its noise. limit is the most ids it may have, by
-    max_new_tokens and the context. finish is None, or why it ended: "eos", "stop", "length", "context".
+    number is the sequence's stable number, which with its seed names its noise. limit is the most
+    ids it may have, by max_new_tokens and the context. finish is None, or why it ended: "eos",
+    "stop", "length", "context".
     """
 
-    def __init__(self, number: int, prompt: list[int], max_new: int, context: int, eos: frozenset, detokenizer, stop):
+    def __init__(
+        self,
+        number: int,
+        prompt: list[int],
+        max_new: int,
+        context: int,
+        eos: frozenset,
+        detokenizer,
+        stop,
+    ):
         self.number, self.ids, self.prompt = number, list(prompt), len(prompt)
         self.max_new, self.context, self.eos = max_new, context, eos
         self.limit = min(self.prompt + max_new, context)
         self.detokenizer, self.stop = detokenizer, stop
-        self.text, self.told = "", 0  # all text so far, and how many characters of it were handed out
+        self.text, self.told = (
+            "",
+            0,
+        )  # all text so far, and how many characters of it were handed out
         self.finish: str | None = None
-        # How many tokens the target's KV cache holds already, from an earlier turn of a chat; and how
-        # many the draft has read, those of proposals that failed included.
+        # How many tokens the target's KV cache holds already, from an earlier turn of a chat; and
+        # how many the draft has read, those of proposals that failed included.
         self.kept = self.read = 0
         self.last_seen: dict[tuple[int, ...], int] = {}
         self.indexed = 0
@@ -107,7 +131,9 @@ class Row:
         return self.ids[self.prompt :]
 
     def room(self, k: int) -> int:
-        """How many draft tokens the next round can use: the target's own token takes the last place."""
+        """How many draft tokens the next round can use: the target's own token takes the last
+        place.
+        """
         return max(0, min(k, self.limit - len(self.ids) - 1))
 
     def push(self, token: int) -> None:
@@ -128,12 +154,16 @@ class Row:
             self.text += self.detokenizer.flush()
         if self.stop and len(self.text) > before:
             longest = max(map(len, self.stop))
-            found = [at for s in self.stop if (at := self.text.find(s, max(0, before - longest))) >= 0]
+            found = [
+                at for s in self.stop if (at := self.text.find(s, max(0, before - longest))) >= 0
+            ]
             if found:
                 self.text, self.finish = self.text[: min(found)], "stop"
 
     def piece(self) -> str:
-        """Text not handed out yet; what could be the beginning of a stop string waits until that is clear."""
+        """Text not handed out yet; what could be the beginning of a stop string waits until that is
+        clear.
+        """
         end = len(self.text)
         if not self.finish:
             held = (n for s in self.stop for n in range(1, len(s)) if self.text.endswith(s[:n]))
@@ -143,8 +173,12 @@ class Row:
         return piece
 
     def guess(self, k: int) -> list[int]:
-        """Up to k tokens that followed the last occurrence of the longest suffix (2 to LONGEST_NGRAM tokens) seen before."""
-        for end in range(max(self.indexed, 2), len(self.ids)):  # n-grams that end before position `end`
+        """Up to k tokens that followed the last occurrence of the longest suffix (2 to
+        LONGEST_NGRAM tokens) seen before.
+        """
+        for end in range(
+            max(self.indexed, 2), len(self.ids)
+        ):  # n-grams that end before position `end`
             for n in range(2, min(LONGEST_NGRAM, end) + 1):
                 self.last_seen[tuple(self.ids[end - n : end])] = end
         self.indexed = len(self.ids)
@@ -159,11 +193,17 @@ class Row:
 
 
 def make_rows(prompts: list, settings, tokenizer, eos: frozenset, config) -> list[Row]:
-    """One Row per prompt, a text or token ids. ValueError with one sentence for a prompt that cannot be completed."""
+    """One Row per prompt, a text or token ids. ValueError with one sentence for a prompt that
+    cannot be completed.
+    """
     if isinstance(prompts, str) or not isinstance(prompts, (list, tuple)) or not prompts:
-        raise ValueError(f"got prompts of type {type(prompts).__name__}, wanted a list with at least one prompt")
+        raise ValueError(
+            f"got prompts of type {type(prompts).__name__}, wanted a list with at least one prompt"
+        )
     if settings.stop and tokenizer is None:
-        raise ValueError("stop texts were given, but the checkpoint has no tokenizer files: leave them out")
+        raise ValueError(
+            "stop texts were given, but the checkpoint has no tokenizer files: leave them out"
+        )
     seeds_are_own = isinstance(settings.seed, (list, tuple))
     limits = settings.per_row("max_new_tokens", len(prompts))
     rows = []
@@ -171,30 +211,43 @@ def make_rows(prompts: list, settings, tokenizer, eos: frozenset, config) -> lis
         ids = _encode(prompt, b + 1, tokenizer, config.vocab_size)
         if len(ids) >= config.max_positions:
             raise ValueError(
-                f"prompt {b + 1} has {len(ids)} tokens, but the context of the target is {config.max_positions} "
-                "and must hold at least one more: shorten it"
+                f"prompt {b + 1} has {len(ids)} tokens, but the context of the target is "
+                f"{config.max_positions} and must hold at least one more: shorten it"
             )
         detokenizer = tokenizer.stream() if tokenizer is not None else None
         ends = frozenset() if settings.ignore_eos else eos
         number = 0 if seeds_are_own else b
-        rows.append(Row(number, ids, max_new, config.max_positions, ends, detokenizer, settings.stop))
+        rows.append(
+            Row(number, ids, max_new, config.max_positions, ends, detokenizer, settings.stop)
+        )
     return rows
 
 
 def _encode(prompt, number: int, tokenizer, vocab_size: int) -> list[int]:
     if isinstance(prompt, str):
         if not prompt:
-            raise ValueError(f"prompt {number} is empty, wanted at least one character: write something to complete")
+            raise ValueError(
+                f"prompt {number} is empty, wanted at least one character: write something"
+            )
         if tokenizer is None:
             raise ValueError(
-                "the checkpoint has no tokenizer files, wanted some to read text: add them, or give token ids in Python"
+                "the checkpoint has no tokenizer files, wanted some to read text: add them or give "
+                "token ids in Python"
             )
         prompt = tokenizer.encode(prompt)
     if not isinstance(prompt, (list, tuple)) or not prompt:
-        raise ValueError(f"prompt {number} is {prompt!r:.60}, wanted a text or a list of at least one token id")
-    wrong = [t for t in prompt if not isinstance(t, int) or isinstance(t, bool) or not 0 <= t < vocab_size]
+        raise ValueError(
+            f"prompt {number} is {prompt!r:.60}, wanted a text or a list of at least one token id"
+        )
+    wrong = [
+        t
+        for t in prompt
+        if not isinstance(t, int) or isinstance(t, bool) or not 0 <= t < vocab_size
+    ]
     if wrong:
-        raise ValueError(f"prompt {number} holds {wrong[0]!r:.60}, wanted token ids from 0 to {vocab_size - 1}")
+        raise ValueError(
+            f"prompt {number} holds {wrong[0]!r:.60}, wanted token ids from 0 to {vocab_size - 1}"
+        )
     return list(prompt)
 
 

@@ -1,6 +1,7 @@
 """Where and when work runs: lanes, pinned threads, linear layers, compilation, CUDA graphs.
 
-Knows: devices, threads, streams, torch.compile. Does not know: what the work computes. Read next: auto.py.
+Knows: devices, threads, streams, torch.compile. Does not know: what the work computes. Read next:
+auto.py.
 
 A lane is one device's ordered queue of work, served by one thread: start() returns at once with a
 future. PyTorch releases the interpreter's lock inside its operators, so two lanes of one process
@@ -39,7 +40,9 @@ STEP_SHARE = 0.75
 
 
 def parse_device(spec: str) -> tuple[torch.device, tuple[int, ...]]:
-    """ "cpu", "cpu:0", "cpu:0-1,3", "cuda", "cuda:1" -> the torch device and, for a CPU, the cores (empty: all)."""
+    """ "cpu", "cpu:0", "cpu:0-1,3", "cuda", "cuda:1" -> the torch device and, for a CPU, the cores
+    (empty: all).
+    """
     kind, colon, rest = spec.partition(":")
     wanted = "wanted cpu, cpu:CORES (such as cpu:0 or cpu:0-1) or cuda:N"
     if kind == "cuda":
@@ -47,27 +50,37 @@ def parse_device(spec: str) -> tuple[torch.device, tuple[int, ...]]:
             raise ValueError(f"device is {spec!r}, {wanted}")
         index, found = int(rest or 0), torch.cuda.device_count()
         if index >= found:
-            raise ValueError(f"device is {spec!r}, but torch finds {found} CUDA devices: use one of those, or cpu")
+            raise ValueError(
+                f"device is {spec!r}, but torch finds {found} CUDA devices: use one of them, or cpu"
+            )
         return torch.device("cuda", index), ()
     if kind != "cpu":
         raise ValueError(f"device is {spec!r}, {wanted}")
     cores = set()
     for part in rest.split(",") if colon else ():
         low, dash, high = part.partition("-")
-        if not low.isdecimal() or (dash and not high.isdecimal()) or len(part) > 9 or int(high or low) < int(low):
+        if (
+            not low.isdecimal()
+            or (dash and not high.isdecimal())
+            or len(part) > 9
+            or int(high or low) < int(low)
+        ):
             raise ValueError(f"device is {spec!r}, {wanted}")
         cores.update(range(int(low), min(int(high or low), int(low) + 4096) + 1))
     missing = cores - set(available_cores())
     if missing:
         raise ValueError(
-            f"device is {spec!r}, but this process may run on cores {_ranges(available_cores())} only: use those"
+            f"device is {spec!r}, but this process may run on cores "
+            f"{_ranges(available_cores())} only: use those"
         )
     return torch.device("cpu"), tuple(sorted(cores))
 
 
 def available_cores() -> list[int]:
     if hasattr(os, "sched_getaffinity"):
-        return sorted(os.sched_getaffinity(os.getpid()))  # the main thread's: a lane's own thread is pinned to a part
+        return sorted(
+            os.sched_getaffinity(os.getpid())
+        )  # the main thread's: a lane's own thread is pinned to a part
     return list(range(os.cpu_count() or 1))
 
 
@@ -89,7 +102,8 @@ class DraftLost(RuntimeError):
 
 
 class Work(Future):
-    """A future that knows its times: begin, end, and when it is due, in time.perf_counter() seconds.
+    """A future that knows its times: begin, end, and when it is due, in time.perf_counter()
+    seconds.
 
     begin and end are 0 before they happen; due is infinite where too little is known.
     """
@@ -167,7 +181,7 @@ class Lane:
         self._note(name, begin, time.perf_counter())
 
     def settle(self, limit_s: float | None) -> None:
-        """Wait for the work of a run that has ended. What still hangs after limit_s is left behind."""
+        """Wait for the work of a run that has ended. What hangs after limit_s is left behind."""
         try:
             self._last.exception(limit_s)
         except NotInTime:
@@ -181,7 +195,7 @@ class Lane:
         self._open()
 
     def close(self, limit_s: float = 1.0) -> None:
-        """Let the work in hand finish. A thread that dies inside torch with the program aborts it."""
+        """Let the work in hand finish: a thread that is killed inside torch aborts the program."""
         self._queue.put(None)
         self._thread.join(limit_s)
 
@@ -193,7 +207,9 @@ class Lane:
         self._last = Work()
         self._last.set_result(None)
         served = (self._queue, self.stream)
-        self._thread = threading.Thread(target=self._serve, args=served, name=self.name, daemon=True)
+        self._thread = threading.Thread(
+            target=self._serve, args=served, name=self.name, daemon=True
+        )
         self._thread.start()
 
     def _late(self) -> None:
@@ -261,13 +277,17 @@ class Devices:
         return "cpu:" + _ranges(cores[:-1]), draft or f"cpu:{cores[-1]}"
 
     def lanes(self, mode: str) -> tuple[Lane, Lane]:
-        """The two lanes; where target and draft take turns on one device it is one lane for both."""
+        """The two lanes; one lane for both where they take turns on one device."""
         target_spec, draft_spec = self.choose(mode)
         target = self._lane(target_spec, "target")
-        return target, target if mode != "ssd" and draft_spec == target_spec else self._lane(draft_spec, "draft")
+        return target, target if mode != "ssd" and draft_spec == target_spec else self._lane(
+            draft_spec, "draft"
+        )
 
     def bandwidth(self, lane: Lane) -> float | None:
-        """Bytes per second that a plain read reaches on the lane, measured once. None: no memory for it."""
+        """Bytes per second that a plain read reaches on the lane, measured once. None: no memory
+        for it.
+        """
         if lane.spec not in self._bandwidth:
             try:
                 self._bandwidth[lane.spec] = read_bandwidth(lane)
@@ -286,8 +306,10 @@ class Devices:
 
 @contextmanager
 def one_thread():
-    """Work outside the lanes must not start OpenMP helpers: libgomp lets threads that outnumber the cores sleep at
-    every parallel region, so a second team in the process slows a lane on several cores (111 sleeps a step, not 3)."""
+    """Work outside the lanes must not start OpenMP helpers: libgomp lets threads that outnumber the
+    cores sleep at every parallel region, so a second team in the process slows a lane on several
+    cores (111 sleeps a step, not 3).
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -300,10 +322,13 @@ def one_thread():
 
 
 class PackedLinear(nn.Module):
-    """nn.Linear with its float32 weight in oneDNN's blocked layout: 1.3x to 4x the speed, most for 2 to 16 rows."""
+    """nn.Linear with its float32 weight in oneDNN's blocked layout: 1.3x to 4x the speed, most for
+    2 to 16 rows.
+    """
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), None)
         self.bias = None if linear.bias is None else linear.bias.detach()
         self._multiply = torch.ops.mkldnn._linear_pointwise.default
@@ -313,17 +338,25 @@ class PackedLinear(nn.Module):
 
 
 def pack(model: nn.Module) -> None:
-    """Replace the linear layers of a float32 model on the CPU, one after the other, freeing each plain weight."""
+    """Replace the linear layers of a float32 model on the CPU, one after the other, freeing each
+    plain weight.
+    """
     if not torch.backends.mkldnn.is_available():
         return
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
-            if type(child) is nn.Linear and child.weight.dtype == torch.float32 and child.weight.device.type == "cpu":
+            if (
+                type(child) is nn.Linear
+                and child.weight.dtype == torch.float32
+                and child.weight.device.type == "cpu"
+            ):
                 setattr(module, name, PackedLinear(child))
 
 
 def read_bandwidth(lane: Lane) -> float:
-    """Bytes per second that a plain read of memory reaches on a lane: the floor of every decode step."""
+    """Bytes per second that a plain read of memory reaches on a lane: the floor of every decode
+    step.
+    """
 
     def probe():
         source = torch.ones(1 << (27 if lane.on_gpu else 26), device=lane.device)  # past any cache
@@ -357,11 +390,12 @@ def peak_memory_gb(device: torch.device) -> float:
 
 
 class Graph:
-    """A function of tensors with fixed shapes, captured once as a CUDA graph and replayed from then on.
+    """A function of tensors with fixed shapes, captured once as a CUDA graph and replayed from then
+    on.
 
-    Inputs are copied into the captured buffers (from pinned host memory too); outputs are the captured buffers
-    themselves and share a pool with the lane's other graphs, so they hold only until the next replay of any of them:
-    whoever keeps one longer clones it.
+    Inputs are copied into the captured buffers (from pinned host memory too); outputs are the
+    captured buffers themselves and share a pool with the lane's other graphs, so they hold only
+    until the next replay of any of them: whoever keeps one longer clones it.
     """
 
     def __init__(self, work: Callable, device: torch.device, pool):
@@ -382,14 +416,20 @@ class Graph:
             self.work(*self.inputs)
         stream.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with _CAPTURE, torch.cuda.graph(graph, pool=self.pool, stream=stream, capture_error_mode="thread_local"):
+        with (
+            _CAPTURE,
+            torch.cuda.graph(
+                graph, pool=self.pool, stream=stream, capture_error_mode="thread_local"
+            ),
+        ):
             self.outputs = self.work(*self.inputs)
-        # The work belongs to a runner that holds this graph: a circle would keep its caches until Python collects it.
+        # The work belongs to a runner that holds this graph: a circle would keep its caches until
+        # Python collects it.
         self.graph, self.work = graph, None
 
 
-# Most shapes of one function that are compiled in a process: 14 shapes of each of at most 8 trunk sizes
-# (powers of two), for two models and a few batch sizes.
+# Most shapes of one function that are compiled in a process: 14 shapes of each of at most 8 trunk
+# sizes (powers of two), for two models and a few batch sizes.
 COMPILED_SHAPES = 512
 _CAPTURE = threading.Lock()  # one capture at a time in a process
 
@@ -407,7 +447,8 @@ class Policy:
         self.graphs = compile and device.type == "cuda"
 
     def enter_thread(self) -> None:
-        """Call this before anything compiles on a thread: from torch 2.13 on the limit is a thread's own.
+        """Call this before anything compiles on a thread: from torch 2.13 on the limit is a
+        thread's own.
 
         Each shape of each model counts as a "recompilation" of the one block's code.
         """
@@ -423,13 +464,15 @@ class Policy:
         for block in model.layers:
             block.compile(fullgraph=True, dynamic=False)
         if self.graphs:
-            # torch.compile skips modules of torch.nn that stand alone. The function holds the weight
-            # only: through the model it would keep itself alive.
+            # torch.compile skips modules of torch.nn that stand alone. The function holds the
+            # weight only: through the model it would keep itself alive.
             weight = model.head.weight
             model.head.forward = self.fuse(lambda x_BTE: F.linear(x_BTE, weight))
 
     def new_pool(self):
-        """Memory for the graphs of one lane: they never replay at once. None where nothing is captured."""
+        """Memory for the graphs of one lane: they never replay at once. None where nothing is
+        captured.
+        """
         return torch.cuda.graph_pool_handle() if self.graphs else None
 
     def step(self, work: Callable, pool) -> Callable:
@@ -437,13 +480,17 @@ class Policy:
         return Graph(work, self.device, pool) if self.graphs else work
 
     def send(self, numbers: list) -> torch.Tensor:
-        """Whole numbers for a step. Where a graph copies them into its own buffer they stay in pinned memory."""
+        """Whole numbers for a step. Where a graph copies them into its own buffer they stay in
+        pinned memory.
+        """
         if self.graphs:
             return torch.tensor(numbers, dtype=torch.int64, pin_memory=True)
         return torch.tensor(numbers, dtype=torch.int64, device=self.device)
 
     def read(self, numbers: torch.Tensor) -> list:
-        """What a step returned, as lists. Waits for this lane alone, without the interpreter's lock."""
+        """What a step returned, as lists. Waits for this lane alone, without the interpreter's
+        lock.
+        """
         if self.device.type == "cuda":
             numbers = numbers.to("cpu", non_blocking=True)  # into pinned memory
             torch.cuda.current_stream(self.device).synchronize()

@@ -1,13 +1,16 @@
-"""Sampling: noise, warping, drawing, acceptance, Saguaro. Pure functions of tensors, vectorised over rows.
+"""Sampling: noise, warping, drawing, acceptance, Saguaro. Pure functions of tensors, vectorised
+over rows.
 
-Knows: logits, distributions, the noise that all randomness comes from. Does not know: models, caches, devices' queues,
-texts. Read next: cache.py.
+Knows: logits, distributions, the noise that all randomness comes from. Does not know: models,
+caches, devices' queues, texts. Read next: cache.py.
 
-A draw from a distribution d is argmax over tokens of log d + G, where the Gumbel noise G is a pure function of
-(seed, row, position, purpose, token). It needs no generator and no state, so the draft can ask for the very noise
-that the target will draw with: that is what makes outcomes predictable and texts equal in every mode.
+A draw from a distribution d is argmax over tokens of log d + G, where the Gumbel noise G is a pure
+function of (seed, row, position, purpose, token). It needs no generator and no state, so the draft
+can ask for the very noise that the target will draw with: that is what makes outcomes predictable
+and texts equal in every mode.
 
-Shape letters: B rows, T positions, K draft tokens, M branches, V vocabulary. p is the target, q the draft.
+Shape letters: B rows, T positions, K draft tokens, M branches, V vocabulary. p is the target, q the
+draft.
 """
 
 import math
@@ -18,16 +21,22 @@ import torch
 
 from unlocked import unlocked
 
-TOKEN, ACCEPT, RESIDUAL = 1, 2, 3  # purposes: the target's or draft's own draw, the accept test, the residual's draw
+TOKEN, ACCEPT, RESIDUAL = (
+    1,
+    2,
+    3,
+)  # purposes: the target's or draft's own draw, the accept test, the residual's draw
 NONE, CHAIN, FIXED = 0, 1, 2  # kinds of a proposal: nothing, drawn from q, a fixed token
 COUPLINGS = ("shared", "maximal", "independent")
 SPREAD_STEP, HOLD_STEP = 0.05, 0.02
 
 
 class Params(NamedTuple):
-    """How each row samples; tensors (B,) on the model's device. `row_B` is the sequence's number, not its place.
+    """How each row samples; tensors (B,) on the model's device. `row_B` is the sequence's number,
+    not its place.
 
-    greedy and filtered are host-known shortcuts: every temperature is 0; some row has a top-k or top-p.
+    greedy and filtered are host-known shortcuts: every temperature is 0; some row has a top-k or
+    top-p.
     """
 
     temperature_B: torch.Tensor
@@ -41,9 +50,14 @@ class Params(NamedTuple):
 
     @classmethod
     def make(cls, temperature, top_k, top_p, seed, row, device) -> "Params":
-        """Lists with one value per row; top_k 0 and top_p 1 mean off. Seeds are any 64-bit whole numbers."""
+        """Lists with one value per row; top_k 0 and top_p 1 mean off. Seeds are any 64-bit whole
+        numbers.
+        """
         signed = [s - (1 << 64) if s >= 1 << 63 else s for s in seed]
-        tensor = lambda values, dtype: torch.tensor(values, dtype=dtype, device=device)  # noqa: E731
+
+        def tensor(values, dtype):
+            return torch.tensor(values, dtype=dtype, device=device)
+
         seed_B, row_B = tensor(signed, torch.int64), tensor(row, torch.int64)
         return cls(
             tensor(temperature, torch.float32),
@@ -63,7 +77,8 @@ class Params(NamedTuple):
 def _mix(x: torch.Tensor) -> torch.Tensor:  # scripted along with who calls it
     """Scramble int32 words so that each input bit flips each output bit half of the time.
 
-    Shifts, multiplications and constants are those of Wellons' "lowbias32" (bias 0.17 of a bit in 2^32, public domain).
+    Shifts, multiplications and constants are those of Wellons' "lowbias32" (bias 0.17 of a bit in
+    2^32, public domain).
     """
     x = (x ^ ((x >> 16) & 0xFFFF)) * 0x7FEB352D
     x = (x ^ ((x >> 15) & 0x1FFFF)) * -0x7B935975  # 0x846ca68b as a signed word
@@ -71,7 +86,9 @@ def _mix(x: torch.Tensor) -> torch.Tensor:  # scripted along with who calls it
 
 
 def row_keys(seed_B: torch.Tensor, row_B: torch.Tensor) -> torch.Tensor:
-    """Two independent 32-bit keys a row, (B, 2) int32: made once a run, so that a draw only hashes what is new."""
+    """Two independent 32-bit keys a row, (B, 2) int32: made once a run, so that a draw only hashes
+    what is new.
+    """
     key1 = key2 = None
     for part in (seed_B, seed_B >> 32, row_B):
         word = (part & 0xFFFFFFFF).to(torch.int32)  # wraps to the signed word with the same bits
@@ -80,8 +97,11 @@ def row_keys(seed_B: torch.Tensor, row_B: torch.Tensor) -> torch.Tensor:
     return torch.stack((key1, key2), -1)
 
 
-def hash_words(params: Params, positions_BT: torch.Tensor, purpose: int, words_V=None) -> torch.Tensor:
-    """31-bit hash words, int32 >= 0: (B, T), or (B, T, V) with one for each token. Equal on every device.
+def hash_words(
+    params: Params, positions_BT: torch.Tensor, purpose: int, words_V=None
+) -> torch.Tensor:
+    """31-bit hash words, int32 >= 0: (B, T), or (B, T, V) with one for each token. Equal on every
+    device.
 
     words_V: token ids, int32; or how many there are, 0 to V - 1.
     """
@@ -110,14 +130,18 @@ def uniform(params, positions_BT, purpose, words_V=None, dtype=torch.float32) ->
 
 @unlocked
 def _to_unit(words: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    # In float32 the largest words would round to 1 exactly; the nearest number below it keeps the interval open.
+    # In float32 the largest words would round to 1 exactly; the nearest number below it keeps the
+    # interval open.
     return (words.to(dtype) * 2.0**-31 + 2.0**-32).clamp_(max=1 - 2.0**-24)
 
 
-def gumbel(params: Params, positions_BT, purpose: int, words_V, dtype=torch.float32) -> torch.Tensor:
+def gumbel(
+    params: Params, positions_BT, purpose: int, words_V, dtype=torch.float32
+) -> torch.Tensor:
     """Gumbel noise (B, T, V), 0 for rows of temperature 0. words_V as in hash_words.
 
-    -log(-log(1 - v)): the large values that decide a draw come from v near 0, where floats are dense.
+    -log(-log(1 - v)): the large values that decide a draw come from v near 0, where floats are
+    dense.
     """
     noise = _double_log(uniform(params, positions_BT, purpose, words_V, dtype))
     return noise * (params.temperature_B > 0).to(dtype)[:, None, None]
@@ -136,11 +160,13 @@ def widen(logits: torch.Tensor) -> torch.Tensor:
 
 
 def warp(logits_BTV: torch.Tensor, params: Params, penalty: float = float("-inf")) -> torch.Tensor:
-    """Temperature, then top-k, then top-p: unnormalised log probabilities, -inf where a token is out. float32 or more.
+    """Temperature, then top-k, then top-p: unnormalised log probabilities, -inf where a token is
+    out. float32 or more.
 
-    Rows of temperature 0 keep their logits: they take the argmax, which no filter changes. Tokens that tie with the
-    last one kept are kept too, so the outcome does not hang on the order in which a device sorts. A finite penalty
-    moves the tokens that are out down by so much instead: the draft ranks them behind those that are in.
+    Rows of temperature 0 keep their logits: they take the argmax, which no filter changes. Tokens
+    that tie with the last one kept are kept too, so the outcome does not hang on the order in which
+    a device sorts. A finite penalty moves the tokens that are out down by so much instead: the
+    draft ranks them behind those that are in.
     """
     x = widen(logits_BTV)
     if params.greedy:
@@ -164,7 +190,9 @@ def warp(logits_BTV: torch.Tensor, params: Params, penalty: float = float("-inf"
 def log_probs(warped_BTV: torch.Tensor, params: Params) -> torch.Tensor:
     """Normalised log probabilities; a row of temperature 0 is certain of its first argmax."""
     x = warped_BTV.log_softmax(-1)
-    certain = torch.full_like(x, float("-inf")).scatter_(-1, warped_BTV.argmax(-1, keepdim=True), 0.0)
+    certain = torch.full_like(x, float("-inf")).scatter_(
+        -1, warped_BTV.argmax(-1, keepdim=True), 0.0
+    )
     return torch.where((params.temperature_B > 0)[:, None, None], x, certain)
 
 
@@ -176,12 +204,16 @@ def noisy(warped_BTV, params: Params, positions_BT, words_V) -> torch.Tensor:
 
 
 def saguaro(logq_BTV: torch.Tensor, params: Params, top_BT: torch.Tensor, c: float) -> torch.Tensor:
-    """Saguaro's q': the top_BT likeliest tokens of each position weighed down by 0 < c <= 1, then renormalised.
+    """Saguaro's q': the top_BT likeliest tokens of each position weighed down by 0 < c <= 1, then
+    renormalised.
 
-    The target's residual then has its mass where the draft looks for it (Kumar, Dao, May 2026). Temperature 0 as is.
+    The target's residual then has its mass where the draft looks for it (Kumar, Dao, May 2026).
+    Temperature 0 as is.
     """
     rank_BTV = logq_BTV.argsort(dim=-1, descending=True, stable=True).argsort(-1)
-    lowered = torch.where(rank_BTV < top_BT[..., None], logq_BTV + math.log(c), logq_BTV).log_softmax(-1)
+    lowered = torch.where(
+        rank_BTV < top_BT[..., None], logq_BTV + math.log(c), logq_BTV
+    ).log_softmax(-1)
     return torch.where((params.temperature_B > 0)[:, None, None], lowered, logq_BTV)
 
 
@@ -200,7 +232,7 @@ class Foresight:
     hold: float = 0.8
 
     def learn(self, chance: float, hits: float, accepted: int, rejected: int) -> None:
-        """One row's round. With the right spread as many outcomes are hit as were expected to be."""
+        """One row's round. With the right spread as many outcomes are hit as were expected."""
         self.spread = min(max(self.spread * math.exp(SPREAD_STEP * (chance - hits)), 0.02), 4.0)
         self.hold += HOLD_STEP * (accepted - self.hold * (accepted + rejected))
         self.hold = min(max(self.hold, 0.02), 0.98)
@@ -208,14 +240,18 @@ class Foresight:
 
 @unlocked
 def outcomes(
-    scores_BTV: torch.Tensor, drafted_BT: torch.Tensor, length_B: torch.Tensor, spread_B: torch.Tensor,
+    scores_BTV: torch.Tensor,
+    drafted_BT: torch.Tensor,
+    length_B: torch.Tensor,
+    spread_B: torch.Tensor,
     hold_B: Optional[torch.Tensor],
-) -> torch.Tensor:  # fmt: skip
+) -> torch.Tensor:
     """The log probability of every outcome (j, t), -inf where it cannot be, (B, T, V).
 
     scores_BTV[:, j] are log q_j + the noise that will draw t. drafted_BT[:, j] is d_{j+1}, for j <
-    length_B; V for a token that the draft does not know. If log p - log q, token by token, is itself
-    like Gumbel noise of the scale `spread`, the target draws t with softmax(scores / spread).
+    length_B; V for a token that the draft does not know. If log p - log q, token by token, is
+    itself like Gumbel noise of the scale `spread`, the target draws t with softmax(scores /
+    spread).
 
     hold_B None (coupling `shared`): d_{j+1} holds if the target draws it, so the scores say how
     likely that is. Otherwise it holds with this probability, and what is drawn after a rejection is
@@ -235,7 +271,9 @@ def outcomes(
     else:
         held_BT1 = hold_B.log()[:, None, None].expand_as(own_BT1)
         failed_BT1 = torch.log1p(-hold_B)[:, None, None].expand_as(own_BT1)
-        logp_BTV = logp_BTV.log_softmax(-1) + torch.where(tried_BT1, failed_BT1, torch.zeros_like(failed_BT1))
+        logp_BTV = logp_BTV.log_softmax(-1) + torch.where(
+            tried_BT1, failed_BT1, torch.zeros_like(failed_BT1)
+        )
     before_BT1 = torch.cat((torch.zeros_like(held_BT1[:, :1]), held_BT1[:, :-1].cumsum(1)), 1)
     return torch.where(place_T1 <= length_B[:, None, None], logp_BTV + before_BT1, float("-inf"))
 
@@ -245,22 +283,28 @@ def outcomes(
 
 @unlocked
 def accept_shared(draws_BT: torch.Tensor, tokens_BK: torch.Tensor, length_B: torch.Tensor):
-    """Coupling `shared`: accept while the proposal is the target's own draw. -> accepted (B,), next token (B,).
+    """Coupling `shared`: accept while the proposal is the target's own draw. -> accepted (B,), next
+    token (B,).
 
-    draws_BT, T = K + 1, are the target's draws x_0..x_K; tokens_BK the proposal, valid up to length_B.
+    draws_BT, T = K + 1, are the target's draws x_0..x_K; tokens_BK the proposal, valid up to
+    length_B.
     """
     K = tokens_BK.shape[1]
-    same_BK = (draws_BT[:, :K] == tokens_BK) & (torch.arange(K, device=length_B.device) < length_B[:, None])
+    same_BK = (draws_BT[:, :K] == tokens_BK) & (
+        torch.arange(K, device=length_B.device) < length_B[:, None]
+    )
     accepted_B = same_BK.cumprod(1).sum(1)
     return accepted_B, draws_BT.gather(1, accepted_B[:, None])[:, 0]
 
 
 def accept_exact(warped_BTV, logq_BKV, tokens_BK, length_B, kind_B, params: Params, start_B):
-    """Couplings `maximal` and `independent`: the exact rule for what each proposal was. -> accepted (B,), next (B,).
+    """Couplings `maximal` and `independent`: the exact rule for what each proposal was. -> accepted
+    (B,), next (B,).
 
-    warped_BTV are the target's warped logits, T = K + 1, row i for position start_B + i; logq_BKV the normalised log
-    distribution that each CHAIN token was really drawn from (ignored for FIXED). A token that is out of range, or
-    whose q is not a distribution, ends the proposal before it, as if it had never been made.
+    warped_BTV are the target's warped logits, T = K + 1, row i for position start_B + i; logq_BKV
+    the normalised log distribution that each CHAIN token was really drawn from (ignored for FIXED).
+    A token that is out of range, or whose q is not a distribution, ends the proposal before it, as
+    if it had never been made.
     """
     B, K = tokens_BK.shape
     V = warped_BTV.shape[-1]
@@ -269,12 +313,17 @@ def accept_exact(warped_BTV, logq_BKV, tokens_BK, length_B, kind_B, params: Para
     is_chain_B1 = (kind_B == CHAIN)[:, None]
     safe_BK = tokens_BK.clamp(0, V - 1)
     logq_d = logq_BKV.gather(-1, safe_BK[..., None])[..., 0]
-    sound_BK = (tokens_BK == safe_BK) & (~is_chain_B1 | (logq_BKV.exp().sum(-1) - 1).abs().lt(1e-3) & logq_d.isfinite())
+    sound_BK = (tokens_BK == safe_BK) & (
+        ~is_chain_B1 | (logq_BKV.exp().sum(-1) - 1).abs().lt(1e-3) & logq_d.isfinite()
+    )
     valid_BK = sound_BK.cumprod(1).bool() & (place_K < length_B[:, None])
     length_B = valid_BK.sum(1)
 
     # u < p/q, and not <=: a token of probability 0 must never pass, not even for the smallest u.
-    ratio_BK = (logp_BTV[:, :K].gather(-1, safe_BK[..., None])[..., 0] - torch.where(is_chain_B1, logq_d, 0.0)).exp()
+    ratio_BK = (
+        logp_BTV[:, :K].gather(-1, safe_BK[..., None])[..., 0]
+        - torch.where(is_chain_B1, logq_d, 0.0)
+    ).exp()
     u_BK = uniform(params, start_B[:, None] + place_K, ACCEPT, dtype=ratio_BK.dtype)
     accepted_B = ((u_BK < ratio_BK) & valid_BK).cumprod(1).sum(1)
 
@@ -284,12 +333,16 @@ def accept_exact(warped_BTV, logq_BKV, tokens_BK, length_B, kind_B, params: Para
     p_BV = logp_BV.exp()
     at_B1 = accepted_B.clamp(max=K - 1)[:, None]
     q_BV = logq_BKV.gather(1, at_B1[..., None].expand(B, 1, V))[:, 0].exp()
-    fixed_BV = torch.zeros_like(p_BV).scatter_(1, safe_BK.gather(1, at_B1), 2.0)  # p - 2 < 0: the token itself is out
+    fixed_BV = torch.zeros_like(p_BV).scatter_(
+        1, safe_BK.gather(1, at_B1), 2.0
+    )  # p - 2 < 0: the token itself is out
     left_BV = (p_BV - torch.where(is_chain_B1, q_BV, fixed_BV)).clamp_(min=0)
     left_BV = torch.where(left_BV.sum(-1, keepdim=True) > 0, left_BV, p_BV)
     scores_BV = torch.where(rejected_B1, left_BV.log(), logp_BV)
     if not params.greedy:
         position_B1 = (start_B + accepted_B)[:, None]
-        token, residual = (gumbel(params, position_B1, use, V, p_BV.dtype)[:, 0] for use in (TOKEN, RESIDUAL))
+        token, residual = (
+            gumbel(params, position_B1, use, V, p_BV.dtype)[:, 0] for use in (TOKEN, RESIDUAL)
+        )
         scores_BV = scores_BV + torch.where(rejected_B1, residual, token)
     return accepted_B, scores_BV.argmax(-1)

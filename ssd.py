@@ -1,8 +1,9 @@
-"""Speculative speculative decoding: one loop for plain decoding (AR), speculative decoding (SD) and SSD.
+"""Speculative speculative decoding: one loop for plain decoding (AR), speculative decoding (SD) and
+SSD.
 
 Knows: plans, proposals, outcomes, and who waits for whom. Does not know: how a pass computes
-(steps.py), where it runs (runtime.py), how K and M are chosen (auto.py). Read first: Decoding.rounds,
-propose and prepare, which are the whole method. Read next: engine.py.
+(steps.py), where it runs (runtime.py), how K and M are chosen (auto.py). Read first:
+Decoding.rounds, propose and prepare, which are the whole method. Read next: engine.py.
 
     AR   feed the pending token, draw the next
     SD   the draft proposes K tokens, the target verifies them in one pass; they take turns
@@ -26,16 +27,18 @@ from steps import Feed, Runner
 # How long the target waits for the draft's first passes, in seconds: they may still fetch weights
 # from memory or disk, or compile. Later the lane is as patient as its slowest work tells it to be.
 PREFILL_PATIENCE_S, WARM_UP_PATIENCE_S = 10.0, 600.0
-Chain = tuple[list[int], list]  # draft tokens, and the LogQ that each was drawn from (None under `shared`)
+Chain = tuple[
+    list[int], list
+]  # draft tokens, and the LogQ that each was drawn from (None under `shared`)
 
 
 @dataclass(frozen=True)
 class Plan:
     """What a round is played with. AR is k = 0, SD is m = 0, SSD is the rest.
 
-    k         most draft tokens of a proposal
-    m         outcomes that the draft prepares for while the target verifies
-    fallback  for a row that misses: "jit" drafts now, "fast" guesses from the row's own text, "auto"
+    k         most draft tokens of a proposal m         outcomes that the draft prepares for while
+    the target verifies fallback  for a row that misses: "jit" drafts now, "fast" guesses from the
+    row's own text, "auto"
               drafts now where no row that hit would have to wait for it
     cut       use the chains that are ready when the verdict is in; False: wait for all of them
     """
@@ -72,13 +75,29 @@ class Proposal:
 
 
 class Decoding:
-    """One generation: its rows, the target and the draft on their lanes, and the rounds that advance them."""
+    """One generation: its rows, the target and the draft on their lanes, and the rounds that
+    advance them.
+    """
 
-    def __init__(self, rows: list[Row], planner, target: Runner, target_lane: Lane,
-                 draft: Runner | None, draft_lane: Lane, shapes: tuple, warn):  # fmt: skip
-        """shapes: the lengths of verifications and the budgets that static steps are compiled for."""
+    def __init__(
+        self,
+        rows: list[Row],
+        planner,
+        target: Runner,
+        target_lane: Lane,
+        draft: Runner | None,
+        draft_lane: Lane,
+        shapes: tuple,
+        warn,
+    ):
+        """shapes: the lengths and the budgets that static steps are compiled for."""
         self.rows, self.planner, self.shapes, self.warn = rows, planner, shapes, warn
-        self.target, self.draft, self.target_lane, self.draft_lane = target, draft, target_lane, draft_lane
+        self.target, self.draft, self.target_lane, self.draft_lane = (
+            target,
+            draft,
+            target_lane,
+            draft_lane,
+        )
         self.figures, self.foresight, self.lost = Figures(rows), Foresight(), False
 
     # ---- the method
@@ -107,7 +126,7 @@ class Decoding:
         yield
 
     def propose(self, chains, accepted, bonus, plan: Plan, done: Round) -> Proposal:
-        """The next proposal: a row that hit takes its chain; for a row that missed it is made now."""
+        """The next proposal: a row that hit takes its chain, for one that missed it is made now."""
         proposal, live = Proposal(len(self.rows)), self.live()
         found = chains.look_up(live, accepted, bonus)
         missed = [b for b in live if b not in found]
@@ -146,12 +165,14 @@ class Decoding:
         return [b for b, row in enumerate(self.rows) if row.finish is None]
 
     def feed(self, proposal: Proposal) -> Feed:
-        """[r, d_1 .. d_L] of every live row, padded to one length; static steps know few lengths."""
+        """[r, d_1 .. d_L] of each live row, padded to one length (static steps know few)."""
         fed = [[row.ids[-1], *d] for row, d in zip(self.rows, proposal.tokens)]
         fed = [[] if row.finish else tokens for row, tokens in zip(self.rows, fed)]
         start = [len(row.ids) - 1 if tokens else 0 for row, tokens in zip(self.rows, fed)]
         T = self.target.fits(max(map(len, fed)))
-        return Feed([tokens + [0] * (T - len(tokens)) for tokens in fed], start, list(map(len, fed)))
+        return Feed(
+            [tokens + [0] * (T - len(tokens)) for tokens in fed], start, list(map(len, fed))
+        )
 
     def unread(self, feed: Feed) -> tuple[list[list[int]], list[int]]:
         """What the draft has not read before `feed`, and where that begins, for each row.
@@ -168,14 +189,16 @@ class Decoding:
         return ids, begins
 
     def emit(self, proposal: Proposal, accepted: list[int], bonus: list[int]) -> None:
-        """Append d_1..d_j and the bonus token to every live row, at once; a row that ends drops the rest."""
+        """Append d_1..d_j and the bonus token to every live row, at once; a row that ends drops the
+        rest.
+        """
         for b in self.live():
             for token in (*proposal.tokens[b][: accepted[b]], bonus[b]):
                 if self.rows[b].finish is None:
                     self.rows[b].push(token)
 
     def learn(self, done: Round, chains: SpeculationCache, found: dict, missed: list[int]) -> None:
-        """Note what was foreseen. What the draft is told of the next round's outcomes comes of it."""
+        """Note what was foreseen: the draft forks the next round by it."""
         done.looked_up(chains, list(found), missed)
         for b in (*found, *missed) if chains.work else ():
             self.foresight.learn(chains.chance[b], b in found, done.accepted[b], done.rejected(b))
@@ -198,7 +221,9 @@ class Decoding:
         }
 
     def decode(self, feed: Feed, unread, most: int, top: int) -> list[tuple[list[int], object]]:
-        """On the draft's lane: feed what is unread, then a token at a time. Returns `most` steps' tokens and LogQ."""
+        """On the draft's lane: feed what is unread, then a token at a time. Returns `most` steps'
+        tokens and LogQ.
+        """
         before, begins = unread
         if max(map(len, before)) > 1:  # the draft was left out of some rounds
             self.draft.prefill(before, begins)
@@ -215,7 +240,9 @@ class Decoding:
         return steps
 
     def checked(self, tokens: list[int], logq: list, room: int) -> Chain:
-        """A chain, as long as the row has room for. Raises DraftLost for a token that does not exist."""
+        """A chain, as long as the row has room for. Raises DraftLost for a token that does not
+        exist.
+        """
         if wrong := [t for t in tokens if not 0 <= t < self.target.vocab]:
             raise DraftLost(f"it proposed the token id {wrong[0]}")
         return tokens[:room], logq[:room]
@@ -239,7 +266,7 @@ class Decoding:
             self.await_draft(drafting, PREFILL_PATIENCE_S + 20 * (reading.end - reading.begin))
 
     def warm_up(self) -> None:
-        """Compile and capture what is not yet, one lane after the other, and tell how long it took."""
+        """Compile and capture what is new, one lane after the other; tell how long it took."""
         began = time.perf_counter()
         fresh = self.target_lane.start(self.target.warm_up, *self.shapes).result()
         if self.draft is not None:
@@ -258,20 +285,27 @@ class Decoding:
             self.go_on_alone(lost)
 
     def go_on_alone(self, lost: DraftLost) -> tuple[Proposal, Plan]:
-        """From now on nothing is proposed. The text stays right, since every token of it is the target's own draw."""
+        """From now on nothing is proposed. The text stays right, since every token of it is the
+        target's own draw.
+        """
         self.warn(f"the draft failed ({lost}): the target goes on alone, the text stays right")
-        self.draft_lane.leave()  # what may hang keeps the old thread; the target may share this lane
+        # What may hang keeps the old thread; the target may share this lane.
+        self.draft_lane.leave()
         self.draft, self.lost, self.planner = None, True, Fixed(Plan(0, 0))
         return Proposal(len(self.rows)), self.planner.first()
 
 
 def saguaro_top(plan: Plan) -> int:
-    """How many of the draft's likeliest tokens Saguaro weighs down: a place's share of the budget, and the drafted one."""
+    """How many of the draft's likeliest tokens Saguaro weighs down: a place's share of the budget,
+    and the drafted one.
+    """
     return plan.m // (plan.k + 1) + 1
 
 
 def __getattr__(name: str):
-    """`from ssd import load`: the engine is above this file in the house, so it is fetched when asked for."""
+    """`from ssd import load`: the engine is above this file in the house, so it is fetched when
+    asked for.
+    """
     if name == "load":
         import engine
 

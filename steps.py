@@ -1,4 +1,5 @@
-"""One forward pass and one draw: everything that runs on a device, for the target and for the draft.
+"""One forward pass and one draw: everything that runs on a device, for the target and for the
+draft.
 
 Knows: a model, its KV cache, and how its rows sample. Does not know: rounds, texts, hits, what the
 other model does. Read next: sampling.py.
@@ -58,7 +59,7 @@ class Feed:
 
 
 class Fork(NamedTuple):
-    """The branches of every row, likeliest first, and the chance that one of them is the outcome."""
+    """Each row's branches, likeliest first, and the chance that the outcome is among them."""
 
     tokens: list[list[int]]  # [B][M]
     depths: list[list[int]]  # [B][M], the j of each branch
@@ -66,26 +67,39 @@ class Fork(NamedTuple):
 
 
 class Runner:
-    """A model, its KV cache and B rows, on one lane. Methods run on that lane's thread; lists in, lists out.
+    """A model, its KV cache and B rows, on one lane. Methods run on that lane's thread; lists in,
+    lists out.
 
-    role names the model in errors. k is the most draft tokens of a round, branches the most branches
-    (0 for a model that only verifies), vocab the size of the target's vocabulary.
+    role names the model in errors. k is the most draft tokens of a round, branches the most
+    branches (0 for a model that only verifies), vocab the size of the target's vocabulary.
     """
 
-    def __init__(self, role: str, model: Transformer, batch: int, trunk: int, k: int, branches: int,
-                 policy: Policy, vocab: int):  # fmt: skip
+    def __init__(
+        self,
+        role: str,
+        model: Transformer,
+        batch: int,
+        trunk: int,
+        k: int,
+        branches: int,
+        policy: Policy,
+        vocab: int,
+    ):
         weight = model.embed.weight
         self.role, self.model, self.k, self.policy = role, model, k, policy
         self.device, self.batch, self.vocab = weight.device, batch, vocab
         self.branches = branches
-        self.cache = KVCache(model.config, batch, trunk, branches, k, device=weight.device, dtype=weight.dtype)
+        self.cache = KVCache(
+            model.config, batch, trunk, branches, k, device=weight.device, dtype=weight.dtype
+        )
         model.set_positions(trunk + 2 * k)
         self.rope = model.rope  # captured graphs read these tables, whatever the model makes later
         ids_V = model.token_ids_V
         if ids_V is None:  # tokens that the target does not have are never proposed
             ids_V = torch.arange(min(model.head.out_features, vocab), device=weight.device)
         self.ids_V, self.words_V = ids_V, ids_V.to(torch.int32)
-        # The own index of each of the target's tokens, len(ids_V) for one that the model cannot draw.
+        # The own index of each of the target's tokens, len(ids_V) for one that the model cannot
+        # draw.
         self.index_of = torch.full((vocab,), len(ids_V), device=weight.device)
         self.index_of[ids_V] = torch.arange(len(ids_V), device=weight.device)
         self.noise_dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
@@ -98,7 +112,9 @@ class Runner:
         self.noisy, self.gumbel = policy.fuse(noisy), policy.fuse(gumbel)
 
     def set_rows(self, params: Params, coupling: str, saguaro_c: float) -> None:
-        """How the rows of this run sample. Static policies keep the tensors, so that graphs read the new values."""
+        """How the rows of this run sample. Static policies keep the tensors, so that graphs read
+        the new values.
+        """
         same = self.params is not None and self.policy.static and self.coupling == coupling
         if same and self.params[6:] == params[6:] and self.saguaro_c == saguaro_c:
             for old, new in zip(self.params[:6], params[:6]):
@@ -110,8 +126,8 @@ class Runner:
     def warm_up(self, lengths: list[int], budgets: list[int]) -> bool:
         """Compile and capture every static step before it counts, on rows that leave no trace.
 
-        lengths: how many tokens a verification or extend may be fed; budgets: how many branches there
-        may be. Returns False where there was nothing to do.
+        lengths: how many tokens a verification or extend may be fed; budgets: how many branches
+        there may be. Returns False where there was nothing to do.
         """
         self.lengths, shapes = sorted(lengths), (*lengths, -1, *budgets)
         if not self.policy.static or self.warm == shapes:
@@ -133,7 +149,9 @@ class Runner:
         return True
 
     def fits(self, T: int) -> int:
-        """How many tokens a pass is fed that has T to feed: as many, or the next length that is compiled."""
+        """How many tokens a pass is fed that has T to feed: as many, or the next length that is
+        compiled.
+        """
         return next(n for n in self.lengths if n >= T) if self.policy.static else T
 
     # ---- target
@@ -151,17 +169,22 @@ class Runner:
             done += T
 
     def verify(self, feed: Feed, kind: list[int], logq: list) -> tuple[list[int], list[int]]:
-        """One target pass over every row's proposal. Returns how many draft tokens hold [B], and the bonus token [B].
+        """One target pass over every row's proposal. Returns how many draft tokens hold [B], and
+        the bonus token [B].
 
         logq[b]: for a CHAIN each token's `LogQ`, unless the coupling is `shared`.
         """
         K, tensors = len(feed.tokens[0]) - 1, ()
         if self.coupling != "shared" and K:
-            logq_BKV = torch.full((self.batch, K, self.vocab), float("-inf"), dtype=self.noise_dtype)
+            logq_BKV = torch.full(
+                (self.batch, K, self.vocab), float("-inf"), dtype=self.noise_dtype
+            )
             logq_BKV = logq_BKV.to(self.device)
             for b, chain in enumerate(logq):
                 for i, q in enumerate((chain or ())[: feed.count[b] - 1]):
-                    logq_BKV[b, i, q.ids_V.to(self.device)] = q.logq_V.to(self.device, self.noise_dtype)
+                    logq_BKV[b, i, q.ids_V.to(self.device)] = q.logq_V.to(
+                        self.device, self.noise_dtype
+                    )
             tensors = (logq_BKV,)
         (packed,) = self._pass(self._verify, feed, *tensors, kind=kind)
         read = self._read(packed, accepted=int, bonus=int)
@@ -178,47 +201,77 @@ class Runner:
         if self.coupling == "shared":
             at_BT = self._predicted(x.start, x.tokens.shape[1])
             draws_BT = self.noisy(warped_BTV, self.params, at_BT, self.words_V).argmax(-1)
-            return (_join(warped_BTV.amax(-1), *accept_shared(draws_BT, x.tokens[:, 1:], length_B)),)
+            return (
+                _join(warped_BTV.amax(-1), *accept_shared(draws_BT, x.tokens[:, 1:], length_B)),
+            )
         if logq_BKV is None:  # nothing was drafted: an ordinary draw
-            draws_B1 = self.noisy(warped_BTV[:, :1], self.params, first_B[:, None], self.words_V).argmax(-1)
+            draws_B1 = self.noisy(
+                warped_BTV[:, :1], self.params, first_B[:, None], self.words_V
+            ).argmax(-1)
             return (_join(warped_BTV.amax(-1), torch.zeros_like(draws_B1), draws_B1),)
-        decided = accept_exact(warped_BTV, logq_BKV, x.tokens[:, 1:], length_B, x.kind, self.params, first_B)
+        decided = accept_exact(
+            warped_BTV, logq_BKV, x.tokens[:, 1:], length_B, x.kind, self.params, first_B
+        )
         return (_join(warped_BTV.amax(-1), *decided),)
 
     # ---- draft
 
     def extend(self, feed: Feed) -> torch.Tensor:
-        """One causal pass over [r, d_1 .. d_L]: repairs the trunk and returns the scores (B, T, V) to fork by."""
+        """One causal pass over [r, d_1 .. d_L]: repairs the trunk and returns the scores (B, T, V)
+        to fork by.
+        """
         return self._pass(self._extend, feed)[0]
 
     def fork(self, scores_BTV, feed: Feed, m: int, foresight: Foresight) -> Fork:
         """The m likeliest outcomes of the round, for each row."""
         B = self.batch
-        columns = dict(tokens=feed.tokens, count=feed.count, spread=[foresight.spread] * B, hold=[foresight.hold] * B)
+        columns = dict(
+            tokens=feed.tokens,
+            count=feed.count,
+            spread=[foresight.spread] * B,
+            hold=[foresight.hold] * B,
+        )
         packed = self._step(self._fork, columns, scores_BTV, m=m)[0]
         read = self._read(packed, tokens=m, depths=m, chance=float)
         return Fork(read.tokens, read.depths, read.chance)
 
     def chain_step(self, feed: Feed, tokens, depths, step: int, top: int):
-        """Feed every branch its next token and draw one more. Returns tokens [B][M] and a LogQ of (B, M, V), or None.
+        """Feed every branch its next token and draw one more. Returns tokens [B][M] and a LogQ of
+        (B, M, V), or None.
 
-        feed is the round's; branch i hangs off its trunk after the depths[b][i]-th draft token. top:
-        for Saguaro, how many of the likeliest tokens are weighed down.
+        feed is the round's; branch i hangs off its trunk after the depths[b][i]-th draft token.
+        top: for Saguaro, how many of the likeliest tokens are weighed down.
         """
         B, length, m = self.batch, [s + 1 for s in feed.start], len(tokens[0])
         if self.policy.static:
-            limits = {"extent": self.cache.trunk, "tight": False, "steps": self.cache.steps, "places": self.k + 1}
+            limits = {
+                "extent": self.cache.trunk,
+                "tight": False,
+                "steps": self.cache.steps,
+                "places": self.k + 1,
+            }
         else:
             deepest = max(map(max, depths))
             extent = max(n + max(d) for n, d in zip(length, depths))
             limits = {"extent": extent, "tight": True, "steps": step + 1, "places": 1 + deepest}
-        columns = dict(tokens=tokens, depths=depths, length=length, count=feed.count, step=[step] * B, top=[top] * B)
+        columns = dict(
+            tokens=tokens,
+            depths=depths,
+            length=length,
+            count=feed.count,
+            step=[step] * B,
+            top=[top] * B,
+        )
         packed, *logq = self._step(self._chain_step, columns, **limits)
-        kept = self._kept(logq)  # before the wait: the other lane reads it without waiting for this one
+        kept = self._kept(
+            logq
+        )  # before the wait: the other lane reads it without waiting for this one
         return self._read(packed, tokens=m).tokens, kept
 
     def decode(self, feed: Feed, top: int):
-        """One ordinary step: feed the last tokens, draw the next. Returns token [B] and a LogQ of (B, 1, V), or None."""
+        """One ordinary step: feed the last tokens, draw the next. Returns token [B] and a LogQ of
+        (B, 1, V), or None.
+        """
         packed, *logq = self._pass(self._decode, feed, top=[top] * self.batch)
         kept = self._kept(logq)
         return self._read(packed, token=int).token, kept
@@ -230,9 +283,11 @@ class Runner:
         if self.coupling == "shared":
             scores_BTV = self.noisy(scores_BTV, self.params, at_BT, self.words_V)
         elif self.coupling == "maximal" and not self.params.greedy:
-            # A rejected place draws with the residual's noise, the token after a whole proposal with the usual one.
+            # A rejected place draws with the residual's noise, the token after a whole proposal
+            # with the usual one.
             token, residual = (
-                self.gumbel(self.params, at_BT, use, self.words_V, scores_BTV.dtype) for use in (TOKEN, RESIDUAL)
+                self.gumbel(self.params, at_BT, use, self.words_V, scores_BTV.dtype)
+                for use in (TOKEN, RESIDUAL)
             )
             last_BT1 = torch.arange(T, device=self.device)[:, None] >= (x.count - 1)[:, None, None]
             scores_BTV = scores_BTV + torch.where(last_BT1, token, residual)
@@ -249,13 +304,17 @@ class Runner:
         return (_join(top.values[:, :1], self.ids_V[top.indices % V], top.indices // V, chance_B),)
 
     def _chain_step(self, x, *, extent, tight, steps, places):
-        place = self.cache.place_chain(x.length, x.depths, x.step, x.count > 0, extent, tight, steps)
+        place = self.cache.place_chain(
+            x.length, x.depths, x.step, x.count > 0, extent, tight, steps
+        )
         warped_BMV = warp(self._logits(x.tokens, place), self.params)
         noise_BMV = None
         if not self.params.greedy:  # many branches share few positions: hash each position once
             at_BT = self._predicted(x.length + x.step, places)
             noise_BTV = self.gumbel(self.params, at_BT, TOKEN, self.words_V, warped_BMV.dtype)
-            noise_BMV = noise_BTV.gather(1, x.depths[..., None].expand(-1, -1, warped_BMV.shape[-1]))
+            noise_BMV = noise_BTV.gather(
+                1, x.depths[..., None].expand(-1, -1, warped_BMV.shape[-1])
+            )
         return self._draft_draw(warped_BMV, noise_BMV, x.top)
 
     def _decode(self, x, *, extent, tight):
@@ -268,12 +327,19 @@ class Runner:
         return self._draft_draw(warped_B1V, noise, x.top)
 
     def _draft_draw(self, warped, noise, top_B):
-        """Draw from q, or Saguaro's q', with the shared noise: the tokens and, unless `shared`, log q."""
-        loudest, logq = warped.amax(-1), None  # a greedy row's log q is finite whatever the logits are
+        """Draw from q, or Saguaro's q', with the shared noise: the tokens and, unless `shared`, log
+        q.
+        """
+        loudest, logq = (
+            warped.amax(-1),
+            None,
+        )  # a greedy row's log q is finite whatever the logits are
         if self.coupling != "shared":
             warped = logq = log_probs(warped, self.params)
             if self.saguaro_c < 1:
-                warped = logq = saguaro(logq, self.params, top_B[:, None].expand(logq.shape[:2]), self.saguaro_c)
+                warped = logq = saguaro(
+                    logq, self.params, top_B[:, None].expand(logq.shape[:2]), self.saguaro_c
+                )
         drawn = self.ids_V[(warped if noise is None else warped + noise).argmax(-1)]
         return (_join(loudest, drawn),) if logq is None else (_join(loudest, drawn), logq)
 
@@ -296,10 +362,14 @@ class Runner:
         return start_B[:, None] + 1 + torch.arange(T, device=start_B.device)
 
     def _read(self, packed: torch.Tensor, **kinds) -> SimpleNamespace:
-        """The numbers of _join by name. kinds: int or float for one number a row, a width for so many whole ones."""
+        """The numbers of _join by name. kinds: int or float for one number a row, a width for so
+        many whole ones.
+        """
         rows, out, at = self.policy.read(packed), SimpleNamespace(), 1
         if not all(row[0] for row in rows):
-            raise ValueError(f"the {self.role}'s logits are not finite numbers: its checkpoint or dtype is of no use")
+            raise ValueError(
+                f"the {self.role}'s logits are not finite numbers: use another checkpoint or dtype"
+            )
         for name, kind in kinds.items():
             wide = kind not in (int, float)
             values = [row[at : at + kind] if wide else row[at] for row in rows]
@@ -314,16 +384,23 @@ class Runner:
         return LogQ(self.ids_V, logq[0].clone() if self.policy.graphs else logq[0])
 
     def _pass(self, work, feed: Feed, *tensors, **columns):
-        """Run a pass over trunk tokens. Eager: read the KV cache only as far as the longest row reaches."""
+        """Run a pass over trunk tokens. Eager: read the KV cache only as far as the longest row
+        reaches.
+        """
         if self.policy.static:
             limits = {"extent": self.cache.trunk, "tight": False}
         else:
-            limits = {"extent": max(1, *(s + c for s, c in zip(feed.start, feed.count))), "tight": True}
+            limits = {
+                "extent": max(1, *(s + c for s, c in zip(feed.start, feed.count))),
+                "tight": True,
+            }
         columns = dict(tokens=feed.tokens, start=feed.start, count=feed.count) | columns
         return self._step(work, columns, *tensors, **limits)
 
     def _step(self, work, columns: dict[str, list], *tensors, **static):
-        """work(named numbers, *tensors, **static). On CUDA each combination of shapes and `static` is one graph."""
+        """work(named numbers, *tensors, **static). On CUDA each combination of shapes and `static`
+        is one graph.
+        """
         numbers, layout = _pack(columns)
         packed = self.policy.send(numbers)
         if not self.policy.static:
@@ -331,7 +408,10 @@ class Runner:
         key = (work.__name__, layout, *(x.shape for x in tensors), *static.values())
         if key not in self.steps:
             self.policy.enter_thread()
-            fixed = lambda packed, *tensors: work(_views(packed, layout), *tensors, **static)  # noqa: E731
+
+            def fixed(packed, *tensors):
+                return work(_views(packed, layout), *tensors, **static)
+
             self.steps[key] = self.policy.step(fixed, self.pool)
         return self.steps[key](packed, *tensors)
 
@@ -352,7 +432,9 @@ class LogQ(NamedTuple):
 
 
 def _pack(columns: dict[str, list]) -> tuple[list[list[int]], tuple]:
-    """Named columns, each with a number or a list a row, as rows of whole numbers, and their layout."""
+    """Named columns, each with a number or a list a row, as rows of whole numbers, and their
+    layout.
+    """
     layout, parts = [], []
     for name, values in columns.items():
         kind = len(values[0]) if type(values[0]) is list else type(values[0])
@@ -364,7 +446,7 @@ def _pack(columns: dict[str, list]) -> tuple[list[list[int]], tuple]:
 
 
 def _views(packed: torch.Tensor, layout: tuple) -> SimpleNamespace:
-    """The columns of _pack again, as views of the tensor: (B, width), or (B,) for one number a row."""
+    """The columns of _pack again, as views: (B, width), or (B,) for one number a row."""
     out, at = SimpleNamespace(), 0
     for name, kind in layout:
         width = 1 if kind in (int, float) else kind
@@ -377,7 +459,9 @@ def _views(packed: torch.Tensor, layout: tuple) -> SimpleNamespace:
 def _join(best: torch.Tensor, *columns: torch.Tensor) -> torch.Tensor:
     """(B, n): whether each row's best scores are finite, then the columns. Read by Runner._read."""
     sound_B1 = best.isfinite().all(-1, keepdim=True).long()
-    whole = (x.double().contiguous().view(torch.int64) if x.is_floating_point() else x for x in columns)
+    whole = (
+        x.double().contiguous().view(torch.int64) if x.is_floating_point() else x for x in columns
+    )
     return torch.cat([sound_B1, *(x.reshape(len(x), -1) for x in whole)], 1)
 
 
