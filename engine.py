@@ -227,9 +227,9 @@ class Engine:
                 yield piece
         self.finish(decoding)
 
-    def start(self, prompts: list, keep: bool = False, **settings) -> Decoding:
+    def start(self, prompts: list, keep: bool = False, decoding=Decoding, **settings) -> Decoding:
         """A generation that is set up and has not begun. Everything that a user can get wrong is
-        checked here.
+        checked here. decoding: a subclass drafts or predicts in another way (examples/).
         """
         self.settings = settings = check_settings(settings)
         rows = make_rows(prompts, settings, self.tokenizer, self.eos, self.target.config)
@@ -257,7 +257,7 @@ class Engine:
         runners += [None]  # where there is no draft model
         lengths = sorted({1, *(1 + k for k in ks)})
         shapes = lengths, [m for m in ms if m]
-        return Decoding(
+        return decoding(
             rows, planner, runners[0], target_lane, runners[1], draft_lane, shapes, self.warn
         )
 

@@ -22,7 +22,7 @@ from figures import Figures, Round
 from rows import Row
 from runtime import DraftLost, Lane, Work
 from sampling import CHAIN, FIXED, NONE, Foresight
-from steps import Feed, Runner
+from steps import Feed, Fork, Runner
 
 # How long the target waits for the draft's first passes, in seconds: they may still fetch weights
 # from memory or disk, or compile. Later the lane is as patient as its slowest work tells it to be.
@@ -149,7 +149,7 @@ class Decoding:
             with lane.span("extend"):
                 scores = draft.extend(feed)
             with lane.span("fork"):
-                tokens, depths, chance = draft.fork(scores, feed, plan.m, self.foresight)
+                tokens, depths, chance = self.predict(scores, feed, plan)
                 chains.fork(tokens, depths, chance)
             for step in range(plan.k):
                 if step > 0 and plan.cut and not lane.has_time(verdict):
@@ -202,6 +202,10 @@ class Decoding:
         done.looked_up(chains, list(found), missed)
         for b in (*found, *missed) if chains.work else ():
             self.foresight.learn(chains.chance[b], b in found, done.accepted[b], done.rejected(b))
+
+    def predict(self, scores, feed: Feed, plan: Plan) -> Fork:
+        """The outcomes that are prepared for, on the draft's lane: those that it finds likeliest."""
+        return self.draft.fork(scores, feed, plan.m, self.foresight)
 
     def draft_now(self, missed: list[int], plan: Plan, done: Round) -> dict[int, Chain]:
         """Ordinary decoding by the draft for the rows that missed, while the target waits."""
