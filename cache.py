@@ -14,7 +14,6 @@ Shape letters: L layers, B batch, T tokens fed per row, G key/value heads, S slo
 
 import threading
 import time
-from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -127,14 +126,11 @@ class SpeculationCache:
         self.moments: list[float] = []  # when the fork and each step were done
         self.forked, self.ready = threading.Event(), threading.Event()
 
-    @contextmanager
-    def filling(self):
-        """Whatever happens to the work inside, nobody waits for this cache for ever."""
-        try:
-            yield
-        finally:
-            self.forked.set()
-            self.ready.set()
+    def filled_by(self, work) -> None:
+        """Work that fills this cache was started. However it ends, nobody waits for ever."""
+        self.work = work
+        for event in (self.forked, self.ready):  # set when its lane knows whether it failed
+            work.add_done_callback(lambda _, event=event: event.set())
 
     def fork(self, tokens_BM: list[list[int]], depths_BM: list[list[int]], chance_B: list[float]) -> None:
         for row, branches in enumerate(zip(depths_BM, tokens_BM)):

@@ -144,10 +144,11 @@ class Lane:
 
         limit_s: the least time that it gets, in seconds.
         """
+        limit_s = max(limit_s, self.patience())
         try:
-            value = future.result(max(limit_s, self.patience()))
+            value = future.result(limit_s)
         except NotInTime:
-            self._late()
+            self._late(limit_s)
         except Exception as error:
             raise DraftLost(str(error) or type(error).__name__) from error
         self.check()
@@ -155,8 +156,9 @@ class Lane:
 
     def wait_for(self, event: threading.Event) -> None:
         """Wait for something that the draft's work will set. Raises DraftLost as answer() does."""
-        if not event.wait(self.patience()):
-            self._late()
+        limit_s = self.patience()
+        if not event.wait(limit_s):
+            self._late(limit_s)
         self.check()
 
     def check(self) -> None:
@@ -212,8 +214,7 @@ class Lane:
         )
         self._thread.start()
 
-    def _late(self) -> None:
-        limit_s = self.patience()
+    def _late(self, limit_s: float) -> None:
         self.leave()
         raise DraftLost(f"it did not answer within {limit_s:.3g} s")
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from cache import SpeculationCache
 from figures import Figures, Round
 from rows import Row
-from runtime import DraftLost, Lane, Work
+from runtime import PATIENCE_TIMES, DraftLost, Lane, Work
 from sampling import CHAIN, FIXED, NONE, Foresight
 from steps import Feed, Fork, Runner
 
@@ -112,7 +112,7 @@ class Decoding:
             chains = SpeculationCache(self.draft_lane, plan.cut)
             if plan.m > 0:  # with m = 0 the draft waits for the verdict, too
                 work = self.prepare, chains, feed, self.unread(feed), plan, verdict
-                chains.work = self.draft_lane.start(*work)
+                chains.filled_by(self.draft_lane.start(*work))
             yield  # the caller prints the text of the last round
             next_plan = self.planner.next(last) if last else plan
             accepted, bonus = verdict.result()  # the only wait of a round that hits
@@ -144,19 +144,18 @@ class Decoding:
     def prepare(self, chains, feed: Feed, unread, plan: Plan, verdict: Work) -> None:
         """The draft's side of a round, on its own lane: extend, fork, chains until the verdict."""
         draft, lane = self.draft, self.draft_lane
-        with chains.filling():
-            draft.prefill(*unread)  # nothing, unless the draft was left out of some rounds
-            with lane.span("extend"):
-                scores = draft.extend(feed)
-            with lane.span("fork"):
-                tokens, depths, chance = self.predict(scores, feed, plan)
-                chains.fork(tokens, depths, chance)
-            for step in range(plan.k):
-                if step > 0 and plan.cut and not lane.has_time(verdict):
-                    break  # by the clock alone: no token decides whether it is drawn
-                with lane.span("chain step"):
-                    tokens, logq = draft.chain_step(feed, tokens, depths, step, saguaro_top(plan))
-                    chains.append(tokens, logq)
+        draft.prefill(*unread)  # nothing, unless the draft was left out of some rounds
+        with lane.span("extend"):
+            scores = draft.extend(feed)
+        with lane.span("fork"):
+            tokens, depths, chance = self.predict(scores, feed, plan)
+            chains.fork(tokens, depths, chance)
+        for step in range(plan.k):
+            if step > 0 and plan.cut and not lane.has_time(verdict):
+                break  # by the clock alone: no token decides whether it is drawn
+            with lane.span("chain step"):
+                tokens, logq = draft.chain_step(feed, tokens, depths, step, saguaro_top(plan))
+                chains.append(tokens, logq)
 
     # ---- the steps of a round
 
@@ -193,9 +192,11 @@ class Decoding:
         rest.
         """
         for b in self.live():
+            row = self.rows[b]
             for token in (*proposal.tokens[b][: accepted[b]], bonus[b]):
-                if self.rows[b].finish is None:
-                    self.rows[b].push(token)
+                if row.finish is None:
+                    row.push(token)
+            row.read = min(row.read, len(row.ids) - 1)  # past that the draft read what was rejected
 
     def learn(self, done: Round, chains: SpeculationCache, found: dict, missed: list[int]) -> None:
         """Note what was foreseen: the draft forks the next round by it."""
@@ -267,7 +268,8 @@ class Decoding:
                 row.read = len(row.ids) - 1
         reading.result()
         if self.draft is not None:
-            self.await_draft(drafting, PREFILL_PATIENCE_S + 20 * (reading.end - reading.begin))
+            took = reading.end - reading.begin
+            self.await_draft(drafting, PREFILL_PATIENCE_S + PATIENCE_TIMES * took)
 
     def warm_up(self) -> None:
         """Compile and capture what is new, one lane after the other; tell how long it took."""
