@@ -23,10 +23,10 @@ Everything else is random, and not zero, since zeros draw less power and let a G
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from checkpoint.config import Config
 from checkpoint.weights import Fill, Piece, build_model, load_model, parse_config, pieces_of, read_config
-from model import Transformer
 
 NAMES = {
     "hidden": "hidden_size", "layers": "num_hidden_layers", "heads": "num_attention_heads",
@@ -102,7 +102,7 @@ def _copies(queries: int, room: int) -> int:
 class Growth:
     """The large model's tensors, one at a time: `fill` writes one piece from the small model `source` and noise."""
 
-    def __init__(self, source: Transformer, config: Config, seed: int = 0):
+    def __init__(self, source: nn.Module, config: Config, seed: int = 0):
         small = source.config
         self.config, self.small = config, small
         self.device = source.embed.weight.device
@@ -192,26 +192,27 @@ class Growth:
 
 
 @torch.no_grad()
-def smallest_rms(source: Transformer, generator: torch.Generator) -> float:
+def smallest_rms(source: nn.Module, generator: torch.Generator) -> float:
     """The least root mean square that the final norm meets on 1,024 random words of the small model."""
     seen = []
-    hook = source.layers[-1].register_forward_hook(lambda module, inputs, x_BTE: seen.append(x_BTE.double()))
+    hook = source.norm.register_forward_hook(lambda module, inputs, out: seen.append(inputs[0].double()))
     source.set_positions(64)
     device = source.embed.weight.device
-    source(torch.randint(source.config.vocab_size, (16, 64), generator=generator, device=device), logits=False)
+    source(torch.randint(source.config.vocab_size, (16, 64), generator=generator, device=device))
     hook.remove()
     return (seen[0].square().mean(-1) + source.config.norm_eps).min().sqrt().item()
 
 
-def grown(text: str, folder: Path, device, dtype: torch.dtype, seed: int = 0) -> tuple[dict, Config, Fill]:
+def grown(text: str, folder: Path, device, dtype: torch.dtype, make, seed: int = 0) -> tuple[dict, Config, Fill]:
     """config.json, config and fill function of the checkpoint in `folder` grown to the shape `text`."""
     raw = grow_config(read_config(folder), parse_shape(text))
     config = parse_config(raw, folder)
-    source = load_model(folder, device, torch.float64 if dtype == torch.float64 else torch.float32)
+    exact = torch.float64 if dtype == torch.float64 else torch.float32
+    source = load_model(folder, device, exact, make)
     return raw, config, Growth(source, config, seed).fill
 
 
-def load_inflated(text: str, folder: Path, device="cpu", dtype: torch.dtype = torch.float32) -> Transformer:
+def load_inflated(text: str, folder: Path, device, dtype: torch.dtype, make) -> nn.Module:
     """The grown model, made on the device layer by layer; only the small one is read."""
-    _, config, fill = grown(text, folder, device, dtype)
-    return build_model(config, fill, device, dtype)
+    _, config, fill = grown(text, folder, device, dtype, make)
+    return build_model(config, fill, device, dtype, make)

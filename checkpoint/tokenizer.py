@@ -62,7 +62,13 @@ def _read_json(path: Path) -> dict:
 
 def read_eos_ids(folder: Path) -> tuple[int, ...]:
     """Ids that end a text: eos_token_id, an id or a list, of generation_config.json, else of config.json, else ()."""
-    for path in (Path(folder) / "generation_config.json", Path(folder) / "config.json"):
+    folder = Path(folder)
+    if folder.is_file():
+        from checkpoint.gguf import tokenizer_of
+
+        files = tokenizer_of(folder)
+        return files.eos_ids if files else ()
+    for path in (folder / "generation_config.json", folder / "config.json"):
         value = _read_json(path).get("eos_token_id")
         ids = value if isinstance(value, list) else [] if value is None else [value]
         if not all(type(id) is int and 0 <= id < MAX_TOKEN_ID for id in ids):
@@ -355,14 +361,26 @@ def vocabulary_difference(a: Tokenizer, b: Tokenizer) -> tuple[int, bytes, bytes
 
 
 def _load(folder: Path) -> Tokenizer | None:
+    """Read the files of a folder, or the metadata of a GGUF file, which says the same in other words."""
+    if folder.is_file():
+        from checkpoint.gguf import tokenizer_of
+
+        files = tokenizer_of(folder)
+        return files and _build(*files)
     spec, data = _read_json(folder / "tokenizer.json"), _read(folder / "tokenizer.model")
     if not spec and data is None:
         return None
     config = _read_json(folder / "special_tokens_map.json") | _read_json(folder / "tokenizer_config.json")
-    names = {key: value["content"] if isinstance(value, dict) else value  # a token is a text, or an object that has it
-             for key, value in config.items() if key.endswith("_token") and isinstance(value, str | dict)}  # fmt: skip
+    template = (_read(folder / "chat_template.jinja") or b"").decode() or config.get("chat_template")
     entries = [{"id": id, "content": token} for token, id in _read_json(folder / "added_tokens.json").items()]
     entries += [token | {"id": int(id)} for id, token in config.get("added_tokens_decoder", {}).items()]
+    return _build(spec, data, config | {"chat_template": template}, entries, read_eos_ids(folder))
+
+
+def _build(spec: dict, data: bytes | None, config: dict, entries: list[dict], eos_ids: tuple[int, ...]) -> Tokenizer:
+    """From tokenizer.json or else tokenizer.model, tokenizer_config.json, added tokens named elsewhere, and EOS."""
+    names = {key: value["content"] if isinstance(value, dict) else value  # a token is a text, or an object that has it
+             for key, value in config.items() if key.endswith("_token") and isinstance(value, str | dict)}  # fmt: skip
     if spec:
         model, before = _from_json(spec)
         entries += spec.get("added_tokens", [])
@@ -379,10 +397,10 @@ def _load(folder: Path) -> Tokenizer | None:
         added[entry["content"]] = entry | {"special": entry.get("special") or entry["content"] in names.values()}
     if not spec:
         before = [added[bos]["id"] for bos in {names["bos_token"]} & added.keys() if config.get("add_bos_token", True)]
-    template = (_read(folder / "chat_template.jinja") or b"").decode() or config.get("chat_template")
+    template = config.get("chat_template")
     if isinstance(template, list):  # of named ones
         template = {each["name"]: each["template"] for each in template}.get("default")
-    return Tokenizer(model, added, before, names, read_eos_ids(folder), template)
+    return Tokenizer(model, added, before, names, eos_ids, template)
 
 
 def load_tokenizer(folder: Path) -> Tokenizer | None:

