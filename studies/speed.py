@@ -1,0 +1,95 @@
+"""The speed model: tokens a second from times and chances, and where a budget goes best.
+
+Knows: the formulas of the walkthrough's sections 6 and 10. Does not know: the engine, and what
+anybody measured. Read next: simulate.py.
+
+All times are seconds. P_j is the chance that exactly j draft tokens of a proposal of length L are
+accepted. m(F) is the chance that the next token is not among the F that are prepared for j.
+"""
+
+import heapq
+from collections.abc import Sequence
+
+
+def expected_tokens(acceptance: float, length: float) -> float:
+    """Tokens that a round emits if each of its draft tokens is accepted with one chance."""
+    if acceptance >= 1:
+        return length + 1
+    return (1 - acceptance ** (length + 1)) / (1 - acceptance)
+
+
+def sd_rate(tokens: float, t_draft: float, t_verify: float) -> float:
+    """Tokens a second and row of SD, whose rounds emit `tokens`: draft and target take turns."""
+    return tokens / (t_draft + t_verify)
+
+
+def ssd_rate(hit_rate, tokens_hit, tokens_miss, t_hit, t_miss, batch: int = 1) -> float:
+    """Tokens a second and row of SSD. A round of a batch is short only if every row hits."""
+    all_hit = hit_rate**batch
+    emitted = hit_rate * tokens_hit + (1 - hit_rate) * tokens_miss
+    return emitted / (all_hit * t_hit + (1 - all_hit) * t_miss)
+
+
+def ssd_ceiling(
+    t_draft: float, t_verify: float, tokens_ssd: float = 1, tokens_sd: float = 1
+) -> float:
+    """The most that SSD can gain over SD with the same K: drafting is hidden, and nothing else."""
+    return (1 + t_draft / t_verify) * tokens_ssd / tokens_sd
+
+
+def long_run_hits(after_hit: float, after_miss: float) -> float:
+    """The share of rounds that hit, where the chance of it depends on whether the last one did."""
+    return after_miss / (1 - after_hit + after_miss)
+
+
+def outcomes(acceptance: float, length: int) -> list[float]:
+    """P_0..P_L for a constant acceptance."""
+    return [acceptance**j * (1 - acceptance) for j in range(length)] + [acceptance**length]
+
+
+def power_law(c: float, b: float, budget: int) -> list[float]:
+    """m(0)..m(budget) with m(F) = c F^-b, which is how the paper describes what it measured."""
+    return [1.0] + [min(1.0, c * F**-b) for F in range(1, budget + 1)]
+
+
+def allocate(
+    probability: Sequence[float], miss: Sequence[Sequence[float]], budget: int
+) -> list[int]:
+    """F_0..F_L, `budget` in all, with the most hits: each next branch goes where it adds most.
+
+    miss has for each j the curve m(0)..m(budget). That the greedy choice is the best one needs
+    decreasing, convex curves.
+    """
+
+    def gain(j: int) -> float:
+        return probability[j] * (miss[j][fan_out[j]] - miss[j][fan_out[j] + 1])
+
+    fan_out = [0] * len(probability)
+    heap = [(-gain(j), j) for j in range(len(probability))]
+    heapq.heapify(heap)
+    for left in range(budget, 0, -1):
+        j = heapq.heappop(heap)[1]
+        fan_out[j] += 1
+        if left > 1:
+            heapq.heappush(heap, (-gain(j), j))
+    return fan_out
+
+
+def geometric(acceptance: float, exponent: float, length: int, budget: int) -> list[float]:
+    """The paper's fan-out, F_0..F_L as real numbers: a geometric series whose last term is raised.
+
+    It is the continuous optimum for the miss curve c F^-exponent, whatever c is.
+    """
+    power = 1 / (1 + exponent)
+    weights = [acceptance ** (j * power) for j in range(length + 1)]
+    weights[-1] *= (1 - acceptance) ** -power
+    return [budget * weight / sum(weights) for weight in weights]
+
+
+def whole(shares: Sequence[float], budget: int) -> list[int]:
+    """Real shares as whole numbers with the same sum: the largest remainders are rounded up."""
+    out = [int(share) for share in shares]
+    by_remainder = sorted(range(len(out)), key=lambda j: out[j] - shares[j])
+    for j in by_remainder[: budget - sum(out)]:
+        out[j] += 1
+    return out
