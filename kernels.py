@@ -137,45 +137,91 @@ def _own_chain(query_BGTRD, k_BGSD, v_BGSD, chain, scale, tight, window):
     return own_BGTRC, chain_v
 
 
-# What one program of the kernel takes on, by bytes per number and head size (padded to a power of two): at most so many
-# query rows, so many slots at a time, so many stages of loads in flight. THE PLACE TO TUNE. Reasoned, not measured: two
-# small programs fit in an H100's 227 KiB of shared memory, and a tile of 64 to 128 rows fills its matrix units. float32
-# runs on the ordinary cores (true float32, no TF32) and its tiles only keep registers in bounds.
+# What one program of the kernel takes on, by bytes per number and head size (padded to a power of
+# two): at most so many query rows, so many slots at a time, so many stages of loads in flight. This
+# is the place to tune. The figures are reasoned, not measured: two small programs fit in the shared
+# memory of an H100's processor, and 64 to 128 rows fill its matrix units. float32 runs on the
+# ordinary cores (true float32, no TF32), and its tiles only keep the registers in bounds.
 _TILES = {
-    (2, 32): (128, 128, 4), (2, 64): (128, 128, 3), (2, 128): (128, 64, 3), (2, 256): (64, 32, 3),
+    (2, 32): (128, 64, 4), (2, 64): (128, 64, 4), (2, 128): (128, 64, 3), (2, 256): (64, 32, 3),
     (4, 32): (32, 64, 2), (4, 64): (32, 32, 2), (4, 128): (16, 32, 2), (4, 256): (16, 16, 2),
 }  # fmt: skip
-_SPLIT_SLOTS = 128  # a split of the trunk shorter than this costs more in merging than it saves
+# No split of the trunk is shorter. With 128 a decode of 8 key/value heads at 512 tokens would keep
+# 32 of an H100's 132 processors busy.
+_SPLIT_SLOTS = 64
 _MOST_SPLITS = 64  # _merge holds one row's partial results of all splits in registers
+_REGISTERS = 1 << 16  # of one processor
+
+
+class _Card(NamedTuple):
+    """What a plan depends on: a GPU's processors, and the shared memory of each in bytes."""
+
+    processors: int
+    shared: int
+
+
+@functools.cache
+def _card(device: torch.device) -> _Card:
+    """The GPU's own figures; an H100's for the interpreter on a CPU."""
+    if device.type != "cuda":
+        return _Card(132, 228 * 1024)
+    found = torch.cuda.get_device_properties(device)
+    return _Card(found.multi_processor_count, found.shared_memory_per_multiprocessor)
 
 
 class _Plan(NamedTuple):
-    """How a call is laid on the GPU: query rows and slots of a tile, splits of what a row sees, launch options."""
+    """How a call is laid on the GPU.
+
+    A tile has so many rows and slots, what a row sees is cut in so many splits, a launch has so
+    many warps and stages, and so many programs share a processor.
+    """
 
     rows: int
     slots: int
     splits: int
     warps: int
     stages: int
+    programs: int
 
 
 @functools.cache
-def _plan(Q: int, heads: int, D: int, itemsize: int, extent: int, steps: int, device: torch.device) -> _Plan:
-    """From static shapes only, so a captured graph stays right as the texts in its rows grow. heads is B * G."""
-    processors, shared = 132, 227 * 1024  # the interpreter plays an H100
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        processors, shared = properties.multi_processor_count, properties.shared_memory_per_multiprocessor - 1024
+def _plan(
+    Q: int, heads: int, D: int, itemsize: int, extent: int, steps: int, card: _Card
+) -> _Plan:
+    """A plan from static shapes only: a captured graph stays right as its texts grow.
+
+    heads is B * G.
+    """
     block_d = _padded(D)
-    most_rows, slots, stages = _TILES[itemsize, block_d]
+    most_rows, slots, most_stages = _TILES[itemsize, block_d]
     rows = min(max(triton.next_power_of_2(Q), 16), most_rows)
-    stage_bytes = 2 * slots * block_d * itemsize
-    while stages > 1 and stages * stage_bytes + rows * block_d * itemsize + 4096 > shared:
-        stages -= 1
+    # Larger tiles need the registers of 8 warps, which leave no room for a second program.
+    small = rows * max(block_d, 128) <= 64 * 128
+    # float32 takes twice the registers a number: from 128 on, those of 4 warps spill to memory.
+    warps = 8 if not small or (itemsize == 4 and block_d >= 128) else 4
+    programs, stages = _fit(rows, slots, block_d, itemsize, most_stages, 2 if small else 1, card)
     # As many programs as run at once and no more: a second wave of a few would double the time.
-    room = processors * (2 if rows <= 32 else 1) // (heads * triton.cdiv(Q, rows))
+    room = card.processors * programs // (heads * triton.cdiv(Q, rows))
     splits = max(1, min(room, triton.cdiv(extent, _SPLIT_SLOTS) + steps, _MOST_SPLITS))
-    return _Plan(rows, slots, splits, 8 if rows * max(slots, block_d) >= 128 * 128 else 4, stages)
+    return _Plan(rows, slots, splits, warps, stages, programs)
+
+
+def _fit(rows, slots, block_d, itemsize, most_stages, most_programs, card) -> tuple[int, int]:
+    """Programs that share a processor, and their stages, as its shared memory allows.
+
+    A second program comes before a third stage.
+    """
+    # Matrix units read a tile of 64 rows or more from shared memory, so none of its buffers is free
+    # for the next load. scripts/check_kernels.py holds these bounds against the compiler's figures.
+    large = rows >= 64
+    held = rows * (block_d if large else block_d + slots) * itemsize
+    held += 2048  # the card's own 1 KiB for each program, and what reductions and barriers take
+    stage = 2 * slots * block_d * itemsize
+    for programs in range(most_programs, 0, -1):
+        for stages in range(most_stages, 1 if programs > 1 else 0, -1):
+            if programs * ((stages if large else stages - 1) * stage + held) <= card.shared:
+                return programs, stages
+    return 1, 1
 
 
 def _padded(D: int) -> int:
@@ -183,13 +229,19 @@ def _padded(D: int) -> int:
 
 
 def _jit(*varying: str):
-    """triton.jit where there is Triton. Arguments named here vary from call to call: the compiled code serves all."""
+    """triton.jit where there is Triton, or else the plain function.
+
+    The arguments named here vary from call to call, and the compiled code serves all their values.
+    """
     return (lambda kernel: kernel) if triton is None else triton.jit(do_not_specialize=varying)
 
 
 @_jit()
 def _load_rows(pointer, offset_N, wanted_N, D: constexpr, BLOCK_D: constexpr):
-    """(N, BLOCK_D) numbers from N rows of D; zero in rows that are not wanted, which are not read, and past D."""
+    """(N, BLOCK_D) numbers from N rows of D, with zeros past D and in the rows that are not wanted.
+
+    Those rows are not read.
+    """
     d = tl.arange(0, BLOCK_D)
     mask = wanted_N[:, None]
     if D != BLOCK_D:
@@ -199,10 +251,13 @@ def _load_rows(pointer, offset_N, wanted_N, D: constexpr, BLOCK_D: constexpr):
 
 @_jit()
 def _attend_chain(
-    best_Q, total_Q, mixed_QD, query_QD, k_SD, v_SD, cache_s, slot_Q, M, real_Q, begin, end, stride, scale,
-    D: constexpr, BLOCK_D: constexpr,
+    best_Q, total_Q, mixed_QD, query_QD, k_SD, v_SD, cache_s, slot_Q, M, real_Q,
+    begin, end, stride, scale, D: constexpr, BLOCK_D: constexpr,
 ):  # fmt: skip
-    """Every stride-th chain step. Each branch has its own keys: one dot product for a row, not a matrix product."""
+    """The softmax's state after every stride-th chain step in begin..end-1.
+
+    Each branch has its own keys, so a row takes one dot product and not a matrix product.
+    """
     for c in range(begin, end, stride):
         offset_Q = (slot_Q + c * M) * cache_s
         k_QD = _load_rows(k_SD, offset_Q, real_Q, D, BLOCK_D).to(tl.float32)
@@ -220,7 +275,7 @@ def _attend_trunk(
     best_Q, total_Q, mixed_QD, query_QD, k_SD, v_SD, cache_s, first_Q, limit_Q, begin, end, scale,
     D: constexpr, BLOCK_D: constexpr, SLOTS: constexpr, HAS_FIRST: constexpr,
 ):  # fmt: skip
-    """Trunk slots begin..end-1, a tile of SLOTS at a time, each row masked to what it sees."""
+    """The softmax's state after trunk slots begin..end-1, of which each row takes what it sees."""
     for start in range(begin, end, SLOTS):
         slot_S = start + tl.arange(0, SLOTS)
         seen_QS = slot_S[None, :] < limit_Q[:, None]
@@ -235,7 +290,8 @@ def _attend_trunk(
         p_QS, keep_Q = tl.exp2(score_QS - higher_Q[:, None]), tl.exp2(best_Q - higher_Q)
         best_Q, total_Q = higher_Q, total_Q * keep_Q + tl.sum(p_QS, 1)
         v_tile_SD = _load_rows(v_SD, slot_S * cache_s, used_S, D, BLOCK_D)
-        mixed_QD = tl.dot(p_QS.to(v_tile_SD.dtype), v_tile_SD, mixed_QD * keep_Q[:, None], input_precision="ieee")
+        kept_QD, p_QS = mixed_QD * keep_Q[:, None], p_QS.to(v_tile_SD.dtype)
+        mixed_QD = tl.dot(p_QS, v_tile_SD, kept_QD, input_precision="ieee")
     return best_Q, total_Q, mixed_QD
 
 
@@ -247,12 +303,13 @@ def _attend(
     G: constexpr, R: constexpr, D: constexpr, BLOCK_D: constexpr, ROWS: constexpr,
     SLOTS: constexpr, SPLIT_SLOTS: constexpr,
 ):  # fmt: skip
-    """One program: ROWS query rows of one key/value head over one split of what they see, by online softmax.
+    """One program: ROWS query rows of one key/value head over one split of what they see.
 
-    Query row t * R + r is query head r of token t. Limits and steps are read here, from the device: a captured graph
-    stays right as its texts grow. Scores are in powers of two (scale holds log2 e).
+    Query row t * R + r is query head r of token t. The softmax is computed online, its scores in
+    powers of two (scale holds log2 e). Limits and steps are read here, from the device: a captured
+    graph stays right as its texts grow.
     """
-    # int64 where a whole cache is spanned; offsets within one head's slots fit int32, which the wrapper checks.
+    # A whole cache is spanned in int64. Offsets within one head's slots fit int32: _check says so.
     pair = tl.program_id(2).to(tl.int64)
     b, g = pair // G, pair % G
     split, splits = tl.program_id(1), tl.num_programs(1)
@@ -260,8 +317,10 @@ def _attend(
     real_Q = row_Q < T * R
     t_Q, h_Q = row_Q // R, g * R + row_Q % R
     k_SD, v_SD = k_BGSD + b * cache_b + g * cache_g, v_BGSD + b * cache_b + g * cache_g
-    query_QD = _load_rows(query_BTHD + b * query_b, t_Q * query_t + h_Q * query_h, real_Q, D, BLOCK_D)
-    limit_Q = tl.minimum(tl.load(limit_BT + b * T + t_Q, mask=real_Q, other=0).to(tl.int32), extent)
+    offset_Q = t_Q * query_t + h_Q * query_h
+    query_QD = _load_rows(query_BTHD + b * query_b, offset_Q, real_Q, D, BLOCK_D)
+    limit_Q = tl.load(limit_BT + b * T + t_Q, mask=real_Q, other=0).to(tl.int32)
+    limit_Q = tl.minimum(limit_Q, extent)
     first_Q, low, high = limit_Q, 0, tl.max(limit_Q, 0)
     if first_BT is not None:
         first_Q = tl.load(first_BT + b * T + t_Q, mask=real_Q, other=extent).to(tl.int32)
@@ -272,14 +331,16 @@ def _attend(
     total_Q = tl.zeros([ROWS], tl.float32)
     mixed_QD = tl.zeros([ROWS, BLOCK_D], tl.float32)
     if step_B is not None:
-        # One step a program if there are as many, from the last program on: with short texts those have no trunk.
+        # The last programs come first, one step each if there are as many: with short texts they
+        # have no trunk.
         newest = tl.load(step_B + b).to(tl.int32)
         begin = tl.maximum(newest + 1 - window, 0) + splits - 1 - split
         best_Q, total_Q, mixed_QD = _attend_chain(
             best_Q, total_Q, mixed_QD, query_QD, k_SD, v_SD, cache_s, base + t_Q, T, real_Q,
             begin, tl.minimum(newest + 1, steps), splits, scale, D, BLOCK_D,
         )  # fmt: skip
-    # The trunk is shared out by its true length, not by `extent`: short texts in large caches keep every program busy.
+    # The trunk is shared out by its true length, not by `extent`: a short text in a large cache
+    # keeps as many programs busy as it has work for.
     share = tl.maximum(tl.cdiv(tl.maximum(high - low, 0), splits), SPLIT_SLOTS)
     share = tl.cdiv(share, SLOTS) * SLOTS
     begin = low + split * share
@@ -296,23 +357,80 @@ def _attend(
         tl.store(out_BTHD + out_Q[:, None] * D + d[None, :], mixed_QD, mask=stored_QD)
     else:
         part_Q = out_Q * splits + split
+        # A row that saw nothing here leaves its partial result unwritten, and its weight says so.
+        # It is == 0 and not > 0 because a NaN must reach the output.
+        empty_Q = total_Q == 0
+        stored_QD = stored_QD & (empty_Q == 0)[:, None]
         tl.store(part_BTHPD + part_Q[:, None] * D + d[None, :], mixed_QD, mask=stored_QD)
-        # == 0 and not > 0: a NaN must reach the output
-        weight_Q = tl.where(total_Q == 0, float("-inf"), best_Q + tl.log2(total_Q))
+        weight_Q = tl.where(empty_Q, float("-inf"), best_Q + tl.log2(total_Q))
         tl.store(weight_BTHP + part_Q, weight_Q, mask=real_Q)
 
 
 @_jit("splits")
-def _merge(part_BTHPD, weight_BTHP, out_BTHD, splits, D: constexpr, BLOCK_D: constexpr, SPLITS: constexpr):
-    """One program: one query head of one token, its splits' results weighted by their shares of the softmax."""
+def _merge(
+    part_BTHPD, weight_BTHP, out_BTHD, splits,
+    D: constexpr, BLOCK_D: constexpr, SPLITS: constexpr,
+):  # fmt: skip
+    """One program: one query head of one token, its splits weighted by their softmax totals."""
     row = tl.program_id(0).to(tl.int64)
     split_P = tl.arange(0, SPLITS)
-    weight_P = tl.load(weight_BTHP + row * splits + split_P, mask=split_P < splits, other=float("-inf"))
-    part_PD = _load_rows(part_BTHPD, (row * splits + split_P) * D, weight_P != float("-inf"), D, BLOCK_D)
+    real_P = split_P < splits
+    weight_P = tl.load(weight_BTHP + row * splits + split_P, mask=real_P, other=float("-inf"))
+    # Where the weight is -inf, memory holds whatever was there before (under CUDA graphs another
+    # layer's numbers): it is not read, because even 0 times NaN is NaN.
+    offset_P, written_P = (row * splits + split_P) * D, weight_P != float("-inf")
+    part_PD = _load_rows(part_BTHPD, offset_P, written_P, D, BLOCK_D)
     weight_P = tl.exp2(weight_P - tl.max(weight_P, 0))
     mixed_D = tl.sum(part_PD * weight_P[:, None], 0) / tl.sum(weight_P, 0)
     d = tl.arange(0, BLOCK_D)
     tl.store(out_BTHD + row * D + d, mixed_D, mask=d < D)
+
+
+class _Launch(NamedTuple):
+    """One launch of a kernel. `_fused` makes it; scripts/check_kernels.py only compiles it.
+
+    programs   so many are to share a processor
+    """
+
+    kernel: object
+    grid: tuple[int, ...]
+    arguments: tuple
+    options: dict
+    programs: int
+
+
+def _launches(
+    query_BTHD, k_BGSD, v_BGSD, limit_BT, first_BT, step_B, out_BTHD,
+    scale, extent, base, steps, window, card: _Card,
+) -> list[_Launch]:  # fmt: skip
+    """The launches that write a call's result to out_BTHD, planned for this card, in order."""
+    (B, T, H, D), G = query_BTHD.shape, k_BGSD.shape[1]
+    Q, block_d, itemsize = T * H // G, _padded(D), query_BTHD.itemsize
+    plan = _plan(Q, B * G, D, itemsize, extent, steps, card)
+    part = weight = None
+    if plan.splits > 1:
+        shape = (B, T, H, plan.splits)
+        part = torch.empty((*shape, D), dtype=torch.float32, device=out_BTHD.device)
+        weight = torch.empty(shape, dtype=torch.float32, device=out_BTHD.device)
+    options = {
+        "G": G, "R": H // G, "D": D, "BLOCK_D": block_d, "ROWS": plan.rows, "SLOTS": plan.slots,
+        "SPLIT_SLOTS": _SPLIT_SLOTS, "num_warps": plan.warps, "num_stages": plan.stages,
+    }  # fmt: skip
+    if torch.version.hip is None:
+        # All that the plan has room for: left alone, the compiler spills to fit one program more.
+        options["maxnreg"] = min(_REGISTERS // (plan.programs * plan.warps * 32), 255)
+    arguments = (
+        query_BTHD, k_BGSD, v_BGSD, limit_BT, first_BT, step_B, out_BTHD, part, weight,
+        *query_BTHD.stride()[:3], *k_BGSD.stride()[:3],
+        T, extent, base, steps, window or 1 << 30, scale * math.log2(math.e),
+    )  # fmt: skip
+    grid = (triton.cdiv(Q, plan.rows), plan.splits, B * G)
+    launches = [_Launch(_attend, grid, arguments, options, plan.programs)]
+    if plan.splits > 1:
+        options = {"D": D, "BLOCK_D": block_d, "SPLITS": triton.next_power_of_2(plan.splits)}
+        arguments = (part, weight, out_BTHD, plan.splits)
+        launches.append(_Launch(_merge, (B * T * H,), arguments, options, 1))
+    return launches
 
 
 @torch.library.custom_op("ssd::tree_attention", mutates_args=())
@@ -329,40 +447,35 @@ def _fused(
     steps: int,
     window: int,
 ) -> torch.Tensor:
-    """The kernel's wrapper, one opaque operator to torch.compile. Arguments as in tree_attention, `chain` unpacked."""
-    (B, T, H, D), G = query_BTHD.shape, k_BGSD.shape[1]
+    """The kernel's result. To torch.compile it is one opaque operator.
+
+    Arguments are those of tree_attention, with `chain` unpacked.
+    """
     _check(query_BTHD, k_BGSD, v_BGSD, limit_BT, first_BT, step_B, extent, base, steps)
-    limit_BT = limit_BT.contiguous()
-    first_BT = first_BT if first_BT is None else first_BT.contiguous()
-    step_B = step_B if step_B is None else step_B.contiguous()
-    out = torch.empty((B, T, H, D), dtype=query_BTHD.dtype, device=query_BTHD.device)
-    Q, R, block_d = T * H // G, H // G, _padded(D)
-    plan = _plan(Q, B * G, D, query_BTHD.itemsize, extent, steps, query_BTHD.device)
-    part = weight = None
-    if plan.splits > 1:
-        part = torch.empty((B, T, H, plan.splits, D), dtype=torch.float32, device=out.device)
-        weight = torch.empty((B, T, H, plan.splits), dtype=torch.float32, device=out.device)
-    with torch.cuda.device_of(out):  # Triton launches on the current device, which need not be the tensors'
-        _attend[(triton.cdiv(Q, plan.rows), plan.splits, B * G)](
-            query_BTHD, k_BGSD, v_BGSD, limit_BT, first_BT, step_B, out, part, weight,
-            *query_BTHD.stride()[:3], *k_BGSD.stride()[:3],
-            T, extent, base, steps, window or 1 << 30, scale * math.log2(math.e),
-            G=G, R=R, D=D, BLOCK_D=block_d, ROWS=plan.rows, SLOTS=plan.slots, SPLIT_SLOTS=_SPLIT_SLOTS,
-            num_warps=plan.warps, num_stages=plan.stages,
-        )  # fmt: skip
-        if plan.splits > 1:
-            padded = triton.next_power_of_2(plan.splits)
-            _merge[(B * T * H,)](part, weight, out, plan.splits, D=D, BLOCK_D=block_d, SPLITS=padded)
+    limit_BT, first_BT, step_B = (
+        x if x is None else x.contiguous() for x in (limit_BT, first_BT, step_B)
+    )
+    out = torch.empty(query_BTHD.shape, dtype=query_BTHD.dtype, device=query_BTHD.device)
+    launches = _launches(
+        query_BTHD, k_BGSD, v_BGSD, limit_BT, first_BT, step_B, out,
+        scale, extent, base, steps, window, _card(out.device),
+    )  # fmt: skip
+    with torch.cuda.device_of(out):  # Triton launches on the current device, not on the tensors'
+        for launch in launches:
+            launch.kernel[launch.grid](*launch.arguments, **launch.options)
     return out
 
 
 @_fused.register_fake
-def _(query_BTHD, k_BGSD, v_BGSD, limit_BT, first_BT, step_B, scale, extent, base, steps, window):
+def _(query_BTHD, *_):
     return torch.empty(query_BTHD.shape, dtype=query_BTHD.dtype, device=query_BTHD.device)
 
 
 def _check(query_BTHD, k_BGSD, v_BGSD, limit_BT, first_BT, step_B, extent, base, steps) -> None:
-    """What the kernel takes for granted. A wrong stride or shape there is a wrong number or a dead device, no error."""
+    """Nothing, or an AssertionError about what the kernel takes for granted.
+
+    A wrong stride or shape there is a wrong number or a dead device, and not an error.
+    """
     B, T, H, D = query_BTHD.shape
     _, G, S, _ = k_BGSD.shape
     dtype, device = query_BTHD.dtype, query_BTHD.device
@@ -373,20 +486,32 @@ def _check(query_BTHD, k_BGSD, v_BGSD, limit_BT, first_BT, step_B, extent, base,
         assert x.dtype == dtype and x.device == device, (
             f"{name} are {x.dtype} on {x.device}, queries {dtype} on {device}"
         )
-        assert x.shape == (B, G, S, D), f"{name} are {tuple(x.shape)}, wanted {(B, G, S, D)} (B, G, S, D)"
+        assert x.shape == (B, G, S, D), (
+            f"{name} are {tuple(x.shape)}, wanted {(B, G, S, D)} (B, G, S, D)"
+        )
         assert x.stride() == k_BGSD.stride() and x.stride(3) == 1, (
             f"{name} have strides {x.stride()}: wanted the keys', last one 1"
         )
-        assert S * x.stride(2) < 2**31, f"one head's {name} span {S * x.stride(2)} numbers, wanted under 2^31"
-    assert H % G == 0 and D <= 256, f"{H} heads on {G} of size {D}: wanted a multiple, and a size of at most 256"
-    assert query_BTHD.stride(3) == 1, f"queries have strides {query_BTHD.stride()}, wanted the last one 1"
-    assert T * query_BTHD.stride(1) < 2**31, f"one row's queries span {T * query_BTHD.stride(1)} numbers: feed fewer"
-    assert B * G < 65536, f"{B} rows of {G} heads, wanted under 65536 pairs: CUDA's bound on this side of a grid"
+        span = S * x.stride(2)
+        assert span < 2**31, f"one head's {name} span {span} numbers, wanted under 2^31"
+    assert H % G == 0, f"{H} heads on {G}: wanted a multiple"
+    assert D <= 256, f"heads of size {D}: wanted at most 256"
+    stride, span = query_BTHD.stride(), T * query_BTHD.stride(1)
+    assert stride[3] == 1, f"queries have strides {stride}, wanted the last one 1"
+    assert span < 2**31, f"one row's queries span {span} numbers: feed fewer"
+    assert B * G < 65536, (
+        f"{B} rows of {G} heads, wanted under 65536 pairs: CUDA's bound on this side of a grid"
+    )
     assert 1 <= extent <= S, f"extent is {extent}, wanted 1 to the cache's {S} slots"
-    for name, x, shape in (("limit", limit_BT, (B, T)), ("first", first_BT, (B, T)), ("step", step_B, (B,))):
+    for name, x, shape in (
+        ("limit", limit_BT, (B, T)),
+        ("first", first_BT, (B, T)),
+        ("step", step_B, (B,)),
+    ):
         if x is not None:
             assert x.shape == shape and x.dtype in (torch.int32, torch.int64), (
                 f"{name} is {tuple(x.shape)} {x.dtype}, wanted {shape} of integers"
             )
             assert x.device == device, f"{name} is on {x.device}, wanted {device}"
-    assert step_B is None or base + steps * T <= S, f"chains end at slot {base + steps * T}, the cache at {S}"
+    end = base + steps * T
+    assert step_B is None or end <= S, f"chains end at slot {end}, the cache at {S}"

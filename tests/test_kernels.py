@@ -1,10 +1,14 @@
-"""Attention for speculation trees: the PyTorch twin and the Triton kernel against plain loops in float64.
+"""Attention for speculation trees: the PyTorch twin and the Triton kernel against plain loops.
 
-Everything that no query of a row may see holds NaN in these tests: in the trunk behind the limits, before the windows,
-past the extent, and in the scratch of other steps.
+The loops are in float64. Everything that no query of a row may see holds NaN in these tests: in the
+trunk after the limits, before the windows, past the extent, and in the scratch of other steps.
 
-Without a GPU the Triton kernel runs in Triton's interpreter. That is chosen when Triton is first imported, hence in a
-process of its own: TRITON_INTERPRET=1 PYTHONPATH=. python tests/test_kernels.py. The interpreter is wrong in bfloat16.
+Without a GPU the Triton kernel runs in Triton's interpreter. That is chosen when Triton is first
+imported, hence in a process of its own:
+
+    TRITON_INTERPRET=1 PYTHONPATH=. python tests/test_kernels.py
+
+The interpreter is wrong in bfloat16.
 """
 
 import importlib.util
@@ -25,7 +29,19 @@ import torch
 import kernels
 
 ROOT = Path(__file__).parent.parent
-BROKEN_INTERPRETER = "this Triton's interpreter cannot loop with this numpy (seen: 3.6 with 2.4): kernel not tested"
+BROKEN_INTERPRETER = (
+    "not tested: this Triton's interpreter cannot loop with this numpy (seen: 3.6 with 2.4)"
+)
+
+
+# Weights and outputs are rounded to 2 bytes once each. In float32 a dot product over D and one over
+# S add up.
+ALLOWED = {
+    torch.float64: 1e-12,
+    torch.float32: 1e-5,
+    torch.float16: 2.0**-9,
+    torch.bfloat16: 2.0**-6,
+}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -39,7 +55,10 @@ def one_thread():
 
 @dataclass(frozen=True)
 class Case:
-    """One call. kind: "rows" (limits of their own), "verify" (consecutive, some padded), "chain" (branches)."""
+    """One call.
+
+    kind   "rows" (limits of their own), "verify" (consecutive, some padded) or "chain" (branches)
+    """
 
     kind: str
     B: int
@@ -62,7 +81,7 @@ def build(case: Case, dtype: torch.dtype):
     B, T, G, D = case.B, case.T, case.G, case.D
     H, base = G * case.R, case.extent + case.spare
     slots = base + T * case.steps + 1
-    # As the engine has them: queries are a part of one projection, and a cache is one layer of a larger tensor.
+    # As the engine has them: queries are a part of one projection, a cache is a layer of a tensor.
     query = torch.randn(B, T, H + G, D, generator=rng, dtype=torch.float64).to(dtype)[:, :, :H]
     k, v = torch.randn(2, 2, B, G, slots, D, generator=rng, dtype=torch.float64).to(dtype)[:, 1]
     limit = torch.randint(1, case.extent + 1, (B, T), generator=rng)
@@ -88,8 +107,8 @@ def build(case: Case, dtype: torch.dtype):
         for t in range(T):
             seen[b, visible(case, b, t, limit, first, chain)] = True
     k, v = (x.masked_fill(~seen[:, None, :, None], math.nan) for x in (k, v))
-    options = {"scale": D**-0.5, "extent": case.extent, "tight": case.tight, "chain": chain, "window": case.window}
-    return (query, k, v, limit, first), options
+    options = {"scale": D**-0.5, "extent": case.extent, "tight": case.tight}
+    return (query, k, v, limit, first), options | {"chain": chain, "window": case.window}
 
 
 def visible(case, b, t, limit, first, chain) -> list[int]:
@@ -117,7 +136,10 @@ def naive(case: Case, query, k, v, limit, first, options) -> torch.Tensor:
 
 
 def error(case: Case, dtype, attention, device="cpu") -> float:
-    """The largest difference from the loops, as a share of what this dtype allows; NaN counts as infinite."""
+    """The largest difference from the loops, as a share of what this dtype allows.
+
+    NaN counts as infinite.
+    """
     arguments, options = build(case, dtype)
     want = naive(case, *arguments, options)
     chain = options["chain"]
@@ -125,10 +147,8 @@ def error(case: Case, dtype, attention, device="cpu") -> float:
         options["chain"] = (*chain[:2], chain[2].to(device))
     got = attention(*(x if x is None else x.to(device) for x in arguments), **options).cpu()
     assert got.shape == want.shape and got.dtype == dtype, f"{got.shape} {got.dtype}"
-    # Weights and outputs are rounded to 2 bytes once each; in float32 a dot product over D and one over S add up.
-    allowed = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2.0**-9, torch.bfloat16: 2.0**-6}[dtype]
     worst = float((got.double() - want).abs().max())
-    return math.inf if math.isnan(worst) else worst / allowed
+    return math.inf if math.isnan(worst) else worst / ALLOWED[dtype]
 
 
 CASES = [
@@ -149,7 +169,8 @@ CASES = [
     Case("chain", 1, 33, 1, 5, 128, 150, steps=2, tight=True),
     Case("chain", 2, 3, 1, 2, 256, 70, steps=2),
     Case("chain", 2, 5, 3, 1, 20, 50, steps=3, tight=True, window=2),
-    # The same paths with other plans: one program for everything; many small splits; tiles much smaller than texts.
+    # The same paths with other plans: one program for everything, many small splits, and tiles much
+    # smaller than texts.
     Case("chain", 2, 5, 2, 2, 64, 300, steps=4, plan=(("splits", 1), ("slots", 32))),
     Case("chain", 1, 9, 1, 4, 32, 300, steps=4, plan=(("rows", 16), ("slots", 16))),
     Case("rows", 2, 20, 1, 3, 64, 400, plan=(("rows", 16), ("splits", 1), ("slots", 16))),
@@ -165,7 +186,8 @@ def random_case(seed: int) -> Case:
     T = rng.choice((1, 2, 3, 5, 8, 13, 21))
     extent = T - 1 + rng.choice((1, 2, 17, 64, 129, 250, rng.randint(1, 300)))
     return Case(
-        kind, rng.randint(1, 3), T, rng.randint(1, 3), rng.randint(1, 8), rng.choice((32, 64, 80, 128)), extent,
+        kind, rng.randint(1, 3), T, rng.randint(1, 3), rng.randint(1, 8),
+        rng.choice((32, 64, 80, 128)), extent,
         steps=rng.randint(1, 8) if kind == "chain" else 0, window=rng.choice((0, 0, 1, 2, 9, 100)),
         spare=rng.choice((0, 1, 30)), tight=rng.random() < 0.4, seed=seed,
     )  # fmt: skip
@@ -244,7 +266,8 @@ def test_import_needs_no_triton_and_no_cuda():
     """With Triton hidden the module defines everything it defines with it, and starts no CUDA."""
     program = (
         "import sys; sys.modules['triton'] = None; import kernels, torch; "
-        "assert kernels.triton is None and callable(kernels._attend) and not torch.cuda.is_initialized()"
+        "assert kernels.triton is None and callable(kernels._attend); "
+        "assert not torch.cuda.is_initialized()"
     )
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
 
@@ -263,12 +286,91 @@ def test_kernel_in_the_interpreter():
     assert run.returncode == 0 and "all right" in run.stdout
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: the kernel ran in the interpreter only")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: only interpreted")
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float16, torch.bfloat16))
 def test_kernel_on_the_gpu(dtype):
     assert kernels.triton is not None, "a GPU but no Triton"
     for number, case in enumerate(CASES + [random_case(seed) for seed in range(200, 240)]):
         assert kernel_error(replace(case, seed=number), dtype, "cuda") <= 1, case
+
+
+A100, H100 = kernels._Card(108, 164 << 10), kernels._Card(132, 228 << 10)
+SMALL = kernels._Card(128, 100 << 10)  # a card for games
+needs_triton = pytest.mark.skipif(kernels.triton is None, reason="no Triton: nothing was planned")
+
+
+def plan(H, G, D, T, extent, *, steps=0, itemsize=2, card=H100, B=1):
+    return kernels._plan(T * H // G, B * G, D, itemsize, extent, steps, card)
+
+
+@needs_triton
+def test_short_texts_are_cut_finer():
+    """A decode of 8 key/value heads keeps 64 processors busy at 512 tokens."""
+    assert plan(32, 8, 128, 1, 512).splits == 8
+    assert plan(32, 8, 64, 1, 512).splits == 8
+
+
+@needs_triton
+@pytest.mark.parametrize("model", [(64, 8, 128), (28, 4, 128)], ids=["70B", "7B"])
+def test_two_programs_share_a_processor_up_to_64_rows(model):
+    made = plan(*model, 8, 32768)
+    assert (made.rows, made.warps, made.programs, made.stages) == (64, 4, 2, 3)
+    assert made.splits == min(264 // model[1], 64)
+    made = plan(*model, 8, 32768, card=A100)
+    assert (made.programs, made.stages) == (2, 2), "three stages of two programs do not fit"
+    made = plan(*model, 8, 32768, card=SMALL)
+    assert (made.programs, made.stages) == (1, 2), "a single stage would load nothing ahead"
+
+
+@needs_triton
+def test_float32_has_registers_enough():
+    for D, warps in ((64, 4), (80, 8), (128, 8), (256, 8)):
+        assert plan(32, 8, D, 8, 4096, itemsize=4).warps == warps, D
+    assert plan(32, 8, 256, 1, 4096).warps == 4, "16 rows of 2 bytes need no more"
+
+
+@needs_triton
+def test_no_second_wave():
+    """The programs of a call all run at once, wherever what it sees is split at all."""
+    for seed in range(300):
+        rng = random.Random(seed)
+        G, T, card = rng.choice((1, 2, 4, 8)), rng.randint(1, 64), rng.choice((A100, H100, SMALL))
+        size, D = rng.choice((2, 4)), rng.choice((32, 64, 80, 128, 256))
+        extent, B, R = rng.randint(1, 40000), rng.choice((1, 1, 4, 16)), rng.randint(1, 8)
+        made = plan(G * R, G, D, T, extent, itemsize=size, card=card, B=B)
+        programs = made.splits * B * G * math.ceil(T * R / made.rows)
+        assert made.splits == 1 or programs <= card.processors * made.programs, seed
+
+
+@needs_triton
+def test_kernels_compile_for_a_gpu(tmp_path):
+    """Part of scripts/check_kernels.py: float32 from 128 numbers a head on spilled in 4 warps."""
+    asked = ["--card", "h100", "--dtype", "float32", "--model", "8B"]
+    run = subprocess.run(
+        [sys.executable, "scripts/check_kernels.py", *asked],
+        cwd=ROOT, env=os.environ | {"TRITON_CACHE_DIR": str(tmp_path)},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "3 kernels" in run.stdout and "all right" in run.stdout
+
+
+def test_check_kernels_finds_faults():
+    sys.path.insert(0, str(ROOT / "scripts"))
+    import check_kernels
+
+    right = check_kernels.Figures(registers=228, spilled=0, shared=114688, columns=0, warps=4)
+    for found, planned, card, said in (
+        (right, 2, "h100", ""),
+        (right._replace(columns=256), 2, "b200", ""),
+        (right._replace(spilled=8), 2, "h100", "spills 8 bytes"),
+        (right._replace(shared=228 << 10), 1, "h100", "takes 228.0 KiB of shared memory"),
+        (right, 2, "a100", "2 programs a processor are planned, and 1 fit"),
+        (right._replace(warps=8), 2, "h100", "and 1 fit"),
+        (right._replace(columns=512), 2, "b200", "and 1 fit"),
+    ):
+        faults = check_kernels.faults(found, planned, card)
+        assert len(faults) == bool(said) and said in "".join(faults)
 
 
 def fused(query, k, v, limit, first, *, scale, extent, tight, chain, window):
@@ -285,6 +387,38 @@ def kernel_error(case: Case, dtype, device="cpu") -> float:
         kernels._plan = plan
 
 
+def check_programs_without_work_write_nothing() -> None:
+    """Partial results of splits without work stay what they were, and are never mixed in.
+
+    Under CUDA graphs that memory is reused: it may hold another layer's numbers, or NaN.
+    """
+    made, empty = [], torch.empty
+
+    def filled(*shape, **about):
+        made.append(empty(*shape, **about).fill_(stale))
+        return made[-1]
+
+    for case in (
+        Case("rows", 1, 2, 1, 1, 32, 400),
+        Case("chain", 1, 2, 1, 1, 32, 300, steps=2, window=90),
+    ):
+        (query, k, v, limit, first), options = build(case, torch.float32)
+        k, v = k.nan_to_num(0.5), v.nan_to_num(0.5)
+        limit[0, 1] = 70  # of more than 300 slots: most splits see nothing
+        first = first if first is None else first.minimum(limit - 1)
+        answers = []
+        for stale in (0.0, math.nan, 1e30):
+            made.clear()
+            torch.empty = filled
+            try:
+                answers.append(fused(query, k, v, limit, first, **options))
+            finally:
+                torch.empty = empty
+        assert torch.equal(answers[0], answers[1]) and torch.equal(answers[0], answers[2]), case
+        written = [(x != stale).any(-1) for x in made if x.dim() == 5][0]
+        assert written.any(-1).all() and not written.all(), "programs without work wrote"
+
+
 def check_registration() -> None:
     """torch.compile takes the operator whole, and its fake, schema and real forms agree."""
     for case in (CASES[1], CASES[12]):
@@ -295,12 +429,13 @@ def check_registration() -> None:
         base, steps, step = options["chain"] or (0, 0, None)
         shape = (options["scale"], options["extent"], base, steps, options["window"])
         utils = ("test_schema", "test_faketensor")
-        zeroed = (k.nan_to_num(0.0), v.nan_to_num(0.0))  # the schema test compares inputs, and NaN differs from NaN
-        torch.library.opcheck(kernels._fused, (query, *zeroed, limit, first, step, *shape), test_utils=utils)
+        # The schema test compares inputs, and NaN differs from NaN.
+        given = (query, k.nan_to_num(0.0), v.nan_to_num(0.0), limit, first, step, *shape)
+        torch.library.opcheck(kernels._fused, given, test_utils=utils)
 
 
 def check_refusals() -> None:
-    """Wrong strides, dtypes and shapes stop before the launch, with a message that says what was given."""
+    """Wrong strides, dtypes and shapes stop before the launch, with a message of what was given."""
     arguments, options = build(Case("chain", 2, 3, 2, 2, 32, 40, steps=2), torch.float32)
     query, k, v, limit, _ = arguments
     chain = options["chain"]
@@ -326,7 +461,10 @@ def check_refusals() -> None:
 
 
 def check_nan_is_not_hidden() -> None:
-    """A NaN that a query sees reaches its output, through splits and merging too; other branches stay clean."""
+    """A NaN that a query sees reaches its output, through splits and merging too.
+
+    Other branches stay clean.
+    """
     case = Case("chain", 1, 4, 1, 2, 32, 600, steps=3)
     (query, k, v, limit, first), options = build(case, torch.float32)
     base, _, step = options["chain"]
@@ -346,12 +484,13 @@ def check_nan_is_not_hidden() -> None:
 
 
 def check_odd_inputs() -> None:
-    """int32 limits, limits that are not contiguous; limits past the extent and a step past the steps are cut."""
+    """Limits may be int32 and not contiguous. Past the extent they are cut, as are steps."""
     case = Case("chain", 2, 3, 1, 2, 32, 200, steps=2)
     (query, k, v, limit, first), options = build(case, torch.float32)
     want = fused(query, k, v, limit, first, **options)
     spread = limit.int().repeat_interleave(2, 1)[:, ::2]
-    assert not spread.is_contiguous() and torch.equal(want, fused(query, k, v, spread, first, **options))
+    assert not spread.is_contiguous()
+    assert torch.equal(want, fused(query, k, v, spread, first, **options))
     k, v, limit[0, 0], options["chain"][2][:] = k.nan_to_num(0.0), v.nan_to_num(0.0), 205, 2
     twin = kernels.tree_attention_reference(query, k, v, limit, first, **options)
     assert torch.allclose(fused(query, k, v, limit, first, **options), twin, atol=1e-5)
@@ -359,7 +498,8 @@ def check_odd_inputs() -> None:
 
 def main() -> None:
     torch.set_num_threads(1)
-    warnings.filterwarnings("ignore", category=RuntimeWarning)  # numpy's, about the 0/0 and log2(0) that nobody reads
+    # numpy's warnings are about 0/0 and log2(0) that nobody reads.
+    warnings.filterwarnings("ignore", category=RuntimeWarning)
     try:
         kernel_error(CASES[0], torch.float32)
     except Exception as failure:
@@ -368,7 +508,13 @@ def main() -> None:
         print(BROKEN_INTERPRETER)
         return
     failed = []
-    for check in (check_refusals, check_nan_is_not_hidden, check_odd_inputs, check_registration):
+    for check in (
+        check_refusals,
+        check_nan_is_not_hidden,
+        check_programs_without_work_write_nothing,
+        check_odd_inputs,
+        check_registration,
+    ):
         began = time.process_time()
         check()
         print(f"{time.process_time() - began:5.2f} s  {check.__name__}", flush=True)
@@ -377,9 +523,8 @@ def main() -> None:
         for dtype in both if number < len(CASES) else both[number % 2 :][:1]:
             began = time.process_time()
             share = kernel_error(replace(case, seed=number), dtype)
-            print(
-                f"{time.process_time() - began:5.2f} s  {share:8.3f} of the allowed error  {dtype}  {case}", flush=True
-            )
+            took = time.process_time() - began
+            print(f"{took:5.2f} s  {share:8.3f} of the allowed error  {dtype}  {case}", flush=True)
             if share > 1:
                 failed.append((case, dtype))
     assert not failed, f"{len(failed)} of the cases differ from the loops"
