@@ -1,22 +1,52 @@
-"""Lanes, devices, packed weights and compilation: where work runs must not change what it computes."""
+"""Lanes, devices, packed weights, compilation: where work runs must not change what it computes."""
 
 import copy
+import logging
 import os
 import random
 import threading
 import time
+import warnings
 
 import pytest
 import tiny
 import torch
 
+import auto
 import runtime
-import tuner
-from pair import Model
-from runtime import Devices, Lane, LaneFault, PackedLinear, Pending, available_cores, pack, parse_device, read_bandwidth
-from ssd import Engine
+from engine import Engine, Model
+from runtime import (
+    PATIENCE_S,
+    Devices,
+    DraftLost,
+    Lane,
+    PackedLinear,
+    Policy,
+    Work,
+    available_cores,
+    pack,
+    parse_device,
+    read_bandwidth,
+)
+from steps import Runner
 
 TWO_CORES = len(available_cores()) >= 2
+
+
+@pytest.fixture
+def lane():
+    made = Lane("cpu", "test")
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    monkeypatch.setattr(runtime, "PATIENCE_S", 0.05)
+    monkeypatch.setattr(runtime, "PATIENCE_TIMES", 0)
+
+
+# ---- devices
 
 
 def test_devices_are_parsed():
@@ -26,69 +56,172 @@ def test_devices_are_parsed():
     assert parse_device(f"cpu:{first}-{first}")[1] == (first,)
 
 
-@pytest.mark.parametrize("spec", "tpu cpu:x cpu:0- cpu:-1 cpu:99999 cpu:0, cpu: cuda: cuda:x cuda:99 cpu:1-0".split())
+WRONG = "tpu cpu:x cpu:0- cpu:-1 cpu:99999 cpu:0, cpu: cuda: cuda:x cuda:99 cpu:1-0"
+
+
+@pytest.mark.parametrize("spec", WRONG.split())
 def test_devices_that_do_not_exist_are_refused(spec):
     with pytest.raises(ValueError, match="device is"):
         parse_device(spec)
 
 
-def test_a_lane_runs_its_work_in_order_on_its_own_thread():
-    lane, seen = Lane("cpu", "test"), []
-    work = [lane.start(f"job {i}", seen.append, i) for i in range(20)]
+def test_default_devices_share_the_cores_sensibly():
+    target, draft = Devices().lanes("ssd")
+    cores = available_cores()
+    if TWO_CORES:
+        assert not set(target.cores) & set(draft.cores)
+        assert set(target.cores) | set(draft.cores) == set(cores)
+    turns = Devices().lanes("sd")
+    assert turns[0] is turns[1] or turns[0].spec == "cpu"
+    devices = Devices(f"cpu:{cores[0]}", None)
+    apart = devices.lanes("ssd")
+    assert apart[1].spec == f"cpu:{cores[0]}" and apart[0] is not apart[1]
+    assert devices.lanes("sd")[0] is devices.lanes("sd")[1]
+
+
+# ---- lanes
+
+
+def test_a_lane_runs_its_work_in_order_on_its_own_thread(lane):
+    seen = []
+    work = [lane.start(seen.append, i) for i in range(20)]
+    assert all(isinstance(future, Work) for future in work)
     assert work[-1].result() is None and seen == list(range(20))
-    assert lane.start("who", threading.get_ident).result() != threading.get_ident()
-    assert [name for name, _, _ in lane.spans][:2] == ["job 0", "job 1"]
+    assert lane.start(threading.get_ident).result() != threading.get_ident()
+    assert [name for name, _, _ in lane.spans][:2] == ["append", "append"]
     assert all(begin <= end for _, begin, end in lane.spans)
+    assert all(a.end <= b.begin for a, b in zip(work, work[1:]))
 
 
-@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="threads cannot be pinned on this system")
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="threads cannot be pinned here")
 def test_a_lane_is_pinned_and_has_as_many_threads_as_cores():
     core = available_cores()[-1]
     lane = Lane(f"cpu:{core}", "test")
-    assert lane.start("where", os.sched_getaffinity, 0).result() == {core}
-    assert lane.start("threads", torch.get_num_threads).result() == 1
-    assert len(available_cores()) == len(os.sched_getaffinity(os.getpid())), "the main thread must stay free"
-    assert lane.start("mode", torch.is_inference_mode_enabled).result()
+    assert lane.start(os.sched_getaffinity, 0).result() == {core}
+    assert lane.start(torch.get_num_threads).result() == 1
+    assert len(available_cores()) == len(os.sched_getaffinity(os.getpid())), (
+        "the main thread is free"
+    )
+    assert lane.start(torch.is_inference_mode_enabled).result()
+    lane.leave()
+    assert lane.start(os.sched_getaffinity, 0).result() == {core}, "so is its next thread"
 
 
 @pytest.mark.skipif(not TWO_CORES, reason="needs two cores")
 def test_two_lanes_overlap():
     """Both lanes wait for each other: possible only if they run at the same time."""
     barrier = threading.Barrier(2, timeout=10)
-    lanes = Lane("cpu:0", "a"), Lane("cpu:1", "b")
-    for pending in [lane.start("meet", barrier.wait) for lane in lanes]:
-        pending.result(10)
+    cores = available_cores()
+    lanes = Lane(f"cpu:{cores[0]}", "a"), Lane(f"cpu:{cores[1]}", "b")
+    for work in [lane.start(barrier.wait) for lane in lanes]:
+        work.result(10)
 
 
-def test_errors_and_time_limits_reach_who_waits():
-    lane = Lane("cpu", "test")
+def fail():
+    raise KeyError("inside")
 
-    def fail():
-        raise KeyError("inside")
 
+def test_errors_reach_who_waits(lane):
+    """result() hands on what was raised; answer(), for a draft's work, says DraftLost."""
     with pytest.raises(KeyError, match="inside"):
-        lane.start("fail", fail).result()
-    gate = threading.Event()
-    stuck = lane.start("stuck", gate.wait)
+        lane.start(fail).result()
+    with pytest.raises(DraftLost, match="inside"):
+        lane.check()
+    lane.settle(1.0)
+    lane.check()
+    with pytest.raises(DraftLost, match="inside"):
+        lane.answer(lane.start(fail))
+    lane.settle(1.0)
+    unnamed = lane.start(lambda: (_ for _ in ()).throw(RuntimeError()))
+    with pytest.raises(DraftLost, match="RuntimeError"):
+        lane.answer(unnamed)
+    assert lane.start(lambda: 7).result(10) == 7, "the lane itself goes on"
+
+
+def test_an_earlier_failure_is_found_by_the_next_answer_or_wait(lane):
+    """A draft may fail in work that nobody asks for; what it answers later is not to be trusted."""
+    ready = threading.Event()
+    ready.set()
+    lane.start(fail)
+    later = lane.start(lambda: 7)
+    with pytest.raises(DraftLost, match="inside"):
+        lane.answer(later)
+    with pytest.raises(DraftLost, match="inside"):
+        lane.wait_for(ready)
+    lane.leave()
+    assert lane.answer(lane.start(lambda: 7)) == 7, "a lane that was left has a clean slate"
+
+
+@pytest.mark.parametrize("ask", ["answer", "wait_for"])
+def test_work_that_hangs_is_left_to_its_thread(lane, impatient, ask):
+    gate, event = threading.Event(), threading.Event()
+    stuck, thread = lane.start(gate.wait), lane.start(threading.get_ident)
     begin = time.perf_counter()
-    with pytest.raises(LaneFault, match="stuck did not finish within 0.05 s"):
-        stuck.result(0.05)
+    with pytest.raises(DraftLost, match="it did not answer within 0.05 s"):
+        lane.answer(stuck) if ask == "answer" else lane.wait_for(event)
     assert time.perf_counter() - begin < 5
+    fresh = lane.start(threading.get_ident).result(10)
+    names = [name for name, _, _ in lane.spans]
     gate.set()
-    assert lane.start("after", lambda: 7).result(10) == 7
+    assert stuck.result(10) and thread.result(10) != fresh, "the old thread ends its work"
+    assert [name for name, _, _ in lane.spans] == names, "which is not recorded any more"
 
 
-def test_work_may_be_as_good_as_done(monkeypatch):
-    """Begun at 10, usually 3 seconds long: at 12 it will be over within 1.5 seconds, but not within 0.5."""
-    work = Pending("verify", lambda: None, ())
-    monkeypatch.setattr(runtime.time, "perf_counter", lambda: 12.0)
-    assert not work.done(99.0), "neither begun nor known"
-    work.begin = 10.0
-    assert not work.done(99.0), "begun, but nothing is known of its length"
-    work.usual_s = 3.0
-    assert work.done(1.5) and not work.done(0.5) and not work.done()
-    work.run()
-    assert work.done()
+def test_patience_grows_with_the_slowest_work_and_an_answer_may_have_more(lane, monkeypatch):
+    assert lane.patience() == PATIENCE_S
+    monkeypatch.setattr(runtime, "PATIENCE_S", 0.01)
+    lane.start(time.sleep, 0.05).result()
+    assert lane.patience() >= 20 * 0.05
+    monkeypatch.setattr(runtime, "PATIENCE_TIMES", 0)
+    assert lane.answer(lane.start(lambda: time.sleep(0.2) or 7), limit_s=10) == 7
+
+
+def test_settle_waits_for_what_is_in_hand_and_leaves_what_hangs(lane):
+    gate, done = threading.Event(), []
+    lane.start(lambda: (time.sleep(0.05), done.append(1)))
+    lane.settle(10.0)
+    assert done and lane.spans == [] and lane.slowest_s == 0.0
+    thread = lane.start(threading.get_ident).result()
+    stuck = lane.start(gate.wait)
+    lane.settle(0.05)
+    assert lane.start(threading.get_ident).result(10) != thread
+    gate.set()
+    assert stuck.result(10)
+
+
+def test_a_run_begins_on_a_lane_that_answers(monkeypatch):
+    """What the last run's draft left hanging keeps its thread; the next run gets another."""
+    monkeypatch.setattr(runtime, "HANGS_S", 0.05)
+    devices, gate = Devices("cpu", "cpu"), threading.Event()
+    lane = devices.lanes("ssd")[1]
+    lane.start(gate.wait)
+    assert devices.lanes("ssd")[1] is lane and lane.start(lambda: 7).result(10) == 7
+    gate.set()
+
+
+def test_there_is_time_for_a_step_while_the_verdict_is_far(lane, monkeypatch):
+    """Due at 13, and a step takes 2 seconds, of which STEP_SHARE must fit."""
+    verdict, lane.last_s = Work(), 2.0
+    for now, has_time in ((10.0, True), (11.4, True), (11.6, False), (14.0, False)):
+        monkeypatch.setattr(runtime.time, "perf_counter", lambda now=now: now)
+        verdict.due = 13.0
+        assert lane.has_time(verdict) is has_time, now
+    verdict.due = float("inf")
+    assert lane.has_time(verdict), "nothing is known: go on until it is in"
+    verdict.set_result(None)
+    assert not lane.has_time(verdict)
+
+
+def test_work_is_due_when_such_work_usually_ends(lane):
+    for _ in range(3):
+        assert lane.start(time.sleep, 0.02).result() is None
+    work = lane.start(time.sleep, 0.0)
+    work.result()
+    assert 0.015 < work.due - work.begin < 0.2
+    assert lane.start(threading.get_ident).due == float("inf")
+
+
+# ---- what the machine can do
 
 
 def test_packed_linear_layers_compute_the_same():
@@ -104,53 +237,155 @@ def test_packed_linear_layers_compute_the_same():
     assert type(double[0]) is torch.nn.Linear, "only float32 has a packed layout"
 
 
-def test_default_devices_share_the_cores_sensibly():
-    target, draft = Devices().lanes("ssd")
-    cores = available_cores()
-    if TWO_CORES:
-        assert not set(target.cores) & set(draft.cores) and set(target.cores) | set(draft.cores) == set(cores)
-    assert Devices().lanes("sd")[0] is Devices().lanes("sd")[1] or Devices().lanes("sd")[0].spec == "cpu"
-    devices = Devices("cpu:0", None)
-    assert devices.lanes("ssd")[1].spec == "cpu:0" and devices.lanes("ssd")[0] is not devices.lanes("ssd")[1]
-    assert devices.lanes("sd")[0] is devices.lanes("sd")[1]
+def test_read_bandwidth_is_plausible(lane):
+    assert 1e8 < read_bandwidth(lane) < 1e13
 
 
-def test_a_broken_lane_is_replaced():
-    devices = Devices("cpu", "cpu")
-    lane = devices.lanes("ssd")[1]
-    lane.broken = True
-    assert devices.lanes("ssd")[1] is not lane
+def test_a_bandwidth_that_cannot_be_measured_costs_no_text(monkeypatch):
+    """A card that is full after the last token: the figure is missing, the text is there."""
+    pair, calls = tiny.engine(tiny.transformer(), devices=Devices("cpu")), []
+
+    def full(lane):
+        calls.append(lane)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(runtime, "read_bandwidth", full)
+    for _ in range(2):
+        result = pair.generate([[1, 2, 3]], max_new_tokens=5)
+        assert len(result.token_ids[0]) == 5 and result.stats["bandwidth_fraction"] is None
+    assert len(calls) == 1, "it is not tried again after every text"
 
 
-def test_read_bandwidth_is_plausible():
-    assert 1e8 < read_bandwidth(Lane("cpu", "test")) < 1e13
+# ---- compilation
+
+
+@pytest.fixture
+def eager_backend(monkeypatch):
+    """Static steps without a compiler: Dynamo traces and counts as ever, nothing is built."""
+    monkeypatch.setattr(logging.getLogger("torch.__trace"), "propagate", False)  # pytest keeps all
+    compile = torch.nn.Module.compile
+    cheap = lambda self, **how: compile(self, backend="eager", **how)  # noqa: E731
+    monkeypatch.setattr(torch.nn.Module, "compile", cheap)
+    torch._dynamo.reset()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+    torch._dynamo.reset()
+
+
+def static_pair(said, **shape) -> tuple[Engine, Engine]:
+    """The same random pair with static and with eager steps."""
+    target = tiny.transformer(dtype=torch.float32, **shape)
+    draft = tiny.transformer(1, base=target, noise=0.02, dtype=torch.float32)
+    eager = tiny.engine(copy.deepcopy(target), copy.deepcopy(draft))
+    models = Model.of(target, "target", compile=True), Model.of(draft, "draft", compile=True)
+    return Engine(*models, tiny.DEVICES, said.append), eager
+
+
+def test_compiled_steps_equal_eager_ones_and_never_recompile():
+    """One compiled engine: eager's text in AR and SSD, no new graph after a warm-up."""
+    from torch._dynamo.utils import counters
+
+    said, before = [], 0
+    compiled, eager = static_pair(said)
+    prompts = [[1, 2, 3], [4, 5, 6, 7, 8, 9], [3]]
+    fixed = {"mode": "ssd", "k": 2, "fan_out": 6}
+    for mode, temperature in (({"mode": "ar"}, 0.0), (fixed, 1.0)):
+        options = mode | {"temperature": temperature, "seed": 3, "max_new_tokens": 20}
+        for number, rows in enumerate(([[9], [8], [7]], prompts, [p * 9 for p in prompts])):
+            got = compiled.generate(rows, **options)
+            graphs = counters["stats"]["unique_graphs"]
+            assert number == 0 or graphs == before, f"{options}, run {number}: compiled again"
+            before = graphs
+            assert got.token_ids == eager.generate(rows, **options).token_ids
+    assert said and all("compiled in" in text for text in said)
+
+
+def test_texts_of_every_length_run(eager_backend):
+    """The fifth length used to pass the compiler's limit, which stops the program."""
+    static, eager = static_pair([], positions=2048, num_hidden_layers=1)
+    options = {"mode": "ssd", "max_new_tokens": 6, "temperature": 1.0}
+    for length in (240, 480, 720, 960, 1200):
+        prompt = [(7 * i) % 50 for i in range(length)]
+        got = static.generate([prompt], **options).token_ids
+        assert got == eager.generate([prompt], **options).token_ids, length
+    trunks = [r.cache.trunk for m in (static.target, static.draft) for r in m.runners.values()]
+    assert set(trunks) == {2048}, "powers of two, and one set of buffers"
+
+
+def test_a_shorter_text_runs_in_the_trunk_of_a_longer_one(eager_backend):
+    static, _ = static_pair([], positions=1024)
+    for length, trunk in ((600, 1024), (10, 1024), (300, 1024)):
+        static.generate([[5] * length], mode="ar", max_new_tokens=2)
+        assert [r.cache.trunk for r in static.target.runners.values()] == [trunk]
+
+
+@pytest.mark.parametrize("settings", ({"mode": "sd"}, {"mode": "ssd", "fan_out": 6}))
+def test_a_lost_draft_with_static_steps_goes_on_alone(eager_backend, monkeypatch, settings):
+    """One token a pass was never warmed for SD, and a new thread knows no limit of compilations."""
+    said, entered = [], set()
+    static, eager = static_pair(said)
+    real_enter, real = Policy.enter_thread, {w: getattr(Runner, w) for w in ("decode", "extend")}
+    truth = eager.generate([[1, 2, 3], [4, 5]], max_new_tokens=40).token_ids
+    calls = []
+
+    def enter(policy):
+        entered.add(threading.get_ident())
+        real_enter(policy)
+
+    def broken(name):
+        def work(runner, *args):
+            if runner.warm is not None:
+                calls.append(name)
+            if len(calls) > 3:
+                raise RuntimeError("the device is lost")
+            return real[name](runner, *args)
+
+        return work
+
+    monkeypatch.setattr(Policy, "enter_thread", enter)
+    for name in real:
+        monkeypatch.setattr(Runner, name, broken(name))
+    got, run = tiny.play(static, [[1, 2, 3], [4, 5]], k=3, max_new_tokens=40, **settings)
+    assert got.token_ids == truth and run.lost
+    assert (
+        said[-1]
+        == "the draft failed (the device is lost): the target goes on alone, the text stays right"
+    )
+    calls[:] = [None]
+    for name, work in real.items():
+        monkeypatch.setattr(Runner, name, work)
+    entered.clear()
+    again, run = tiny.play(static, [[1, 2, 3], [4, 5]], k=3, max_new_tokens=40, **settings)
+    assert again.token_ids == truth and not run.lost and len(said) <= 3
+    thread = run.draft_lane.start(threading.get_ident).result()
+    assert thread in entered, "the draft compiles anew, on the thread that its lane has now"
+
+
+def test_rope_tables_live_as_long_as_the_graphs_that_read_them():
+    """A later runner may make longer tables; an earlier one's graphs hold addresses of its own."""
+    model = Model.of(tiny.transformer())
+    first = model.runner("target", 1, 64, 2, 0, 50)
+    tables, values = first.rope, [table.clone() for table in first.rope]
+    second = model.runner("target", 1, 512, 2, 0, 50)
+    assert first.rope is tables and second.rope is not tables
+    assert len(second.rope[0]) > len(tables[0]) and model.transformer.rope is second.rope
+    assert all(map(torch.equal, tables, values))
 
 
 def restless(self, *_):
     """Another K and M in every round."""
-    self.k, self.budget = random.choice(self.ks), random.choice(self.budgets)
+    return random.choice(self.plans)
 
 
-def test_compiled_steps_equal_eager_ones_and_never_recompile(monkeypatch):
-    """One compiled engine, every mode: the same text as eager, and no new graph after each mode's warm-up."""
-    from torch._dynamo.utils import counters
-
-    target = tiny.transformer(dtype=torch.float32)
-    draft = tiny.transformer(1, base=target, noise=0.02)
-    said, before, eager = [], 0, tiny.engine(copy.deepcopy(target), copy.deepcopy(draft))
-    compiled = Engine(Model.of(target, compile=True), Model.of(draft, compile=True), tiny.DEVICES, said.append)
-    prompts = [[1, 2, 3], [4, 5, 6, 7, 8, 9], [3]]
-    monkeypatch.setattr(tuner, "STATIC_KS", (1, 2))
-    monkeypatch.setattr(tuner, "STATIC_BUDGETS", (3, 6))
-    monkeypatch.setattr(tuner.Tuner, "revise", restless)
-    fixed = {"k": 2, "fan_out": 6}
-    for mode, temperature, choice in (("ar", 0.0, {}), ("ar", 1.0, {}), ("ssd", 0.0, fixed), ("ssd", 1.0, {})):
-        options = {"mode": mode, "temperature": temperature, "seed": 3, **choice}
-        for number, rows in enumerate(([[9], [8], [7]], prompts, [p * 9 for p in prompts])):
-            got = compiled.generate(rows, max_new_tokens=20, **options)
-            graphs = counters["stats"]["unique_graphs"]
-            assert number == 0 or graphs == before, f"{mode} at {temperature}, run {number}: compiled again"
-            before = graphs
-            assert got.token_ids == eager.generate(rows, max_new_tokens=20, **options).token_ids
-    assert said and all("compiled in" in text for text in said)
-
+def test_a_plan_may_change_between_any_two_rounds(eager_backend, monkeypatch):
+    """Static steps fit every plan of the run, AR and turns among them."""
+    static, eager = static_pair([])
+    monkeypatch.setattr(auto, "STATIC_KS", (1, 3))
+    monkeypatch.setattr(auto, "STATIC_MS", (4,))
+    monkeypatch.setattr(auto.Auto, "next", restless)
+    options = {"temperature": 1.0, "max_new_tokens": 60, "seed": 2}
+    got, run = tiny.play(static, [[1, 2], [3]], mode="ssd", **options)
+    assert got.token_ids == eager.generate([[1, 2], [3]], mode="ar", **options).token_ids
+    played = {(r.plan.k, r.plan.m) for r in run.figures.rounds}
+    assert played >= {(0, 0), (1, 0), (3, 0), (1, 4), (3, 4)}
