@@ -13,19 +13,22 @@ from dataclasses import dataclass
 import torch
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+ROPE_TYPES = ("default", "linear", "llama3", "yarn", "factors")  # the last is ours: a GGUF file's llama3
 ROPE_KEYS = (
     "rope_type", "type", "rope_theta", "partial_rotary_factor", "factor", "original_max_position_embeddings",
     "low_freq_factor", "high_freq_factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim",
-    "truncate", "finetuned",
+    "truncate", "finetuned", "factors",
 )  # fmt: skip
 # What config.json may say about computing that this file does not implement unless it has exactly this value.
-FIXED = {"hidden_act": "silu", "partial_rotary_factor": 1.0, "pretraining_tp": 1}
+FIXED = {"hidden_act": "silu", "partial_rotary_factor": 1.0}
 
 
 @dataclass(frozen=True)
 class Config:
-    """The numbers of one checkpoint. `windows` has one sliding window per layer, 0 for full attention."""
+    """The numbers of one checkpoint. `windows` has one sliding window per layer, 0 for full attention.
+
+    head_tokens: the rows of a draft's output head, which may know fewer tokens than it reads; 0 for all.
+    """
 
     model_type: str
     vocab_size: int
@@ -45,6 +48,7 @@ class Config:
     mlp_bias: bool
     qk_norm: bool
     windows: tuple[int, ...]
+    head_tokens: int = 0
 
     @classmethod
     def from_dict(cls, raw: dict) -> "Config":
@@ -79,11 +83,21 @@ class Config:
             mlp_bias=_flag(raw, "mlp_bias"),
             qk_norm=kind == "qwen3",
             windows=_windows(raw, kind, layers),
+            head_tokens=_whole(raw, "head_tokens", 0, least=0),
         )
         if config.num_heads % config.num_kv_heads:
             raise ValueError(
-                f"num_attention_heads {heads} is no multiple of num_key_value_heads {config.num_kv_heads}: "
+                f"num_attention_heads {heads} is not a multiple of num_key_value_heads {config.num_kv_heads}: "
                 "the config.json is damaged, fetch it again"
+            )
+        if config.rope["type"] == "factors" and len(config.rope["factors"]) != config.head_dim // 2:
+            raise ValueError(
+                f"RoPE has {len(config.rope['factors'])} factors, wanted {config.head_dim // 2}, half of head_dim: "
+                "the checkpoint is damaged, fetch it again"
+            )
+        if config.head_tokens > config.vocab_size:
+            raise ValueError(
+                f"head_tokens is {config.head_tokens}, wanted at most vocab_size {config.vocab_size}: train the draft again"
             )
         if config.head_dim % 2:
             raise ValueError(f"head_dim is {config.head_dim}, wanted an even number for RoPE: fetch config.json again")
@@ -130,6 +144,7 @@ def _rope(raw: dict) -> tuple[dict, float]:
         "linear": ("factor",),
         "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
         "yarn": ("factor",),
+        "factors": (),
     }[kind]
     flat = {key: _real(rope, key) for key in needs}
     theta = _real(raw if rope.get("rope_theta") is None else rope, "rope_theta", 10000.0)
@@ -139,6 +154,11 @@ def _rope(raw: dict) -> tuple[dict, float]:
         flat |= {key: _real(rope, key, default) for key, default in (("beta_fast", 32.0), ("beta_slow", 1.0))}
         flat |= {key: _real(rope, key) for key in ("attention_factor", "mscale", "mscale_all_dim") if rope.get(key)}
         flat["truncate"] = _flag(rope, "truncate", True)
+    if kind == "factors":
+        factors = rope.get("factors")
+        flat["factors"] = tuple(_real({"factors": each}, "factors") for each in (factors if isinstance(factors, list) else ()))
+        if not all(flat["factors"]):
+            raise ValueError("RoPE has a factor of 0, wanted positive factors: fetch the checkpoint again")
     if any(value == 0 for key, value in flat.items() if key != "truncate") or theta <= 1:
         raise ValueError(f"RoPE has theta {theta} and {rope!r}, wanted theta > 1 and no zeros: fetch config.json again")
     if kind == "llama3" and flat["low_freq_factor"] >= flat["high_freq_factor"]:
@@ -174,6 +194,8 @@ def rope_frequencies(config: Config) -> tuple[torch.Tensor, float]:
     frequency = config.rope_theta ** -(torch.arange(0, D, 2, dtype=torch.float64) / D)
     if rope["type"] == "linear":
         return frequency / rope["factor"], 1.0
+    if rope["type"] == "factors":
+        return frequency / torch.tensor(rope["factors"], dtype=torch.float64), 1.0
     if rope["type"] == "llama3":
         # Long wavelengths are slowed by the factor, short ones kept, and a band between is blended.
         turns = rope["original_max_position_embeddings"] * frequency / (2 * math.pi)

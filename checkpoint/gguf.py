@@ -1,16 +1,19 @@
 """llama.cpp's GGUF files: a checkpoint whose config, tokenizer and quantised weights are in one file.
 
-Knows: the layout of the file, the names and numbers in its metadata, its quantised blocks. Does not
-know: parameters (weights.py), how text is encoded (tokenizer.py). Read next: weights.py.
+Knows: the layout of the file, what its metadata means in the words of Hugging Face's files, how blocks
+of quantised weights become numbers. Does not know: the parameters of a model (weights.py), how text is
+encoded (tokenizer.py). Read next: weights.py.
 
-The header is read here, with a bound on everything that a file may claim: the `gguf` package trusts
-it, and takes 8 s for SmolLM2's. The package turns the blocks of the rarer types into numbers; the
-common ones are done here by torch, which is several times as fast and gives the same bits.
+The header is read here, with a bound on everything that a file may claim: the `gguf` package believes
+it, and takes 8 s for SmolLM2's. That package turns the rarer types of blocks into numbers; torch does
+the common ones here, ten times as fast and bit for bit the same.
 """
 
 import math
 import mmap
+import re
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,20 +21,362 @@ import torch
 
 from checkpoint.tokenizer import LLAMA3_PATTERN
 
-HEADER_LIMIT = 32 << 20  # bytes of metadata and tensor names; a vocabulary of 262,144 tokens needs 16 MB
-ENTRY_LIMIT = 1 << 16  # metadata keys, tensors; a 405B model has 1,138 tensors
-CHUNK = 1 << 17  # weights turned into numbers at a time: what fits a core's cache is several times faster
+HEADER_LIMIT = 32 << 20  # bytes of metadata and tensor names; 262,144 tokens and their merges take 16 MB
+ENTRY_LIMIT = 1 << 16  # metadata keys, and tensors; a 405B model has 1,138 tensors
+CHUNK = 1 << 19  # weights turned into numbers at a time: more leave the cache, fewer pay for the calls
 INSTALL = 'pip install "gguf>=0.19"'
-SCALARS = dict(enumerate("BbHhIif?", 0)) | {10: "Q", 11: "q", 12: "d"}  # struct's letter of a metadata type
+SCALARS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}  # struct's letters of metadata types
 STRING, ARRAY = 8, 9
-# Number of a tensor type: its name, weights in a block, bytes of a block.
-TYPES = {
-    0: ("F32", 1, 4), 1: ("F16", 1, 2), 2: ("Q4_0", 32, 18), 3: ("Q4_1", 32, 20), 6: ("Q5_0", 32, 22),
-    7: ("Q5_1", 32, 24), 8: ("Q8_0", 32, 34), 10: ("Q2_K", 256, 84), 11: ("Q3_K", 256, 110),
-    12: ("Q4_K", 256, 144), 13: ("Q5_K", 256, 176), 14: ("Q6_K", 256, 210), 28: ("F64", 1, 8),
-    30: ("BF16", 1, 2),
+
+
+def shorten(text: object) -> str:
+    """A stranger's text as it may stand in a message: quoted, on one line, not too long."""
+    text = str(text)
+    return repr(text) if len(text) < 100 else f"{text[:80]!r}... of {len(text)} characters"
+
+
+# ---- the header
+
+
+class Entry(NamedTuple):
+    """A tensor as the header describes it: its shape in PyTorch's order, and where its bytes are."""
+
+    shape: tuple[int, ...]
+    kind: int
+    offset: int
+    nbytes: int
+
+
+class File(NamedTuple):
+    """A mapped GGUF file whose header agrees with its size."""
+
+    path: Path
+    data: mmap.mmap
+    metadata: dict
+    entries: dict[str, Entry]
+
+
+class Cursor:
+    """Reads a header from left to right; what would leave it is an error before anything is allocated."""
+
+    def __init__(self, path: Path, data: mmap.mmap):
+        self.path, self.data, self.at = path, data, 4  # after the magic bytes
+        self.end = min(len(data), HEADER_LIMIT)
+
+    def damaged(self, what: str) -> ValueError:
+        return ValueError(f"{self.path} is a damaged GGUF file ({what}): fetch it again")
+
+    def skip(self, size: int, what: str) -> int:
+        """The place of the next `size` bytes, which are passed over."""
+        at = self.at
+        self.at += size
+        if self.at > self.end:
+            whole = self.end == len(self.data)
+            end = "the end of the file" if whole else f"the {HEADER_LIMIT >> 20} MiB that a header may have"
+            raise self.damaged(f"{what} has {size} bytes at byte {at}, past {end}")
+        return at
+
+    def number(self, letter: str, what: str):
+        size = struct.calcsize(f"<{letter}")
+        return struct.unpack_from(f"<{letter}", self.data, self.skip(size, what))[0]
+
+    def text(self, what: str) -> str:
+        size = self.number("Q", what)
+        at = self.skip(size, what)
+        try:
+            return self.data[at : self.at].decode()
+        except UnicodeDecodeError as error:
+            raise self.damaged(f"{what} at byte {at} is not UTF-8") from error
+
+    def table(self, what: str, count: int, read: Callable) -> dict:
+        """`count` names, each followed by what `read` makes of the bytes after it."""
+        if count > ENTRY_LIMIT:
+            raise self.damaged(f"it claims to have {count} of one {what}")
+        found = {}
+        for _ in range(count):
+            name = self.text(f"the name of a {what}")
+            if name in found:
+                raise self.damaged(f"it has the {what} {shorten(name)} twice")
+            found[name] = read(f"{what} {shorten(name)}")
+        return found
+
+    def value(self, what: str):
+        """A value of the metadata: a number, a text, or an array of one of these."""
+        kind = self.number("I", what)
+        if kind == ARRAY:
+            kind, count = self.number("I", what), self.number("Q", what)
+            if kind == STRING:
+                return self.texts(count, what)
+            letter = self.letter(kind, what)
+            at = self.skip(struct.calcsize(letter) * count, what)
+            return memoryview(self.data[at : self.at]).cast(letter)
+        return self.text(what) if kind == STRING else self.number(self.letter(kind, what), what)
+
+    def texts(self, count: int, what: str) -> list[str]:
+        """An array of texts; a vocabulary has 150,000, so this loop calls as little as it can."""
+        self.at = self.skip(8 * count, what)  # each text has at least its length: room for so many?
+        data, at, end, size_at = self.data, self.at, self.end, struct.Struct("<Q").unpack_from
+        texts = []
+        try:
+            for _ in range(count):
+                begin = at + 8
+                at = begin + size_at(data, at)[0]
+                if at > end:
+                    break
+                texts.append(data[begin:at].decode())
+        except (struct.error, UnicodeDecodeError) as error:
+            raise self.damaged(f"a text of {what} at byte {at} is not UTF-8, or not there") from error
+        self.skip(at - self.at, what)
+        return texts
+
+    def letter(self, kind: int, what: str) -> str:
+        if kind not in SCALARS:
+            raise self.damaged(f"{what} has a value of the unknown type {kind}")
+        return SCALARS[kind]
+
+    def entry(self, what: str) -> Entry:
+        """The description of a tensor; its offset counts from the end of the header."""
+        axes = self.number("I", what)
+        if not 1 <= axes <= 4:
+            raise self.damaged(f"{what} has {axes} axes")
+        shape = [self.number("Q", what) for _ in range(axes)]
+        kind, offset = self.number("I", what), self.number("Q", what)
+        blocks = blocks_of(kind, f"{self.path}: {what}")
+        if not all(shape) or shape[0] % blocks.weights:
+            raise self.damaged(f"{what} has rows of {shape[0]}, wanted whole blocks of {blocks.name}")
+        return Entry(tuple(reversed(shape)), kind, offset, math.prod(shape) // blocks.weights * blocks.size)
+
+
+def open_gguf(path: str | Path) -> File:
+    """A mapped GGUF file. ValueError in one sentence if it is not one, or if its parts do not fit in it."""
+    path = Path(path)
+    try:
+        with open(path, "rb") as file:
+            # A private, writable map: torch warns of views of read-only memory. Nothing writes to it.
+            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    except (OSError, ValueError) as error:  # ValueError: it is empty
+        raise ValueError(f"{path} is unreadable ({error}), wanted a GGUF file: fetch it again") from error
+    if data[:4] != b"GGUF":
+        raise ValueError(
+            f"{path} is a file but not a GGUF file, wanted one, or a folder with config.json: "
+            f"give {path.parent} if it holds a checkpoint"
+        )
+    cursor = Cursor(path, data)
+    version = cursor.number("I", "its version")
+    if version not in (2, 3):
+        raise ValueError(f"{path} is GGUF version {version}, wanted 2 or 3 (little-endian): convert it again")
+    tensors, keys = cursor.number("Q", "the number of tensors"), cursor.number("Q", "the number of keys")
+    metadata = cursor.table("metadata key", keys, cursor.value)
+    entries = cursor.table("tensor", tensors, cursor.entry)
+    parts = metadata.get("split.count", 0)
+    if parts not in (0, 1):
+        raise ValueError(
+            f"{path} is one of {shorten(parts)} parts, wanted a whole model: join them with `llama-gguf-split --merge`"
+        )
+    alignment = metadata.get("general.alignment", 32)
+    if alignment not in [1 << shift for shift in range(3, 17)]:
+        raise cursor.damaged(f"its alignment is {shorten(alignment)}")
+    start = -(-cursor.at // alignment) * alignment
+    for name, entry in entries.items():
+        if entry.offset % alignment or start + entry.offset + entry.nbytes > len(data):
+            raise cursor.damaged(
+                f"tensor {shorten(name)} has {entry.nbytes} bytes at byte {start + entry.offset} of {len(data)}"
+            )
+        entries[name] = entry._replace(offset=start + entry.offset)
+    return File(path, data, metadata, entries)
+
+
+# ---- blocks of weights
+
+
+class Blocks(NamedTuple):
+    """A tensor type: weights and bytes of a block; unpack makes float32 of bytes (blocks, size)."""
+
+    name: str
+    weights: int
+    size: int
+    unpack: Callable[[torch.Tensor], torch.Tensor]
+
+
+def blocks_of(kind: int, what: str) -> Blocks:
+    """The tensor type with this number. ValueError if neither this file nor the `gguf` package can read it."""
+    if kind in TYPES:
+        return TYPES[kind]
+    try:
+        import gguf
+        from gguf.quants import dequantize
+    except ImportError as error:
+        raise ValueError(
+            f"{what} has type number {kind}, which the package gguf reads, and it is not installed: run `{INSTALL}`"
+        ) from error
+    try:
+        known = gguf.GGMLQuantizationType(kind)
+        weights, size = gguf.GGML_QUANT_SIZES[known]
+        dequantize(torch.zeros(1, size, dtype=torch.uint8).numpy(), known)
+    except (ValueError, KeyError, NotImplementedError) as error:
+        raise ValueError(f"{what} has type number {kind}, which nothing here can read: use another file") from error
+    return Blocks(known.name, weights, size, lambda blocks: torch.from_numpy(dequantize(blocks.numpy(), known)))
+
+
+def plain(dtype: torch.dtype):
+    return lambda blocks: blocks.contiguous().view(dtype).float()
+
+
+def halves(blocks: torch.Tensor, start: int, count: int) -> torch.Tensor:
+    """`count` float16 numbers of each block, from byte `start` on, as float32 (blocks, count)."""
+    return blocks[:, start : start + 2 * count].contiguous().view(torch.float16).float()
+
+
+def words(blocks: torch.Tensor, start: int, end: int) -> torch.Tensor:
+    """Bytes start..end of each block as int32: shifts and masks do four bytes at a time."""
+    return blocks[:, start:end].contiguous().view(torch.int32)
+
+
+def masked(parts, mask: int) -> torch.Tensor:
+    return torch.stack(parts, -2).bitwise_and_(mask)
+
+
+def nibbles(words: torch.Tensor) -> torch.Tensor:
+    """Words (..., n) -> (..., 2, n): the low half of every byte, then the high one."""
+    return masked((words, words >> 4), 0x0F0F0F0F)
+
+
+def numbers(words: torch.Tensor, group: int, less: int = 0) -> torch.Tensor:
+    """Bytes of words, lowered by `less`, as float32 (blocks, groups in a block, group)."""
+    count, data = len(words), words.view(torch.uint8)
+    data = data.view(torch.int8).sub_(less) if less else data
+    return data.float().view(count, -1, group)
+
+
+def fifth_bits(blocks: torch.Tensor, start: int) -> torch.Tensor:
+    """The four bytes from `start` on: bit i, as 16 or 0, in byte i of the words (blocks, 2, 4)."""
+    return FIFTH_BITS[blocks[:, start : start + 4].int()].view(torch.int32).unflatten(1, (2, 4))
+
+
+FIFTH_BITS = torch.tensor(  # for each value of a byte, its eight bits as bytes of one int64
+    [[(byte >> bit & 1) << 4 for bit in range(8)] for byte in range(256)], dtype=torch.uint8
+).view(torch.int64)[:, 0]
+
+
+def q4_0(blocks):
+    return numbers(nibbles(words(blocks, 2, 18)), 32, 8) * halves(blocks, 0, 1)[:, None]
+
+
+def q4_1(blocks):
+    scale, least = halves(blocks, 0, 2)[:, None].split(1, 2)
+    return numbers(nibbles(words(blocks, 4, 20)), 32).mul_(scale).add_(least)
+
+
+def q5_0(blocks):
+    fives = nibbles(words(blocks, 6, 22)).bitwise_or_(fifth_bits(blocks, 2))
+    return numbers(fives, 32, 16).mul_(halves(blocks, 0, 1)[:, None])
+
+
+def q5_1(blocks):
+    scale, least = halves(blocks, 0, 2)[:, None].split(1, 2)
+    fives = nibbles(words(blocks, 8, 24)).bitwise_or_(fifth_bits(blocks, 4))
+    return numbers(fives, 32).mul_(scale).add_(least)
+
+
+def q8_0(blocks):
+    return blocks[:, 2:].view(torch.int8).float().mul_(halves(blocks, 0, 1))
+
+
+def scales_and_minima(blocks):
+    """Q4_K's and Q5_K's: two times eight numbers of six bits in twelve bytes, times two float16 each."""
+    low, middle, high = words(blocks, 4, 16).unbind(1)
+    rest = [(high & 0x0F0F0F0F) | (low >> 2 & 0x30303030), (high >> 4 & 0x0F0F0F0F) | (middle >> 2 & 0x30303030)]
+    sixes = torch.stack((low, rest[0], middle, rest[1]), 1).bitwise_and_(0x3F3F3F3F)
+    factors = sixes.view(torch.uint8).view(-1, 2, 8).float().mul_(halves(blocks, 0, 2)[:, :, None])
+    return factors[..., None].unbind(1)
+
+
+def q4_k(blocks):
+    scale, least = scales_and_minima(blocks)
+    return numbers(nibbles(words(blocks, 16, 144).unflatten(1, (4, 8))), 32).mul_(scale).sub_(least)
+
+
+def q5_k(blocks):
+    scale, least = scales_and_minima(blocks)
+    bits = words(blocks, 16, 48)
+    fifths = masked([bits << 4 - bit if bit < 4 else bits >> bit - 4 for bit in range(8)], 0x10101010)
+    fives = nibbles(words(blocks, 48, 176).unflatten(1, (4, 8))).view(-1, 8, 8).bitwise_or_(fifths)
+    return numbers(fives, 32).mul_(scale).sub_(least)
+
+
+def q6_k(blocks):
+    bits = words(blocks, 128, 192).unflatten(1, (2, 8))
+    upper = masked((bits << 4, bits << 2, bits, bits >> 2), 0x30303030)
+    sixes = nibbles(words(blocks, 0, 128).unflatten(1, (2, 16))).view(-1, 2, 4, 8).bitwise_or_(upper)
+    scale = blocks[:, 192:208].view(torch.int8).float().mul_(halves(blocks, 208, 1))
+    return numbers(sixes, 16, 32).mul_(scale[..., None])
+
+
+TYPES = {  # the layouts of blocks are ggml's (ggml-common.h)
+    0: Blocks("F32", 1, 4, plain(torch.float32)), 1: Blocks("F16", 1, 2, plain(torch.float16)),
+    2: Blocks("Q4_0", 32, 18, q4_0), 3: Blocks("Q4_1", 32, 20, q4_1),
+    6: Blocks("Q5_0", 32, 22, q5_0), 7: Blocks("Q5_1", 32, 24, q5_1), 8: Blocks("Q8_0", 32, 34, q8_0),
+    12: Blocks("Q4_K", 256, 144, q4_k), 13: Blocks("Q5_K", 256, 176, q5_k), 14: Blocks("Q6_K", 256, 210, q6_k),
+    28: Blocks("F64", 1, 8, plain(torch.float64)), 30: Blocks("BF16", 1, 2, plain(torch.bfloat16)),
 }  # fmt: skip
+
+
+class Quantised:
+    """A tensor of the file as float32, under the interface of a safetensors slice.
+
+    interleaved: the heads of Llama's q and k, else 0. llama.cpp turns neighbouring pairs of a head by
+    RoPE: rows 2i and 2i + 1 of a head there are rows i and i + D/2 here.
+    """
+
+    def __init__(self, file: File, name: str, interleaved: int = 0):
+        self.file, self.name, self.entry, self.interleaved = file, name, file.entries[name], interleaved
+
+    def get_shape(self) -> list[int]:
+        return list(self.entry.shape)
+
+    def get_dtype(self) -> str:
+        return "F32"
+
+    def __getitem__(self, everything: slice) -> torch.Tensor:
+        return self.copy_to(torch.empty(self.entry.shape))
+
+    def copy_to(self, out: torch.Tensor) -> torch.Tensor:
+        """Write the weights into `out`, a part at a time, so that no second copy of them is ever in memory."""
+        shape, kind, offset, nbytes = self.entry
+        blocks = blocks_of(kind, self.name)
+        raw = torch.frombuffer(self.file.data, dtype=torch.uint8, count=nbytes, offset=offset)
+        rows = shape[0] if len(shape) > 1 or blocks.weights == 1 else 1
+        raw, by_row = raw.view(rows, -1), out.view(rows, -1)
+        if self.interleaved:
+            raw = raw[torch.arange(rows).view(self.interleaved, -1, 2).transpose(1, 2).flatten()]
+        step = max(1, CHUNK // by_row.shape[1])
+        for start in range(0, rows, step):
+            part = raw[start : start + step].reshape(-1, blocks.size)
+            by_row[start : start + step].copy_(blocks.unpack(part).view(-1, by_row.shape[1]))
+        if hasattr(mmap, "MADV_DONTNEED"):  # pages that were read count as this process's memory
+            page = mmap.PAGESIZE
+            start = offset // page * page
+            self.file.data.madvise(mmap.MADV_DONTNEED, start, offset + nbytes - start)
+        return out
+
+
+# ---- the config and the names of tensors
+
 MODEL_TYPES = ("llama", "qwen2", "qwen3")  # general.architecture; Mistral is written as llama
+# Keys of an architecture: those read below, and those that are implemented for one value only.
+READ = (
+    "vocab_size", "context_length", "embedding_length", "block_count", "feed_forward_length",
+    "attention.head_count", "attention.head_count_kv", "attention.key_length", "attention.value_length",
+    "attention.layer_norm_rms_epsilon", "attention.sliding_window", "rope.freq_base", "rope.dimension_count",
+    "rope.scale_linear", "rope.scaling.type", "rope.scaling.factor", "rope.scaling.original_context_length",
+    "rope.scaling.finetuned", "rope.scaling.attn_factor", "rope.scaling.yarn_attn_factor",
+    "rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow",
+)  # fmt: skip
+FIXED = {
+    "attention.causal": True, "expert_count": 0, "expert_used_count": 0, "use_parallel_residual": False,
+    "tensor_data_layout": "Meta AI original pth", "rope.scaling.yarn_ext_factor": 1.0,
+}  # fmt: skip
+ROPE_FACTORS = "rope_freqs.weight"  # llama3's scaling: what each frequency is divided by
 NAMES = {
     "token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head",
     "attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
@@ -41,326 +386,157 @@ NAMES = {
 }  # fmt: skip
 
 
-class Entry(NamedTuple):
-    """A tensor as the header describes it: shape in PyTorch's order, and where its bytes are."""
-
-    shape: tuple[int, ...]
-    kind: int
-    offset: int
-    nbytes: int
-
-
-class File(NamedTuple):
-    """A GGUF file that is mapped and whose header has been checked against its size."""
-
-    path: Path
-    data: mmap.mmap
-    metadata: dict
-    entries: dict[str, Entry]
-
-
-# ---- the header
-
-
-class Cursor:
-    """Reads the header from left to right; what would leave it is an error, before anything is allocated."""
-
-    def __init__(self, path: Path, data: mmap.mmap):
-        self.path, self.data, self.at = path, data, 0
-        self.end = min(len(data), HEADER_LIMIT)
-
-    def damaged(self, what: str) -> ValueError:
-        return ValueError(f"{self.path} is damaged or is not a GGUF file ({what}): fetch it again")
-
-    def skip(self, size: int, what: str) -> int:
-        """The place of the next `size` bytes."""
-        at, self.at = self.at, self.at + size
-        if self.at > self.end:
-            short = self.end == len(self.data)
-            where = "the end of the file" if short else f"the {HEADER_LIMIT >> 20} MiB that a header may have"
-            raise self.damaged(f"{what} of {size} bytes at byte {at} runs past {where}")
-        return at
-
-    def number(self, letter: str, what: str):
-        return struct.unpack_from(f"<{letter}", self.data, self.skip(struct.calcsize(letter), what))[0]
-
-    def text(self, what: str) -> str:
-        at = self.skip(self.number("Q", f"the length of {what}"), what)
-        try:
-            return self.data[at : self.at].decode()
-        except UnicodeDecodeError as error:
-            raise self.damaged(f"{what} is not UTF-8") from error
-
-    def count(self, what: str) -> int:
-        count = self.number("Q", f"the number of {what}")
-        if count > ENTRY_LIMIT:
-            raise self.damaged(f"it claims {count} {what}")
-        return count
-
-    def value(self, key: str):
-        """A value of the metadata: a number, a text, or a list of one of these (numbers as a memoryview)."""
-        what = f"the value of {shorten(key)}"
-        kind = self.number("I", what)
-        if kind == STRING:
-            return self.text(what)
-        if kind != ARRAY:
-            return self.number(self.letter(kind, what), what)
-        kind, count = self.number("I", what), self.number("Q", what)
-        if kind == STRING:
-            self.at = self.skip(8 * count, what)  # every text has at least its length
-            return [self.text(what) for _ in range(count)]
-        letter = self.letter(kind, what)
-        at = self.skip(struct.calcsize(letter) * count, what)
-        return memoryview(self.data[at : self.at]).cast(letter)
-
-    def letter(self, kind: int, what: str) -> str:
-        if kind not in SCALARS:
-            raise self.damaged(f"{what} has the unknown type {kind}")
-        return SCALARS[kind]
-
-    def entry(self) -> tuple[str, Entry]:
-        """The description of a tensor; its offset counts from where the header ends."""
-        name = self.text("a tensor's name")
-        dims = self.number("I", f"the shape of {shorten(name)}")
-        if not 1 <= dims <= 4:
-            raise self.damaged(f"tensor {shorten(name)} has {dims} axes")
-        shape = [self.number("Q", f"the shape of {shorten(name)}") for _ in range(dims)]
-        kind, offset = self.number("I", "a tensor's type"), self.number("Q", "a tensor's offset")
-        return name, Entry(tuple(reversed(shape)), kind, offset, tensor_bytes(name, shape, kind, self.path))
-
-
-def open_gguf(path: str | Path) -> File:
-    """A mapped GGUF file. ValueError in one sentence if it is not one, or if its parts do not fit into it."""
-    path = Path(path)
-    try:
-        with open(path, "rb") as file:
-            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    except (OSError, ValueError) as error:  # ValueError: it is empty
-        raise ValueError(f"{path} is unreadable ({error}), wanted a GGUF file: fetch it again") from error
-    if data[:4] != b"GGUF":
-        raise ValueError(
-            f"{path} is a file but not a GGUF file, wanted one or a folder with config.json: "
-            f"give {path.parent} if it holds a checkpoint"
-        )
-    cursor = Cursor(path, data)
-    cursor.at = 4
-    version = cursor.number("I", "its version")
-    if version not in (2, 3):
-        raise ValueError(f"{path} is GGUF version {version}, wanted 2 or 3 (little-endian): convert it again")
-    tensors, keys = cursor.count("tensors"), cursor.count("metadata keys")
-    metadata, entries = {}, {}
-    for _ in range(keys):
-        key = cursor.text("a metadata key")
-        if key in metadata:
-            raise cursor.damaged(f"it has {shorten(key)} twice")
-        metadata[key] = cursor.value(key)
-    for _ in range(tensors):
-        name, entry = cursor.entry()
-        if name in entries:
-            raise cursor.damaged(f"it has tensor {shorten(name)} twice")
-        entries[name] = entry
-    if metadata.get("split.count", 0) not in (0, 1):
-        raise ValueError(f"{path} is one of {metadata['split.count']} parts: join them with llama-gguf-split --merge")
-    alignment = metadata.get("general.alignment", 32)
-    if not isinstance(alignment, int) or alignment not in (1 << shift for shift in range(17)):
-        raise cursor.damaged(f"its alignment is {shorten(str(alignment))}")
-    start = -(-cursor.at // alignment) * alignment
-    for name, entry in entries.items():
-        if start + entry.offset + entry.nbytes > len(data):
-            raise cursor.damaged(f"tensor {shorten(name)} runs past the end of the file")
-        entries[name] = entry._replace(offset=start + entry.offset)
-    return File(path, data, metadata, entries)
-
-
-def tensor_bytes(name: str, shape: list[int], kind: int, path: Path) -> int:
-    """Bytes of a tensor in the file. ValueError for types that nobody here can read."""
-    label, block, size = block_of(kind, f"{path}: tensor {shorten(name)}")
-    if shape[0] % block:
-        raise ValueError(
-            f"{path} is damaged: tensor {shorten(name)} has rows of {shape[0]}, which blocks of {block} ({label}) "
-            "do not fill: fetch it again"
-        )
-    return math.prod(shape) // block * size
-
-
-def block_of(kind: int, what: str) -> tuple[str, int, int]:
-    """Name of a tensor type, weights in a block of it, bytes of a block."""
-    if kind in TYPES:
-        return TYPES[kind]
-    package = import_package(f"{what} has a type (number {kind})")
-    try:
-        known = package.GGMLQuantizationType(kind)
-        return known.name, *package.GGML_QUANT_SIZES[known]
-    except (ValueError, KeyError) as error:
-        raise ValueError(f"{what} has the unknown type {kind}: use another file of this model") from error
-
-
-def import_package(what: str):
-    """The `gguf` package, which a plain installation does without."""
-    try:
-        import gguf
-        import gguf.quants  # noqa: F401
-    except ImportError as error:
-        raise ValueError(f"{what} that the package gguf reads, which is not installed: {INSTALL}") from error
-    return gguf
-
-
-def shorten(name: str) -> str:
-    """A stranger's text as it may stand in a message: quoted, on one line, not too long."""
-    return repr(name) if len(name) < 100 else f"{name[:80]!r}... of {len(name)} characters"
-
-
-# ---- weights
-
-
-class Quantised:
-    """A tensor of the file as floats, under the interface of a safetensors slice.
-
-    rotary: the heads of a q or k projection of Llama, else 0. There the rows of a head are interleaved,
-    as RoPE of neighbouring pairs wants them: rows 2i and 2i + 1 are rows i and i + D/2 here.
-    """
-
-    def __init__(self, file: File, name: str, rotary: int = 0):
-        self.file, self.name, self.entry, self.rotary = file, name, file.entries[name], rotary
-
-    def get_shape(self) -> list[int]:
-        return list(self.entry.shape)
-
-    def get_dtype(self) -> str:
-        return "F32"
-
-    def __getitem__(self, everything) -> torch.Tensor:
-        return self.copy_to(torch.empty(self.entry.shape))
-
-    def copy_to(self, out: torch.Tensor, spread=map) -> torch.Tensor:
-        """Write the weights into `out`, a few rows at a time. spread: map, or that of an executor."""
-        shape, kind = self.entry.shape, self.entry.kind
-        rows, target = (1, out[None]) if len(shape) == 1 else (shape[0], out)
-        raw = torch.frombuffer(self.file.data, dtype=torch.uint8, count=self.entry.nbytes, offset=self.entry.offset)
-        raw = raw.view(rows, -1)
-        if self.rotary and rows == 1:
-            out.copy_(floats(raw, kind)[0][self.order(shape[0])])
-            return out
-        if self.rotary:
-            raw = raw[self.order(rows)]
-        step = max(1, CHUNK // shape[-1])
-
-        def fill(start: int) -> None:
-            target[start : start + step].copy_(floats(raw[start : start + step], kind))
-
-        list(spread(fill, range(0, rows, step)))
-        return out
-
-    def order(self, rows: int) -> torch.Tensor:
-        """For each row here, the row of the file."""
-        return torch.arange(rows).view(self.rotary, -1, 2).transpose(1, 2).flatten()
-
-
-def floats(raw: torch.Tensor, kind: int) -> torch.Tensor:
-    """Bytes (rows, bytes of a row) of one tensor type -> float32 (rows, weights of a row)."""
-    label, block, size = block_of(kind, "a tensor")
-    if label in PLAIN:
-        return raw.contiguous().view(PLAIN[label]).float()
-    blocks = raw.reshape(-1, size)
-    if label in UNPACK:
-        return UNPACK[label](blocks).view(len(raw), -1)
-    package = import_package(f"tensors of type {label} need numbers")
-    return torch.from_numpy(package.quants.dequantize(raw.numpy(), package.GGMLQuantizationType(kind)))
-
-
-PLAIN = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
-
-def halves(blocks: torch.Tensor, start: int, count: int) -> torch.Tensor:
-    """float16 numbers of every block, from byte `start` on, as float32 (blocks, count)."""
-    return blocks[:, start : start + 2 * count].contiguous().view(torch.float16).float()
-
-
-def nibbles(data: torch.Tensor) -> torch.Tensor:
-    """(blocks, n) bytes -> (blocks, 2 n): the low halves, then the high ones."""
-    return torch.cat((data & 15, data >> 4), 1)
-
-
-def unpack_q8_0(blocks: torch.Tensor) -> torch.Tensor:
-    return blocks[:, 2:].view(torch.int8) * halves(blocks, 0, 1)
-
-
-def unpack_q4_1(blocks: torch.Tensor) -> torch.Tensor:
-    scale, least = halves(blocks, 0, 2).split(1, 1)
-    return (nibbles(blocks[:, 4:]).float().mul_(scale)).add_(least)
-
-
-UNPACK = {"Q8_0": unpack_q8_0, "Q4_1": unpack_q4_1}
-
-
-# ---- config and names
-
-
 def open_checkpoint(path: str | Path) -> tuple[dict, dict[str, Quantised]]:
-    """The config.json that the metadata amounts to, and the tensors, in the names of Hugging Face."""
+    """What config.json would say of a GGUF file, and its tensors in the names of Hugging Face."""
     file = open_gguf(path)
-    raw = config_of(file)
-    rotary = {"attn_q": raw["num_attention_heads"], "attn_k": raw["num_key_value_heads"]}
+    raw = read_config(file)
+    heads = {"attn_q": raw["num_attention_heads"], "attn_k": raw["num_key_value_heads"]}
     tensors = {}
-    for name in file.entries:
-        if name == "rope_freqs.weight":  # llama3's factors are part of the config
-            continue
-        layer, _, rest = name.removeprefix("blk.").partition(".") if name.startswith("blk.") else ("", "", name)
-        part, _, leaf = rest.rpartition(".")
-        known = part in NAMES and leaf in ("weight", "bias")
-        prefix = f"model.layers.{layer}." if layer else ""
-        heads = rotary.get(part, 0) if raw["model_type"] == "llama" else 0
-        tensors[f"{prefix}{NAMES[part]}.{leaf}" if known else name] = Quantised(file, name, heads)
+    for name in file.entries.keys() - {ROPE_FACTORS}:
+        match = re.fullmatch(r"(?:blk\.(0|[1-9]\d*)\.)?(\w+)\.(weight|bias)", name, re.ASCII)
+        layer, part, leaf = match.groups() if match else (None, None, None)
+        if part not in NAMES or (layer is None) != (part in ("token_embd", "output_norm", "output")):
+            raise ValueError(f"{path} holds {shorten(name)}, which no part of the model uses: use another file")
+        prefix = "" if layer is None else f"model.layers.{layer}."
+        interleaved = heads.get(part, 0) if file.metadata["general.architecture"] == "llama" else 0
+        tensors[f"{prefix}{NAMES[part]}.{leaf}"] = Quantised(file, name, interleaved)
     return raw, tensors
 
 
-def config_of(file: File) -> dict:
-    """config.json of the model in a GGUF file. ValueError names what is not understood."""
-    metadata, entries = file.metadata, file.entries
-    kind = metadata.get("general.architecture")
+def gguf_name(name: str) -> str:
+    """Hugging Face's name of a tensor in the words of a GGUF file."""
+    stem, _, leaf = name.removeprefix("model.layers.").rpartition(".")
+    layer, _, part = stem.partition(".") if name.startswith("model.layers.") else ("", "", stem)
+    here = next(ours for ours, theirs in NAMES.items() if theirs == part)
+    return f"blk.{layer}.{here}.{leaf}" if layer else f"{here}.{leaf}"
+
+
+class Metadata:
+    """The keys of a file's architecture, one value at a time; a value of another kind is an error."""
+
+    def __init__(self, file: File, kind: str):
+        self.path, self.kind = file.path, kind
+        self.values = {
+            key.removeprefix(f"{kind}."): value
+            for key, value in file.metadata.items()
+            if key.startswith(f"{kind}.")
+        }
+        for key, value in self.values.items():
+            if key not in READ and (key not in FIXED or value != FIXED[key]):
+                raise ValueError(
+                    f"{self.path} has {shorten(f'{kind}.{key}')} = {shorten(value)}, which is not implemented here: "
+                    "use another checkpoint"
+                )
+
+    def get(self, key: str, default, types: tuple):
+        value = self.values.get(key, default)
+        if isinstance(value, memoryview) and value and all(each == value[0] for each in value):
+            value = value[0]  # one for each layer, all the same
+        if not isinstance(value, types) or isinstance(value, bool):
+            raise ValueError(
+                f"{self.path} has {self.kind}.{key} = {shorten(value)}, wanted one {types[0].__name__}: "
+                "use another checkpoint"
+            )
+        return value
+
+    def whole(self, key: str, default: int | None = None) -> int:
+        value = self.get(key, default, (int,))
+        if value < 1:
+            raise ValueError(f"{self.path} has {self.kind}.{key} = {value}, wanted at least 1: fetch it again")
+        return value
+
+    def real(self, key: str, default: float | None = None) -> float:
+        """A number as its author wrote it: the shortest decimal that float32 stores so, 1e-05 for 9.9999997e-06."""
+        value = self.get(key, default, (float, int))
+        if not math.isfinite(value):
+            raise ValueError(f"{self.path} has {self.kind}.{key} = {value}, wanted a finite number: fetch it again")
+        decimals = [float(f"{value:.{digits}g}") for digits in range(1, 10)]
+        same = torch.tensor(decimals, dtype=torch.float32) == torch.tensor(value, dtype=torch.float32)
+        return decimals[int(same.int().argmax())]
+
+
+def read_config(file: File) -> dict:
+    """What config.json would say. ValueError names what is missing, and what is not understood."""
+    kind = file.metadata.get("general.architecture")
     if kind not in MODEL_TYPES:
         raise ValueError(
-            f"{file.path} has architecture {shorten(str(kind))}, wanted one of {', '.join(MODEL_TYPES)}: "
+            f"{file.path} has architecture {shorten(kind)}, wanted one of {', '.join(MODEL_TYPES)}: "
             "use such a checkpoint"
         )
-
-    def get(key: str, default=None):
-        return metadata.get(f"{kind}.{key}", default)
-
-    heads, width = get("attention.head_count"), get("embedding_length")
+    if file.metadata.get("general.type", "model") != "model":
+        raise ValueError(f"{file.path} holds a {shorten(file.metadata['general.type'])}, wanted a model")
+    metadata, entries = Metadata(file, kind), file.entries
+    if "token_embd.weight" not in entries:
+        raise ValueError(f"{file.path} lacks token_embd.weight, wanted a whole model: fetch it again")
+    width, heads = metadata.whole("embedding_length"), metadata.whole("attention.head_count")
+    head_dim = metadata.whole("attention.key_length", width // heads or 1)
+    for key in ("attention.value_length", "rope.dimension_count"):
+        if metadata.whole(key, head_dim) != head_dim:
+            raise ValueError(
+                f"{file.path} has {kind}.{key} = {metadata.whole(key)}, wanted {head_dim}, as the keys have: "
+                "use another checkpoint"
+            )
     raw = {
         "model_type": kind,
         "vocab_size": entries["token_embd.weight"].shape[0],
         "hidden_size": width,
-        "intermediate_size": get("feed_forward_length"),
-        "num_hidden_layers": get("block_count"),
+        "intermediate_size": metadata.whole("feed_forward_length"),
+        "num_hidden_layers": metadata.whole("block_count"),
         "num_attention_heads": heads,
-        "num_key_value_heads": get("attention.head_count_kv", heads),
-        "head_dim": get("attention.key_length", width // heads),
-        "max_position_embeddings": get("context_length"),
-        "rms_norm_eps": short(get("attention.layer_norm_rms_epsilon")),
-        "rope_theta": short(get("rope.freq_base", 10000.0)),
+        "num_key_value_heads": metadata.whole("attention.head_count_kv", heads),
+        "head_dim": head_dim,
+        "max_position_embeddings": metadata.whole("context_length"),
+        "rms_norm_eps": metadata.real("attention.layer_norm_rms_epsilon"),
+        "rope_theta": metadata.real("rope.freq_base", 10000.0),
+        "rope_scaling": read_rope(file, metadata),
         "tie_word_embeddings": "output.weight" not in entries,
         "attention_bias": "blk.0.attn_q.bias" in entries,
-        "mlp_bias": "blk.0.ffn_gate.bias" in entries,
+        "mlp_bias": "blk.0.ffn_up.bias" in entries,
     }
+    if window := metadata.get("attention.sliding_window", 0, (int,)):
+        if kind != "llama":
+            raise ValueError(f"{file.path} has {kind}.attention.sliding_window = {window}, which is not implemented")
+        raw |= {"model_type": "mistral", "sliding_window": window}
     return raw
 
 
-def short(value: float) -> float:
-    """The shortest decimal that is this float32: 1e-05, not 9.999999747378752e-06."""
-    decimals = (float(f"{value:.{digits}g}") for digits in range(1, 18))
-    return next((each for each in decimals if struct.pack("f", each) == struct.pack("f", value)), value)
+def read_rope(file: File, metadata: Metadata) -> dict:
+    """RoPE scaling as in config.json; "factors" is ours, for the tensor that llama3's scaling becomes."""
+    scaling = metadata.get("rope.scaling.type", "none", (str,))
+    linear = metadata.real("rope.scale_linear", 1.0)  # how older files say it
+    factor = metadata.real("rope.scaling.factor", linear)
+    if ROPE_FACTORS in file.entries:
+        if scaling != "none" or factor != 1:
+            raise ValueError(f"{file.path} has {ROPE_FACTORS} and another RoPE scaling, wanted one: use another file")
+        return {"rope_type": "factors", "factors": Quantised(file, ROPE_FACTORS)[:].flatten().tolist()}
+    if scaling == "yarn":
+        raw = {"rope_type": "yarn", "factor": factor}
+        raw["original_max_position_embeddings"] = metadata.whole(
+            "rope.scaling.original_context_length", metadata.whole("context_length")
+        )
+        for key in ("beta_fast", "beta_slow"):
+            raw[key] = metadata.real(f"rope.scaling.yarn_{key}", {"beta_fast": 32.0, "beta_slow": 1.0}[key])
+        amplitude = metadata.real("rope.scaling.attn_factor", metadata.real("rope.scaling.yarn_attn_factor", 1.0))
+        if amplitude != 1 and factor > 0:  # llama.cpp multiplies yarn's own; config.json replaces it
+            raw["attention_factor"] = amplitude * (0.1 * math.log(max(factor, 1.0)) + 1)
+        return raw
+    if scaling == "linear" or (scaling == "none" and "rope.scale_linear" in metadata.values and factor != 1):
+        return {"rope_type": "linear", "factor": factor}
+    if scaling != "none":
+        raise ValueError(f"{file.path} has RoPE scaling {shorten(scaling)}, wanted none, linear or yarn")
+    return {}
 
 
-# ---- tokenizer
+# ---- the tokenizer
 
-GPT2 = [{"type": "ByteLevel", "add_prefix_space": False}]
-SMOLLM = [{"type": "Digits", "individual_digits": True}, *GPT2]
+BYTES_ONLY = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
+GPT2 = [BYTES_ONLY | {"use_regex": True}]
+DIGITS = {"type": "Digits", "individual_digits": True}
 
 
 def split_by(pattern: str) -> list[dict]:
-    return [{"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}]
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    return [split, BYTES_ONLY]
 
 
 QWEN2 = split_by(
@@ -368,15 +544,24 @@ QWEN2 = split_by(
     r"|\s+(?!\S)|\s+"
 )
 LLAMA3 = split_by(LLAMA3_PATTERN)
-# tokenizer.ggml.pre -> how text is split, whether a piece that is a token stays whole, whether BOS comes first if the
-# file does not say, and the normalizer, which the file leaves out.
-PRE = {
-    "gpt-2": (GPT2, False, False, []), "smollm": (SMOLLM, False, False, []),
-    "qwen2": (QWEN2, False, False, [{"type": "NFC"}]),
-    "llama-bpe": (LLAMA3, True, True, []), "llama3": (LLAMA3, True, True, []), "llama-v3": (LLAMA3, True, True, []),
+
+
+class Splitting(NamedTuple):
+    """What tokenizer.json says beside the vocabulary, and a GGUF file only by a name, tokenizer.ggml.pre."""
+
+    pre_tokenizers: list[dict]
+    ignore_merges: bool = False
+    add_bos: bool = False  # where the file does not say
+    normalizers: tuple[dict, ...] = ()
+
+
+SPLITTINGS = {
+    "gpt-2": Splitting(GPT2), "smollm": Splitting([DIGITS, *GPT2]),
+    "qwen2": Splitting(QWEN2, normalizers=({"type": "NFC"},)),
+    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3"), Splitting(LLAMA3, ignore_merges=True, add_bos=True)),
 }  # fmt: skip
-NORMAL, UNKNOWN, CONTROL, USER, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # tokenizer.ggml.token_type
-# Names of control tokens that end a text or a turn, in any model: metadata names one of them at most.
+NORMAL, UNKNOWN, CONTROL, USER = 1, 2, 3, 4  # of tokenizer.ggml.token_type; 5 is unused, 6 a byte
+# Control tokens that end a text or a turn in whatever model has them: metadata names one or two at most.
 ENDS = (
     "<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|end|>", "<end_of_turn>", "</s>",
 )  # fmt: skip
@@ -392,82 +577,84 @@ class TokenizerFiles(NamedTuple):
     eos_ids: tuple[int, ...]
 
 
-def tokenizer_of(path: str | Path) -> TokenizerFiles | None:
+def read_tokenizer(path: str | Path) -> TokenizerFiles | None:
     """The tokenizer in a GGUF file; None where it has none. ValueError names what is not understood."""
-    file = open_gguf(path)
-    metadata = {key.removeprefix("tokenizer.ggml."): value for key, value in file.metadata.items()}
-    kind, tokens = metadata.get("model", "none"), metadata.get("tokens")
-    if kind in ("none", "no_vocab") or tokens is None:
+    metadata = open_gguf(path).metadata
+    values = {key.removeprefix("tokenizer.ggml."): value for key, value in metadata.items()}
+    model, tokens, types = values.get("model", "none"), values.get("tokens", []), values.get("token_type")
+    if model in ("none", "no_vocab"):
         return None
-    if kind not in ("gpt2", "llama"):
-        raise ValueError(f"{path} has a tokenizer of model {shorten(str(kind))}, wanted gpt2 or llama: use another file")
-    if metadata.get("add_eos_token"):
-        raise ValueError(f"{path} has add_eos_token, wanted a tokenizer that adds nothing after a text: use another file")
-    types = metadata.get("token_type") or [NORMAL] * len(tokens)
-    if len(types) != len(tokens):
-        raise ValueError(f"{path} has {len(tokens)} tokens but {len(types)} token types: fetch it again")
+    if model not in ("gpt2", "llama") or values.get("add_eos_token"):
+        got = f"the tokenizer model {shorten(model)}" if model not in ("gpt2", "llama") else "add_eos_token"
+        raise ValueError(f"{path} has {got}, wanted gpt2 or llama that adds nothing after a text: use another file")
+    if not types or len(types) != len(tokens) or not all(isinstance(token, str) for token in tokens):
+        raise ValueError(f"{path} has no tokens, or not a type for each of them: fetch it again")
     added = [
         {"id": id, "content": tokens[id], "special": kind != USER}
         for id, kind in enumerate(types)
         if kind in (UNKNOWN, CONTROL, USER)
     ]
+
+    def named(key: str) -> int | None:
+        id = values.get(f"{key}_token_id")
+        return id if isinstance(id, int) and 0 <= id < len(tokens) else None
+
     config = {"chat_template": metadata.get("tokenizer.chat_template")}
-    for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
-        id = metadata.get(f"{key}_token_id")
-        if isinstance(id, int) and 0 <= id < len(tokens):
-            config[f"{name}_token"] = tokens[id]
-    if kind == "llama":
-        config["add_bos_token"] = bool(metadata.get("add_bos_token", True))
-        return TokenizerFiles({}, pieces_model(metadata, tokens, types), config, added, eos_of(metadata, tokens, types))
-    spec, add_bos = byte_level_spec(path, metadata, tokens, types)
+    for name, key in {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}.items():
+        config |= {} if named(key) is None else {f"{name}_token": tokens[named(key)]}
+    ends = [named(key) for key in ("eos", "eot", "eom")]
+    ends += [id for id, kind in enumerate(types) if kind == CONTROL and tokens[id] in ENDS]
+    eos_ids = tuple(dict.fromkeys(id for id in ends if id is not None))
+    if model == "llama":
+        config["add_bos_token"] = bool(values.get("add_bos_token", True))
+        return TokenizerFiles({}, sentencepiece_model(path, values, tokens, types), config, added, eos_ids)
+    splitting = splitting_of(path, values)
+    spec = byte_level_spec(splitting, tokens, types, values.get("merges", []))
     bos = config.get("bos_token")
-    if metadata.get("add_bos_token", add_bos) and bos:
-        part = {"special_tokens": {bos: {"ids": [metadata["bos_token_id"]]}}, "type": "TemplateProcessing"}
-        spec["post_processor"] = part | {"single": [{"SpecialToken": {"id": bos}}, {"Sequence": {"id": "A"}}]}
-    return TokenizerFiles(spec, None, config, added, eos_of(metadata, tokens, types))
+    if values.get("add_bos_token", splitting.add_bos) and bos is not None:
+        template = {"type": "TemplateProcessing", "special_tokens": {bos: {"ids": [named("bos")]}}}
+        spec["post_processor"] = template | {"single": [{"SpecialToken": {"id": bos}}, {"Sequence": {"id": "A"}}]}
+    return TokenizerFiles(spec, None, config, added, eos_ids)
 
 
-def byte_level_spec(path, metadata: dict, tokens: list[str], types) -> tuple[dict, bool]:
-    """tokenizer.json of a byte-level BPE, and whether BOS comes first where the file does not say."""
-    pre = metadata.get("pre")
-    if pre not in PRE:
+def splitting_of(path: str | Path, values: dict) -> Splitting:
+    pre = values.get("pre")
+    if not isinstance(pre, str) or pre not in SPLITTINGS:
         raise ValueError(
-            f"{path} splits text by {shorten(str(pre))} (tokenizer.ggml.pre), wanted one of {', '.join(PRE)}: "
-            "use another file of this model"
+            f"{path} splits text as {shorten(pre)} does (tokenizer.ggml.pre), wanted one of {', '.join(SPLITTINGS)}: "
+            "use another file"
         )
-    splitters, whole, add_bos, normalizers = PRE[pre]
-    bytes_only = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
-    vocab = {token: id for id, (token, kind) in enumerate(zip(tokens, types)) if kind == NORMAL}
-    model = {"type": "BPE", "vocab": vocab, "merges": metadata.get("merges", []), "ignore_merges": whole}
+    return SPLITTINGS[pre]
+
+
+def byte_level_spec(splitting: Splitting, tokens: list[str], types, merges: list[str]) -> dict:
+    """tokenizer.json of a byte-level BPE. Tokens that are unused or added are not in its vocabulary."""
+    vocab = {token: id for id, (token, kind) in enumerate(zip(tokens, types, strict=True)) if kind == NORMAL}
     return {
-        "model": model,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*splitters, bytes_only]},
-        "normalizer": {"type": "Sequence", "normalizers": normalizers},
-    }, add_bos
+        "model": {"type": "BPE", "vocab": vocab, "merges": merges, "ignore_merges": splitting.ignore_merges},
+        "normalizer": {"type": "Sequence", "normalizers": list(splitting.normalizers)},
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": splitting.pre_tokenizers},
+    }
 
 
-def eos_of(metadata: dict, tokens: list[str], types) -> tuple[int, ...]:
-    """Ids that end a text or a turn: those that the metadata names, and the control tokens known to do so."""
-    ids = [metadata.get(f"{name}_token_id") for name in ("eos", "eot", "eom")]
-    ids += [id for id, kind in enumerate(types) if kind == CONTROL and tokens[id] in ENDS]
-    return tuple(dict.fromkeys(id for id in ids if isinstance(id, int) and 0 <= id < len(tokens)))
-
-
-def pieces_model(metadata: dict, tokens: list[str], types) -> bytes:
-    """sentencepiece's tokenizer.model, a protobuf message, from the pieces and their scores."""
+def sentencepiece_model(path: str | Path, values: dict, tokens: list[str], types) -> bytes:
+    """sentencepiece's tokenizer.model, a protobuf message, from pieces, their scores and types."""
 
     def field(number: int, data: bytes) -> bytes:
-        size, length = len(data), b""
+        size, length = len(data), []
         while size > 127:
-            length, size = length + bytes([size & 127 | 128]), size >> 7
-        return bytes([number << 3 | 2]) + length + bytes([size]) + data
+            length.append(size & 127 | 128)
+            size >>= 7
+        return bytes([number << 3 | 2, *length, size]) + data
 
-    scores = metadata["scores"]
-    parts = []
-    for token, score, kind in zip(tokens, scores, types, strict=True):
-        parts.append(field(1, field(1, token.encode()) + struct.pack("<Bf", 0x15, score) + bytes([0x18, kind])))
-    trainer = b"\x18\x02" + b"\x98\x02\x01"  # model_type: BPE, byte_fallback: true
-    prefix = bool(metadata.get("add_space_prefix", True))
-    squeeze = bool(metadata.get("remove_extra_whitespaces", False))
-    normalizer = field(1, b"identity") + bytes([0x18, prefix, 0x20, squeeze, 0x28, 1])
-    return b"".join(parts) + field(2, trainer) + field(3, normalizer)
+    scores = values.get("scores", ())
+    if len(scores) != len(tokens) or not isinstance(scores, memoryview) or values.get("precompiled_charsmap"):
+        raise ValueError(f"{path} has no score for each token, or a map of characters: use another file")
+    pieces = [
+        field(1, field(1, token.encode()) + struct.pack("<BfBB", 0x15, score, 0x18, kind))
+        for token, score, kind in zip(tokens, scores, types, strict=True)
+    ]
+    trainer = bytes([3 << 3, 2, 0x98, 2, 1])  # model_type: BPE; byte_fallback (field 35): true
+    prefix, squeeze = values.get("add_space_prefix", True), values.get("remove_extra_whitespaces", False)
+    normalizer = field(1, b"identity") + bytes([3 << 3, bool(prefix), 4 << 3, bool(squeeze), 5 << 3, 1])
+    return b"".join(pieces) + field(2, trainer) + field(3, normalizer)

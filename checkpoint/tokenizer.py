@@ -60,13 +60,21 @@ def _read_json(path: Path) -> dict:
         raise TokenizerError(f"{path} is not a JSON object ({error}): download it again") from error
 
 
+def _read_gguf(path: Path):
+    """gguf.TokenizerFiles of a GGUF file, or None."""
+    from checkpoint.gguf import read_tokenizer
+
+    try:
+        return read_tokenizer(path)
+    except ValueError as error:
+        raise TokenizerError(str(error)) from error
+
+
 def read_eos_ids(folder: Path) -> tuple[int, ...]:
     """Ids that end a text: eos_token_id, an id or a list, of generation_config.json, else of config.json, else ()."""
     folder = Path(folder)
     if folder.is_file():
-        from checkpoint.gguf import tokenizer_of
-
-        files = tokenizer_of(folder)
+        files = _read_gguf(folder)
         return files.eos_ids if files else ()
     for path in (folder / "generation_config.json", folder / "config.json"):
         value = _read_json(path).get("eos_token_id")
@@ -363,9 +371,7 @@ def vocabulary_difference(a: Tokenizer, b: Tokenizer) -> tuple[int, bytes, bytes
 def _load(folder: Path) -> Tokenizer | None:
     """Read the files of a folder, or the metadata of a GGUF file, which says the same in other words."""
     if folder.is_file():
-        from checkpoint.gguf import tokenizer_of
-
-        files = tokenizer_of(folder)
+        files = _read_gguf(folder)
         return files and _build(*files)
     spec, data = _read_json(folder / "tokenizer.json"), _read(folder / "tokenizer.model")
     if not spec and data is None:

