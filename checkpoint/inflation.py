@@ -72,9 +72,9 @@ def grow_config(raw: dict, shape: dict[str, int]) -> dict:
         if new[name] < size:
             raise ValueError(f"{name}={new[name]} is less than the checkpoint's {size}: ask for at least {name}={size}")
     if new["head_dim"] % old["head_dim"]:
-        raise ValueError(f"head_dim={new['head_dim']} is no multiple of the checkpoint's: use {2 * old['head_dim']}")
+        raise ValueError(f"head_dim={new['head_dim']} is not a multiple of the checkpoint's: use {2 * old['head_dim']}")
     if new["heads"] % new["kv_heads"]:
-        raise ValueError(f"heads={new['heads']} is no multiple of kv_heads={new['kv_heads']}: choose one that is")
+        raise ValueError(f"heads={new['heads']} is not a multiple of kv_heads={new['kv_heads']}: choose one that is")
     need = old["kv_heads"] * _copies(small.num_heads // small.num_kv_heads, new["heads"] // new["kv_heads"])
     if new["kv_heads"] < need:
         raise ValueError(

@@ -1,11 +1,11 @@
-"""Text to token ids and back, for checkpoints of the Llama family in Hugging Face layout.
+"""Text to token ids and back, for checkpoints of the Llama family: Hugging Face's folders and GGUF files.
 
 Knows: byte-level BPE from tokenizer.json (Llama 3, Qwen, SmolLM2) and Llama 3's own tokenizer.model (base64 and rank);
 sentencepiece's tokenizer.model (Llama 2, TinyLlama, Mistral) and the tokenizer.json made from one; special tokens, BOS,
 EOS, streaming, chat templates. tokenizer.json wins where both exist. What is in a file decides, never a folder's name,
 and what is not supported is refused: a tokenizer that is nearly right makes a model speak gibberish. The reference is
 transformers 5 (AutoTokenizer), but a tokenizer.model alone is encoded as its authors do: text that opens with a space
-keeps it, BOS is on unless tokenizer_config.json has "add_bos_token": false, and text behind a special token opens with
+keeps it, BOS is on unless tokenizer_config.json has "add_bos_token": false, and text after a special token opens with
 "▁" unless it has "legacy": false. (transformers 5 drops that space, and takes both flags for false where they lack.)
 
 Does not know: models, devices, tensors. Read next: ssd.py.
@@ -37,7 +37,7 @@ LLAMA3_SPECIAL = [  # as of Llama 3.1; in 3.0 finetune_right_pad_id, eom_id and 
     *(f"reserved_special_token_{number}" for number in range(3, 248)),
 ]
 Encoder = Callable[[str, bool], list[int]]  # (text without added tokens, nothing stands before it) -> ids
-Model = tuple[Encoder, dict[int, bytes], bool]  # bytes by id; decoded text opens with a space that is no part of it
+Model = tuple[Encoder, dict[int, bytes], bool]  # bytes by id; whether decoded text opens with a space that is not in it
 
 
 class TokenizerError(ValueError):
@@ -132,7 +132,7 @@ def _from_ranks(data: bytes) -> tuple[Model, list[dict]]:
 
 
 def _from_pieces(data: bytes, legacy: bool) -> tuple[Model, list[dict]]:
-    """sentencepiece's tokenizer.model, and its control tokens. `legacy`: "▁" opens text behind one of those, too."""
+    """sentencepiece's tokenizer.model, and its control tokens. `legacy`: "▁" opens text after one of those, too."""
     import sentencepiece
 
     sp = sentencepiece.SentencePieceProcessor(model_proto=data)
@@ -261,7 +261,16 @@ def render_chat(template: str, variables: dict) -> str:
 
 def _render_in_child() -> tuple[str, str]:
     """Text and error of the job that render_chat wrote to stdin."""
-    from jinja2 import TemplateError, debug, sandbox  # noqa: F401  jinja2 needs debug when a template fails
+    from jinja2 import TemplateError, debug, ext, nodes, sandbox  # noqa: F401  debug: for when a template fails
+
+    class Generation(ext.Extension):
+        """{% generation %} marks the assistant's words, for those who train on them; it writes what is inside."""
+
+        tags = {"generation"}
+
+        def parse(self, parser) -> nodes.Node:
+            line = next(parser.stream).lineno
+            return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
 
     def raise_exception(message: str) -> None:
         raise TemplateError(message)
@@ -269,6 +278,7 @@ def _render_in_child() -> tuple[str, str]:
     template, variables = json.load(sys.stdin)
     environment = sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
     environment.add_extension("jinja2.ext.loopcontrols")
+    environment.add_extension(Generation)
     environment.filters["tojson"] = lambda value, **options: json.dumps(value, **{"ensure_ascii": False} | options)
     environment.globals |= {"raise_exception": raise_exception, "strftime_now": datetime.now().strftime}
     environment.from_string("{{ 'x' }}").render()  # what jinja2 opens late is opened now: soon no file can be
@@ -326,7 +336,7 @@ class Tokenizer:
         self.eos_ids = eos_ids or tuple(ids[kind] for kind in ["eos_token"] if kind in ids)
 
     def encode(self, text: str, bos: bool = True) -> list[int]:
-        """Ids of a text; with bos, behind what the checkpoint puts before every text (nothing for Qwen).
+        """Ids of a text; with bos, after what the checkpoint puts before every text (nothing for Qwen).
 
         Special tokens written in the text become those tokens, as in the reference. ValueError for a lone surrogate.
         """
@@ -353,12 +363,19 @@ class Tokenizer:
         """The bytes that a token stands for: its name for a special one, b"" for an id without a token."""
         return self._tokens.get(id, b"")
 
-    def encode_chat(self, messages: list[dict]) -> list[int]:
-        """Ids of [{"role": "user", "content": ...}, ...] up to the answer. ValueError when the chat template fails."""
+    def encode_chat(self, messages: list[dict], system: str | None = None, thinking: bool | None = None) -> list[int]:
+        """Ids of [{"role": "user", "content": ...}, ...] up to the answer. ValueError when the chat template fails.
+
+        system: a first message of that role. thinking: what the template is told as enable_thinking
+        (Qwen3's knows it); None says nothing.
+        """
         if not isinstance(self._template, str):
             raise TokenizerError("this checkpoint has no chat template: use one trained to chat, or a plain prompt")
+        if system is not None:
+            messages = [{"role": "system", "content": system}, *messages]
         messages = [{key: value for key, value in message.items() if value is not None} for message in messages]
         variables = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": True}
+        variables |= {} if thinking is None else {"enable_thinking": thinking}
         return self.encode(render_chat(self._template, self._names | variables), bos=False)
 
 
@@ -409,15 +426,15 @@ def _build(spec: dict, data: bytes | None, config: dict, entries: list[dict], eo
     return Tokenizer(model, added, before, names, eos_ids, template)
 
 
-def load_tokenizer(folder: Path) -> Tokenizer | None:
-    """The tokenizer of a checkpoint's folder; None where it has no tokenizer files. ValueError: they are of no use."""
+def load_tokenizer(folder: str | Path) -> Tokenizer | None:
+    """The tokenizer of a checkpoint's folder or GGUF file; None where it has none. ValueError: it is of no use."""
     try:
         return _load(Path(folder))
     except TokenizerError:
         raise
     except Exception as error:  # a file that is not what it should be fails in many ways, each of them here
         what = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise TokenizerError(f"the tokenizer files in {folder} are damaged ({what}): download them again") from error
+        raise TokenizerError(f"the tokenizer in {folder} is damaged ({what}): download it again") from error
 
 
 if __name__ == "__main__":  # the child process of render_chat

@@ -14,7 +14,12 @@ from families import refuses as refuses_to
 from safetensors.torch import load_file, save_file
 
 from checkpoint import weights
-from checkpoint.weights import load_config, load_model, save_model
+from checkpoint.weights import load_config, save_model
+from model import Transformer
+
+
+def load_model(name):
+    return weights.load_model(name, "cpu", torch.float32, Transformer)
 
 
 @pytest.fixture
@@ -178,7 +183,7 @@ CORRUPT = {
 def test_corrupt_safetensors_are_refused(folder, kind):
     path = folder / "model.safetensors"
     path.write_bytes(CORRUPT[kind](path.read_bytes()))
-    refuses("model.safetensors is no sound safetensors file .*fetch the checkpoint again", folder)
+    refuses("model.safetensors is not a sound safetensors file .*fetch the checkpoint again", folder)
 
 
 def test_flipped_bytes_in_the_header_load_or_are_refused(folder):

@@ -10,10 +10,17 @@ import pytest
 import torch
 from families import LLAMA, LLAMA3_ROPE, greedy, random_text, randomise, refuses, tiny_model, whole
 
+from checkpoint import weights
 from checkpoint.config import Config
 from checkpoint.inflation import SHAPES, grow_config, parse_shape
-from checkpoint.weights import load_config, load_model, pieces, resolve, save_model
+from checkpoint.weights import load_config, pieces, resolve, save_model
+from model import Transformer
 from scripts.inflate import inflate, main
+
+
+def load_model(name, device="cpu", dtype=torch.float32):
+    return weights.load_model(name, device, dtype, Transformer)
+
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = [path.parent for path in sorted(ROOT.glob("assets/demo/*/config.json"))]
@@ -199,8 +206,8 @@ def test_command_line(small, tmp_path, monkeypatch, capsys):
         ("head_dim=6", "head_dim=6 is less than the checkpoint's 12"),
         ("ffn=79", "ffn=79 is less than the checkpoint's 80"),
         ("vocab=95", "vocab=95 is less than the checkpoint's 96"),
-        ("head_dim=18", "head_dim=18 is no multiple of the checkpoint's: use 24"),
-        ("heads=5", "heads=5 is no multiple of kv_heads=2"),
+        ("head_dim=18", "head_dim=18 is not a multiple of the checkpoint's: use 24"),
+        ("heads=5", "heads=5 is not a multiple of kv_heads=2"),
         ("heads=4,kv_heads=4,hidden=64,vocab=96,layers=2,ffn=80,head_dim=12", None),
         ("heads=5,kv_heads=5", None),
         ("heads=3,kv_heads=3", "heads=3 is less"),

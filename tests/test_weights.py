@@ -17,7 +17,6 @@ from checkpoint import weights
 from checkpoint.config import Config
 from checkpoint.weights import (
     load_config,
-    load_model,
     open_tensors,
     pieces,
     resolve,
@@ -25,6 +24,13 @@ from checkpoint.weights import (
     split_inflate,
     weight_bytes,
 )
+from model import Transformer
+
+
+
+def load_model(name, device="cpu", dtype=torch.float32):
+    return weights.load_model(name, device, dtype, Transformer)
+
 
 KINDS = {
     "llama": {},
@@ -131,23 +137,25 @@ def test_weights_land_once_without_a_second_copy_in_memory(tmp_path):
     raw = LLAMA | {"hidden_size": 1024, "intermediate_size": 8192, "vocab_size": 16384, "head_dim": 256}
     save_model(lambda piece, out: out.fill_(0.01), raw, tmp_path, torch.float32)
     code = (
-        "import re, sys, torch, weights\n"
+        "import re, sys, torch\n"
+        "from checkpoint import weights\n"
+        "from model import Transformer\n"
         "torch.set_num_threads(1)\n"
         "def anonymous():\n"
         "    return int(re.search(r'RssAnon:\\s+(\\d+)', open('/proc/self/status').read())[1]) * 1024\n"
         "before, most, build = anonymous(), 0, weights.build_model\n"
-        "def watched(config, fill, device, dtype):\n"
+        "def watched(config, fill, *rest, **more):\n"
         "    def step(piece, out):\n"
         "        global most\n"
         "        fill(piece, out)\n"
         "        most = max(most, anonymous())\n"
-        "    return build(config, step, device, dtype)\n"
+        "    return build(config, step, *rest, **more)\n"
         "weights.build_model = watched\n"
-        "model = weights.load_model(sys.argv[1])\n"
+        "model = weights.load_model(sys.argv[1], 'cpu', torch.float32, Transformer)\n"
         "size = sum(w.nbytes for w in model.parameters())\n"
         "print(size, most - before)\n"
     )
-    environment = {**os.environ, "PYTHONPATH": str(Path(weights.__file__).parent)}
+    environment = {**os.environ, "PYTHONPATH": str(Path(weights.__file__).parents[1])}
     done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     size, used = map(int, done.stdout.split())
@@ -209,7 +217,8 @@ def test_hub_ids_offline_use_the_cache_or_say_so(folder, tmp_path):
     """The real client in a process of its own, offline: first with an empty cache, then with one that has the files."""
     snapshot = tmp_path / "hub" / "models--owner--name" / "snapshots" / ("0" * 40)
     code = (
-        "import pathlib, shutil, sys, weights\n"
+        "import pathlib, shutil, sys\n"
+        "from checkpoint import weights\n"
         "try: weights.resolve('owner/name')\n"
         "except ValueError as error: print(error)\n"
         "good, snapshot = sys.argv[1:]\n"
@@ -219,7 +228,7 @@ def test_hub_ids_offline_use_the_cache_or_say_so(folder, tmp_path):
         "shutil.copytree(good, snapshot)\n"
         "print(weights.resolve('owner/name'))\n"
     )
-    environment = {**os.environ, "PYTHONPATH": str(Path(weights.__file__).parent)}
+    environment = {**os.environ, "PYTHONPATH": str(Path(weights.__file__).parents[1])}
     environment |= {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path / "hub")}
     command = [sys.executable, "-c", code, folder, snapshot]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
@@ -233,7 +242,7 @@ def test_half_an_inflated_name_is_refused(name):
 
 
 def test_files_instead_of_folders(folder):
-    refuses("is a file, wanted a folder", folder / "model.safetensors", load_model)
+    refuses("is a file but not a GGUF file, wanted one, or a folder", folder / "model.safetensors", load_model)
     refuses("has no config.json", folder.parent, load_model)
     (folder / "model.safetensors").unlink()
     refuses("has no weights, wanted model.safetensors", folder, load_model)
