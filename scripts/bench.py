@@ -1,329 +1,355 @@
-"""Speed, overlap and predictability, measured on this machine against what one would use instead.
+"""AR, SD and SSD measured beside what one would use instead: one table of comparisons, one runner.
 
-Knows: what is compared with what. Does not know: how cells are timed (measure.py), how an engine is called (peers.py),
-how tables look (tables.py). Read next: PARTS and the functions it names, then measure.py.
+Knows: what is compared with what, and why. Does not know: how a way to decode is run and timed
+(runner.py), how results are shown (render.py). Read next: TABLE, then runner.py.
 
-    python scripts/bench.py --quick                                          under 3 minutes on 2 cores
-    python scripts/bench.py --only plain,overlap --prompts P.jsonl --out results/cpu.json
-    python scripts/bench.py --show results/cpu.json                          the tables again, from the file alone
+    python scripts/bench.py --prompts DIR --out results/smollm2.json    all of it, the default pair
+    python scripts/bench.py --only overlap --out results/smollm2.json   the rest of the file is kept
+    python scripts/bench.py --quick                                     to see that it works
+    python scripts/bench.py --target T.gguf --draft D.gguf --out results/qwen.json
 
-Everything is float32, and greedy where no temperature is said. One repeat runs every cell of a comparison once on the
-same prompts, in an order that turns round each time; a ratio is the median of the repeats' own ratios. Its interval
-comes from order statistics: 95% or a little more from 6 repeats on, with fewer simply the lowest and the highest.
+One repeat runs every way once on the same prompts, in an order that turns round each time. A ratio
+is the median of the repeats' own ratios. Intervals come from order statistics and hold in 95%. What
+the memory allows is printed first, and one JSON object with the ratios last.
 """
 
 import argparse
-import itertools
 import json
 import sys
-import tempfile
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import quantiles
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
+if str(Path(__file__).resolve().parent) not in sys.path:
+    sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from ablate import ablations  # noqa: E402
-from measure import Bench, Cell, environment, ratio  # noqa: E402
-from modes import modes, prediction, tune  # noqa: E402
-from peers import NGRAM  # noqa: E402
-from tables import headline, render  # noqa: E402
-
-from generate import DEMO  # noqa: E402
+from runner import PLACES, Runner, Way, environment, rounded  # noqa: E402
 
 INTERRUPTED, MISTAKE = 130, 2
-DRAFT_STEP_SHARE = 0.25  # of a verification, for the pair on which SSD is to show what it can
-# Shapes that the draft is grown to in search of that share; the target beside it is the first of Effort.sizes. They
-# grow in depth: a wide draft spends its time reading weights, and two cores that share a memory cannot read twice as
-# fast as one.
-DRAFT_SHAPES = ("layers=4", "layers=6", "layers=8", "layers=10", "layers=12")
+KINDS = ("code", "chat", "text")
+WORDS = 48  # of a free text: what is continued
+COUPLINGS = ("shared", "maximal", "independent")
+BUDGETS = (4, 8, 16, 32)
+TURNS = tuple({"k": k} for k in (2, 4, 6))
+AT_ONCE = tuple({"k": k, "fan_out": m} for k in (2, 4, 6) for m in (8, 16))
+IN_TURN = ({"mode": "sd", "k": 2}, {"mode": "sd", "k": 4})  # auto may let them take turns, too
+PLAN = {"k": 4, "fan_out": 16}
+COUNTED = {"cut": False, "fallback": "jit", "ignore_eos": False}  # nothing hangs on timing
+BUILT_IN = {
+    "code": (
+        'def fibonacci(n):\n    """Return the n-th Fibonacci number."""\n',
+        'class Stack:\n    """Last in, first out."""\n\n    def __init__(self):\n',
+        "def search(values, wanted):\n    low, high = 0, len(values)\n    while low < high:\n",
+        'def word_count(text):\n    """How often each word occurs."""\n    counts = {}\n',
+    ),
+    "chat": (
+        "Why is the sky blue?",
+        "Give me three tips for learning a new language.",
+        "What is the difference between a list and a tuple in Python?",
+        "A train leaves at 9:40 and arrives at 11:15. How long does it take?",
+    ),
+    "text": (
+        "The old lighthouse had stood on the cliff for more than a century, and",
+        "In the early years of the railway, most people travelled",
+        "Bread is made from flour, water and salt. The dough is",
+        "The committee met on Tuesday to discuss the new budget. After two hours",
+    ),
+}
 
 
 @dataclass(frozen=True)
-class Effort:
-    """How much is measured. `sizes` are shapes of inflation.py that the target is grown to."""
+class Comparison:
+    """One row of TABLE. `ratios` are pairs of names; `judge` adds what follows."""
 
-    sizes: tuple[str, ...] = ("60m", "200m")
-    batches: tuple[int, ...] = (1, 8)
-    repeats: int = 7
-    plain_tokens: int = 64
-    pairs: int = 24
-    new_tokens: int = 128
-    sweep_prompts: int = 6
-    sweep_tokens: int = 64
-    ks: tuple[int, ...] = (1, 2, 3, 4, 5)  # overlap
-    overlap_prompts: int = 16  # of its sweeps: a K that is too long for its chains costs more than all noise
-    fan_outs: tuple[int, ...] = (4, 6, 8, 16, 24)
-    assisted_ks: tuple[int, ...] = (1, 2, 3, 4, 6, 8)
-    assisted_prompts: int = 8  # of its sweeps
-    assisted_repeats: int = 16  # each another prompt: how much there is to repeat differs from text to text
-    assisted_fan_outs: tuple[int, ...] = (8, 24)
-    thresholds: tuple[float, ...] = (0.0, 0.4)  # 0.4 is transformers' default
-    lookup_ks: tuple[int, ...] = (2, 4, 8)
-    quarter: bool = True  # overlap also on a pair whose draft step is a quarter of a verification
-    temperatures: tuple[float, ...] = (0.0, 0.7, 1.0)
-    budgets: tuple[int, ...] = (4, 8, 16, 24, 32)
-    predict_ks: tuple[int, ...] = (1, 2, 4)
-    predict_batch: int = 8
-    predict_batches: int = 4
-    mode_sizes: tuple[str, ...] = ("60m",)
-    mode_batches: tuple[int, ...] = (1, 2, 4, 8, 16)
-    mode_ks: tuple[int, ...] = (1, 2, 3, 4, 6)
-    mode_fan_outs: tuple[int, ...] = (8, 16)
-    tune_ks: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 8)
-    tune_fan_outs: tuple[int, ...] = (2, 4, 8, 16, 24)
-    tune_pairs: int = 24
-    tune_tokens: int = 128
-    long_prompts: int = 16  # prediction: runs that are long enough for a rest behind the first rounds
-    long_tokens: int = 320
-    saguaro_cs: tuple[float, ...] = (0.1, 0.25, 0.5, 0.75)
-    cut_ks: tuple[int, ...] = (2, 4, 8)
-    slow_ks: tuple[int, ...] = (1, 2, 4, 8)
-    slow_fan_outs: tuple[int, ...] = (4, 16)
-    slow_repeats: int = 12
+    name: str
+    asks: str
+    minutes: float  # with SmolLM2-135M on two cores, 15 tokens/s of AR a core
+    ways: tuple[Way, ...]
+    ratios: tuple[tuple[str, str], ...] = ()
+    temperatures: tuple[float, ...] = (0.0,)
+    by_kind: bool = False  # each kind of prompts by itself, not all in turn
+    repeats: int = 12
+    batch: int = 1
+    tokens: int = 48
+    sweep_repeats: int = 3
+    sweep_tokens: int = 24
+    judge: Callable[[dict], dict] = field(default=lambda group: {})
 
 
-FULL = Effort()
-QUICK = Effort(
-    sizes=(), batches=(1, 8), repeats=5, plain_tokens=24, pairs=6, new_tokens=24, sweep_prompts=1, sweep_tokens=16,
-    ks=(1, 2, 4), fan_outs=(4, 8), overlap_prompts=1, assisted_ks=(2, 4), assisted_fan_outs=(8,), thresholds=(0.0,),
-    assisted_prompts=1, assisted_repeats=5, lookup_ks=(4,), quarter=False, temperatures=(0.0, 1.0), budgets=(8, 24),
-    predict_batch=4, predict_batches=1, mode_sizes=(), mode_batches=(1,), mode_ks=(2,), mode_fan_outs=(8,),
-    tune_ks=(1, 2), tune_fan_outs=(8,), predict_ks=(1, 2), tune_pairs=6, tune_tokens=32, long_prompts=2,
-    long_tokens=144, saguaro_cs=(0.25,), cut_ks=(4,), slow_ks=(2,), slow_fan_outs=(4,), slow_repeats=5,
-)  # fmt: skip
-
-BRIEF = Effort(
-    repeats=5, pairs=20, new_tokens=64, sweep_prompts=4, sweep_tokens=64, ks=(1, 2, 3, 4), fan_outs=(4, 6, 8),
-    assisted_ks=(2, 4, 8), assisted_fan_outs=(4, 8), lookup_ks=(4,), predict_batches=2, mode_batches=(1, 4, 16),
-    mode_ks=(1, 2, 4), mode_fan_outs=(4, 16), tune_ks=(1, 2, 3, 4, 6), tune_fan_outs=(4, 8, 16), tune_pairs=12,
-    tune_tokens=96, long_prompts=12, long_tokens=256,
-)  # fmt: skip
-EFFORTS = {"quick": QUICK, "brief": BRIEF, "full": FULL}
+def against(of: str, *others: str) -> tuple[tuple[str, str], ...]:
+    return tuple((of, other) for other in others)
 
 
-# ---- the parts
+def ceiling(group: dict) -> dict:
+    """The most that SSD could gain over SD here, and how much of it was reached.
 
-
-def plain(bench: Bench) -> dict:
-    """Plain decoding: ours against transformers' generate."""
-    e, out = bench.effort, {"models": {}, "cells": [], "ratios": []}
-    for shape in (None, *e.sizes):
-        model, target = shape or bench.label, bench.grown("target", shape)
-        with bench.workers() as ask:
-            out["models"][model] = ceiling = bench.ceiling(ask, target)
-            texts = []
-            for batch in e.batches:
-                cells = []
-                for device in bench.devices:
-                    for peer in ("ar", "transformers")[: 2 if bench.theirs else 1]:
-                        cells.append(Cell(f"{peer} {device}", peer, {"target": target, "device": device}))
-                bench.time(ask, f"plain {model} batch {batch}", cells, e.repeats, e.plain_tokens, batch)
-                for cell in cells:
-                    record = cell.record(model=model, batch=batch)
-                    most = ceiling["steps_per_s"][cell.how["device"]] * batch
-                    out["cells"].append(record | {"of_bandwidth": record["tokens_per_s"]["median"] / most})
-                for mine, theirs in zip(cells[::2], cells[1::2]) if bench.theirs else ():
-                    labels = {"model": model, "batch": batch, "device": mine.how["device"]}
-                    out["ratios"].append(labels | ratio(mine, theirs))
-                texts.append(bench.same_text(ask, cells[0], cells[1:]))
-            ceiling["texts"] = texts
-    return out
-
-
-def overlap(bench: Bench) -> dict:
-    """AR, SD and SSD where target and draft have a core each, and SD and AR with both cores for each model."""
-    if bench.both is None:
-        raise ValueError("the part overlap needs two cores, this process may use one: leave it out with --only")
-    e, out = bench.effort, {"models": {}, "cells": [], "ratios": [], "sweeps": []}
-    pairs = [(bench.label, bench.grown("target", None), bench.grown("draft", None))]
-    if e.quarter:
-        pairs.append(quarter_pair(bench, out))
-    for model, target, draft in pairs:
-        with bench.workers() as ask:
-            pair, what, ceiling = {"target": target, "draft": draft}, f"overlap {model}", bench.ceiling(ask, target)
-            on_one, on_both = (pair | {"device": d, "draft_device": d} for d in (bench.one, bench.both))
-            apart = pair | {"device": bench.one, "draft_device": bench.other}
-            plans = {
-                "SD": ("sd", on_one, [{"k": k} for k in e.ks]),
-                "SD both cores": ("sd", on_both, [{"k": k} for k in e.ks]),
-                "SSD": ("ssd", apart, [{"k": k, "fan_out": M} for k in e.ks for M in e.fan_outs]),
-            }
-            fastest = []
-            for name, (mode, how, grid) in plans.items():
-                places = [Cell(name, mode, how | place) for place in grid]
-                cell, sweep = bench.best(ask, what, places, prompts=e.overlap_prompts)
-                fastest.append(cell)
-                out["sweeps"] += [{"model": model, **row} for row in sweep]
-            sd, sd_both, ssd = fastest
-            sd_same = Cell("SD at SSD's K", "sd", on_one | {"k": ssd.how["k"]})
-            ar = Cell("AR", "ar", {"target": target, "device": bench.one})
-            ar_both = Cell("AR both cores", "ar", {"target": target, "device": bench.both})
-            cells = [ar, sd, sd_same, ssd, ar_both, sd_both]
-            bench.time(ask, what, cells, e.pairs, e.new_tokens)
-            against = ((ssd, sd), (ssd, sd_same), (ssd, ar), (sd, ar), (sd_both, ar_both), (ssd, sd_both))
-            ratios = [{"model": model, **ratio(a, b)} for a, b in against]
-            out["ratios"] += ratios
-            records = {cell.name: cell.record(model=model) for cell in cells}
-            out["cells"] += records.values()
-            ceiling["texts"] = [bench.same_text(ask, ar, cells[1:])]
-            out["models"][model] = ceiling | judge(records["SSD"], records["SD at SSD's K"], ratios)
-    return out
-
-
-def quarter_pair(bench: Bench, out: dict) -> tuple[str, str, str]:
-    """The target grown to the first size, and the draft grown until its step is about a quarter of a verification."""
-    target, k = bench.grown("target", bench.effort.sizes[0]), 2
-    tried = []
-    for shape in DRAFT_SHAPES:
-        how = {"target": target, "draft": bench.grown("draft", shape), "device": bench.one, "draft_device": bench.one}
-        with bench.workers() as ask:
-            cell = Cell("SD", "sd", how | {"k": k})
-            bench.time(ask, f"draft {shape}", [cell], 2, bench.effort.sweep_tokens)
-        record = cell.record()
-        tried.append({"draft": shape, "step_over_verify": record["draft_ms"] / k / record["verify_ms"]})
-    chosen = min(tried, key=lambda row: abs(row["step_over_verify"] - DRAFT_STEP_SHARE))
-    out["draft_shapes"] = {"tried": tried, "chosen": chosen}
-    return f"{bench.effort.sizes[0]} / grown draft", target, bench.grown("draft", chosen["draft"])
-
-
-def judge(ssd: dict, sd: dict, ratios: list[dict]) -> dict:
-    """The ceiling of SSD over SD at the same K (speed.py), with the rounds as long as they came out.
-
-    A verification lasts as long as it does beside a busy draft; beside an idle one the ceiling would be higher.
+    All drafting of SD hidden, with verifications as long as they are beside a busy draft and the
+    tokens a round that SSD reached.
     """
-    tokens = ssd["tokens_per_round"] / sd["tokens_per_round"]
-    most, alone = ((1 + sd["draft_ms"] / run["verify_ms"]) * tokens for run in (ssd, sd))
-    got = next(r["median"] for r in ratios if (r["of"], r["to"]) == (ssd["name"], sd["name"]))
-    return {
-        "ssd_over_sd_ceiling": most,
-        "share_of_ceiling": got / most,
-        "ceiling_if_lanes_were_free": alone,
-        "hit_round_over_verify": ssd.get("hit_round_over_verify"),
-        "hidden": ssd["hidden"],
-        "draft_step_over_verify": sd["draft_ms"] / sd["k"] / sd["verify_ms"],
-    }
+    ssd, sd = group["ways"]["SSD"], group["ways"]["SD"]
+    most = (
+        (1 + sd["draft_ms"] / ssd["verify_ms"]) * ssd["tokens_per_round"] / sd["tokens_per_round"]
+    )
+    return {"ceiling": most, "share_of_ceiling": group["ratios"]["SSD over SD"]["median"] / most}
 
 
-def predict(bench: Bench) -> dict:
-    """Acceptance, hits and tokens a round. Chains are waited for and misses drafted anew: nothing hangs on timing."""
-    e, target, draft = bench.effort, bench.grown("target", None), bench.grown("draft", None)
-    out = {"models": {}, "cells": []}
-    device = bench.both or bench.one
-    how = {"target": target, "draft": draft, "device": device, "draft_device": device, "cut": False, "fallback": "jit"}
-    with bench.workers() as ask:
-        out["models"][bench.label] = bench.ceiling(ask, target)
-        for temperature in e.temperatures:
-            for coupling in ("shared", "maximal", "independent") if temperature else ("shared",):
-                for k, M in itertools.product(e.predict_ks, e.budgets):
-                    this = how | {"k": k, "fan_out": M, "temperature": temperature, "coupling": coupling}
-                    cell = Cell(f"predict T={temperature} {coupling} K={k} M={M}", "ssd", this)
-                    same = {} if temperature else {"coupling": "any"}  # at temperature 0 they are one
-                    out["cells"].append(bench.count(ask, "predict", cell, model=bench.label) | same)
-    return out
+def steadiness(group: dict) -> dict:
+    """The tenth percentile of a command's repeats over their median: 1 is perfectly steady."""
+    out = {}
+    for name, way in group["ways"].items():
+        rates = [run["tokens_per_s"] for run in way["runs"]]
+        out[name] = quantiles(rates, n=10, method="inclusive")[0] / way["tokens_per_s"]["median"]
+    return {"steadiness": out}
 
 
-def assisted(bench: Bench) -> dict:
-    """SD and SSD against transformers' assisted generation, with equal cores in total and a K of its own for each."""
-    e, out = bench.effort, {"models": {}, "cells": [], "ratios": [], "sweeps": []}
-    for shape in (None, *e.sizes[-1:]):
-        model, target, draft = shape or bench.label, bench.grown("target", shape), bench.grown("draft", None)
-        with bench.workers() as ask:
-            ceiling, pair = bench.ceiling(ask, target), {"target": target, "draft": draft}
-            taking_turns = [pair | {"device": d, "draft_device": d} for d in bench.devices]
-            alone = [{"target": target, "device": d} for d in bench.devices]
-            apart = pair | {"device": bench.one, "draft_device": bench.other}
-            plans = {
-                "sd": [how | {"k": k} for how in taking_turns for k in (*e.assisted_ks, "auto")],
-                "ssd": [apart | {"k": k, "fan_out": M} for k in e.assisted_ks for M in e.assisted_fan_outs]
-                + [apart | {"k": "auto", "fan_out": "auto"}],
-                NGRAM: [how | {"k": k} for how in alone for k in e.lookup_ks],
-                "ar": alone,
-            }
-            if bench.theirs:
-                plans["transformers"] = alone
-                plans["transformers assisted"] = [how | {"draft": draft, "k": k, "threshold": t} for how in alone
-                                                  for k in e.assisted_ks for t in e.thresholds]  # fmt: skip
-                plans["transformers lookup"] = [how | {"k": k} for how in alone for k in e.lookup_ks]
-            what, cells = f"assisted {model}", []
-            for peer, hows in plans.items():
-                cell, sweep = bench.best(ask, what, [Cell(peer, peer, how) for how in hows], prompts=e.assisted_prompts)
-                out["sweeps"] += [{"model": model, **row} for row in sweep]
-                cells.append(cell)
-            bench.time(ask, what, cells, e.assisted_repeats, e.new_tokens)
-            by = {cell.peer: cell for cell in cells}
-            against = [to for to in ("transformers assisted", "transformers lookup", "transformers", "ar") if to in by]
-            for mine in ("ssd", "sd", NGRAM):
-                out["ratios"] += [{"model": model, **ratio(by[mine], by[to])} for to in against if mine in by]
-            out["cells"] += [cell.record(model=model) for cell in cells]
-            out["models"][model] = ceiling | {"texts": [bench.same_text(ask, by.pop("ar"), list(by.values()))]}
-    return out
+def here_and_there(*ways: Way) -> tuple[Way, ...]:
+    """Each way twice: by this checkout and by the other one."""
+    return tuple(
+        replace(w, name=f"{w.name}{end}", beside=bool(end)) for w in ways for end in ("", " before")
+    )
 
 
-PARTS = {
-    "plain": plain, "overlap": overlap, "predict": predict, "assisted": assisted, "modes": modes, "tune": tune,
-    "prediction": prediction, "ablations": ablations,
-}  # fmt: skip
+BESIDE = (
+    Way("AR", "ar"), Way("AR both cores", "ar", "both"), Way("SD", "sd", "one", {"k": 4}),
+    Way("SSD", "ssd", "apart", PLAN), Way("SSD auto", "ssd", "apart"),
+    *(Way(f"SSD {c}, T=1", "ssd", "apart", PLAN | COUNTED | {"temperature": 1.0, "coupling": c})
+      for c in COUPLINGS),
+)  # fmt: skip
+
+TABLE = (
+    Comparison(
+        "modes", "How fast is each mode at its best, beside what one would use instead?", 6.5,
+        (
+            Way("AR", "ar"), Way("AR both cores", "ar", "both"),
+            Way("SD", "sd", "one", {}, TURNS), Way("SD both cores", "sd", "both", {}, TURNS),
+            Way("SSD", "ssd", "apart", {}, AT_ONCE), Way("SSD auto", "ssd", "apart"),
+            Way("transformers", "transformers"),
+            Way("transformers both cores", "transformers", "both"),
+            Way("transformers assisted", "transformers assisted", "both", {}, TURNS),
+            Way("transformers lookup", "transformers lookup", "both", {}, TURNS),
+            Way("llama.cpp", "llama.cpp"), Way("llama.cpp both cores", "llama.cpp", "both"),
+            Way("llama.cpp draft", "llama.cpp draft", "both", {}, TURNS),
+        ),
+        against("SSD", "SD", "AR", "SD both cores", "AR both cores")
+        + against("SSD", "transformers assisted", "llama.cpp draft") + against("SSD auto", "SSD")
+        + against("SD", "AR") + against("SD both cores", "AR both cores")
+        + against("AR", "transformers", "llama.cpp")
+        + against("AR both cores", "transformers both cores", "llama.cpp both cores"),
+        temperatures=(0.0, 1.0), repeats=9,
+    ),
+    Comparison(
+        "accept", "What is accepted, and how often is a chain ready?", 9,
+        tuple(Way(f"{c} M={m}", "ssd", "both", {"k": 4, "fan_out": m, "coupling": c} | COUNTED)
+              for c in COUPLINGS for m in BUDGETS),
+        temperatures=(0.0, 0.7, 1.0), by_kind=True, repeats=1, batch=14, tokens=32,
+    ),
+    Comparison(
+        "overlap", "How much of the draft's time does SSD hide, and what is left to gain?", 2,
+        (Way("SD", "sd", "one", {"k": 4}), Way("SSD", "ssd", "apart", PLAN)),
+        against("SSD", "SD"), repeats=20, judge=ceiling,
+    ),
+    Comparison(
+        "auto", "Is the engine's own choice of K and M as good as the best of all?", 4,
+        (Way("auto", "ssd", "apart"), Way("best", "ssd", "apart", {}, AT_ONCE + IN_TURN)),
+        against("auto", "best"), temperatures=(0.0, 1.0), tokens=64, sweep_repeats=6,
+    ),
+    Comparison(
+        "steady", "Is one command as fast every time it is run?", 3,
+        (Way("generate.py --ssd", "command", "apart"),), repeats=20, tokens=64, judge=steadiness,
+    ),
+    Comparison(
+        "ablate", "What does each choice give: cutting chains, and what to do on a miss?", 2,
+        (
+            Way("as it is", "ssd", "apart", PLAN),
+            Way("chains are waited for", "ssd", "apart", PLAN | {"cut": False}),
+            Way("jit on a miss", "ssd", "apart", PLAN | {"fallback": "jit"}),
+            Way("fast on a miss", "ssd", "apart", PLAN | {"fallback": "fast"}),
+        ),
+        tuple((f"{way} on a miss", "as it is") for way in ("jit", "fast"))
+        + against("chains are waited for", "as it is"),
+        temperatures=(1.0,),
+    ),
+    Comparison(
+        "beside", "Is what was taken out missed? The same by another checkout (--beside).", 6,
+        here_and_there(*BESIDE), tuple((way.name, f"{way.name} before") for way in BESIDE),
+        repeats=20,
+    ),
+)  # fmt: skip
+
+
+def quick(c: Comparison) -> Comparison:
+    """A fifth of a comparison: it shows that everything works, and no more."""
+    ways = [replace(way, sweep=way.sweep[:2]) for way in c.ways]
+    if c.name == "accept":
+        ways = [way for way in ways if way.settings["fan_out"] in BUDGETS[::2]]
+    heats = c.temperatures[-1:] if c.by_kind else c.temperatures[:1]
+    few = {"repeats": min(c.repeats, 3), "batch": min(c.batch, 6), "tokens": 16}
+    return replace(c, ways=tuple(ways), temperatures=heats, sweep_repeats=1, sweep_tokens=12, **few)
+
+
+# ---- prompts
+
+
+def prompts(folder: str | None, count: int) -> dict[str, list[str]]:
+    """Texts by kind: code to go on with, questions for the chat template, free text."""
+    if folder is None:
+        return {kind: list(BUILT_IN[kind])[:count] for kind in KINDS}
+    code = [row["prompt"] for row in read_lines(folder, "humaneval_prompts.jsonl")]
+    rows = read_lines(folder, "spec_bench.jsonl")
+    chat = [r["turns"][0] for r in rows if r["task"] in ("mt_bench", "qa", "math_reasoning")]
+    articles = [
+        r["turns"][0].split(":", 1)[-1].split() for r in rows if r["task"] == "summarization"
+    ]
+    texts = {"code": code, "chat": chat, "text": [" ".join(words[:WORDS]) for words in articles]}
+    return {kind: spread(texts[kind], count) for kind in KINDS}
+
+
+def spread(texts: list[str], count: int) -> list[str]:
+    """`count` of the shorter half, from all over the list: long ones cost time and tell no more."""
+    longest = sorted(map(len, texts))[min(max(count, len(texts) // 2), len(texts)) - 1]
+    short = [text for text in texts if len(text) <= longest]
+    return short[:: max(1, len(short) // count)][:count]
+
+
+def read_lines(folder: str, name: str) -> list[dict]:
+    try:
+        return [
+            json.loads(line)
+            for line in (Path(folder) / name).read_text(encoding="utf-8").splitlines()
+        ]
+    except (OSError, ValueError) as error:
+        wanted = "wanted a folder with humaneval_prompts.jsonl and spec_bench.jsonl"
+        raise ValueError(
+            f"--prompts {folder}: {name} cannot be read ({error}), {wanted}"
+        ) from error
 
 
 # ---- the program
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="bench.py", description=__doc__.splitlines()[0], allow_abbrev=False)
+    names = ", ".join(f"{c.name} ({c.minutes:g} min)" for c in TABLE)
+    p = argparse.ArgumentParser(
+        prog="bench.py", description=__doc__.splitlines()[0], allow_abbrev=False
+    )
     add = p.add_argument
-    add("--only", metavar="PART[,PART]", default=",".join(PARTS), help=f"some of {', '.join(PARTS)} (default: all)")
-    add("--effort", choices=EFFORTS, default="full", help="how many sizes, settings, prompts and repeats: a part takes "
-        "about 20 seconds, 4 to 20 minutes, or longer on 2 cores")  # fmt: skip
-    add("--quick", dest="effort", action="store_const", const="quick", help="--effort quick: under 3 minutes in all")
-    add("--target", metavar="DIR", default=str(DEMO / "target"), help="a small checkpoint (default: the demo pair's)")
-    add("--draft", metavar="DIR", default=str(DEMO / "draft"), help="its draft")
-    add("--prompts", metavar="FILE", dest="prompt_file", help='.jsonl with a "prompt" a line (default: built in)')
-    add("--out", metavar="FILE", help="write all results as JSON, after every part")
-    add("--show", metavar="FILE", help="print the tables of such a file and measure nothing")
+    add("--only", metavar="NAME[,NAME]", help=f"some of {names}")
+    add("--quick", action="store_true", help="a fifth of everything")
+    add(
+        "--out",
+        metavar="FILE",
+        help="write the results as JSON; other comparisons in the file are kept",
+    )
+    add("--target", metavar="MODEL", help="folder, .gguf file or hub id (the default model)")
+    add("--draft", metavar="MODEL", help="its draft (the default model's)")
+    add("--dtype", default="float32", help="float32, bfloat16 (float32)")
+    add("--device", metavar="D", help="the target's, where it is not to be two CPU cores")
+    add("--draft-device", metavar="D", help="the draft's in SSD")
+    add(
+        "--prompts",
+        metavar="DIR",
+        help="humaneval_prompts.jsonl and spec_bench.jsonl (built-in prompts)",
+    )
+    add(
+        "--count", type=int, metavar="N", default=14, help="prompts of each of the three kinds (14)"
+    )
+    add(
+        "--longest",
+        type=int,
+        metavar="N",
+        default=192,
+        help="tokens of a prompt: longer ones are left out (192)",
+    )
+    add("--llama", metavar="DIR", help="folder with llama.cpp's programs, a peer for .gguf files")
+    add("--beside", metavar="DIR", help="another checkout of this repository, to compare with")
     return p
 
 
-def run_parts(args, effort: Effort) -> dict:
-    """Run the chosen parts; what is done is on disk even if a later part fails."""
-    chosen = args.only.split(",")
-    if wrong := [name for name in chosen if name not in PARTS]:
-        raise ValueError(f"--only names {wrong[0]!r}, wanted some of {', '.join(PARTS)}, with commas between them")
+def chosen(args) -> list[Comparison]:
+    names = [c.name for c in TABLE if c.name != "beside" or args.beside]
+    wanted = args.only.split(",") if args.only else names
+    if wrong := [name for name in wanted if name not in names]:
+        raise ValueError(f"--only names {wrong[0]!r}, wanted some of {', '.join(names)}")
     if args.out and not Path(args.out).resolve().parent.is_dir():
-        raise ValueError(f"{args.out} cannot be written, its folder does not exist: create it first")
-    results = {"environment": environment(), "effort": asdict(effort), "parts": {}}
-    with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(args, effort, Path(folder))
-        results |= {"prompt_tokens": list(map(len, bench.prompts)), "skipped": bench.skipped}
-        for name in PARTS:
-            if name in chosen:
-                results["parts"][name] = PARTS[name](bench)
-                if args.out:
-                    Path(args.out).write_text(json.dumps(results, indent=1) + "\n")
+        raise ValueError(
+            f"{args.out} cannot be written, its folder does not exist: create it first"
+        )
+    table = [quick(c) for c in TABLE] if args.quick else TABLE
+    return [c for c in table if c.name in wanted]
+
+
+def measure(runner: Runner, c: Comparison, dtype: str) -> dict:
+    """A comparison's entry in the file of results."""
+    out = {
+        "asks": c.asks,
+        "environment": environment(dtype),
+        "ceiling": runner.ceiling(),
+        "groups": {},
+    }
+    out["pair"] = [Path(name).name for name in runner.pair]
+    for place, most in out["ceiling"].items():
+        if most:
+            print(
+                f"{c.name}: memory allows {most:.1f} passes of the target a second, {PLACES[place]}"
+            )
+    for kind in runner.prompts if c.by_kind else (None,):
+        for temperature in c.temperatures:
+            ways = c.ways
+            if c.name == "accept" and not temperature:  # there the couplings are one
+                ways = tuple(way for way in ways if way.settings["coupling"] == "shared")
+            group = runner.group(replace(c, ways=ways), temperature, kind)
+            label = f"T={temperature:g} {kind}" if kind else f"T={temperature:g}"
+            out["groups"][label] = group | c.judge(group)
+    return rounded(out | {"skipped": dict(runner.skipped)})
+
+
+def headline(results: dict) -> dict:
+    """The ratios by name, and how many texts differ that should be the same."""
+    out, differ = {}, 0
+    for name, found in results.items():
+        for label, group in found["groups"].items():
+            out |= {
+                f"{name} {label}: {key}": round(r["median"], 3)
+                for key, r in group["ratios"].items()
+            }
+            out |= {
+                f"{name} {label}: {key}": group[key]
+                for key in ("share_of_ceiling", "steadiness")
+                if key in group
+            }
+            differ += group["same_text"]["differ"]
+    return out | {"texts_differ": differ}
+
+
+def run(args) -> dict:
+    """What was measured; each comparison is on disk as soon as it is done."""
+    table, results = chosen(args), {}
+    texts = prompts(args.prompts, args.count)
+    runner = Runner(args, texts)
+    try:
+        for c in table:
+            results[c.name] = measure(runner, c, args.dtype)
+            if args.out:
+                out = Path(args.out)
+                kept = json.loads(out.read_text()) if out.exists() else {}
+                out.write_text(json.dumps(kept | {c.name: results[c.name]}, indent=1) + "\n")
+    finally:
+        runner.close()
     return results
 
 
-def read_results(path: str) -> dict:
+def main(argv: list[str] | None = None) -> int:
     try:
-        return json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as results ({error}): give a file written with --out") from error
-
-
-def main(argv: list[str] | None = None, effort: Effort | None = None) -> int:
-    args = parser().parse_args(argv)
-    try:
-        effort = effort or EFFORTS[args.effort]
-        results = read_results(args.show) if args.show else run_parts(args, effort)
+        results = run(parser().parse_args(argv))
     except ValueError as error:
         print(f"bench.py: {error}", file=sys.stderr)
         return MISTAKE
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    except RuntimeError as error:  # a measurement that failed; earlier parts are in the file
+    except RuntimeError as error:  # a measurement that failed; earlier comparisons are in the file
         print(f"bench.py: {error}", file=sys.stderr)
         return 1
-    print(render(results))
+    except KeyboardInterrupt:
+        return INTERRUPTED
     print(json.dumps(headline(results)))
     return 0
 

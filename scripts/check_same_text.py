@@ -1,13 +1,15 @@
-"""Do AR, SD and SSD print the same text? The whole grid of settings, on real prompts, with the demo pair.
+"""Do AR, SD and SSD print the same text? The whole grid of settings, on real prompts.
 
-Knows: the grid, and what counts as a floating-point tie. Does not know: how anything is computed. Read next: ssd.py.
+Knows: the grid, and what counts as a floating-point tie. Does not know: how anything is computed.
+Read next: ssd.py.
 
-    python scripts/check_same_text.py PROMPTS.jsonl              40 prompts, 128 new tokens, about 30 minutes on 2 cores
-    python scripts/check_same_text.py PROMPTS.jsonl --quick      8 prompts, 48 new tokens, about a minute
+    python scripts/check_same_text.py PROMPTS.jsonl              40 prompts, 128 new tokens each
+    python scripts/check_same_text.py PROMPTS.jsonl --quick      8 prompts, 48 new tokens each
 
-Coupling `shared`: the text of a seed must not depend on the mode, K, the budget, the fallback, cutting or the batch.
-Where it does, the target is asked again: if its scores of both tokens lie within 1e-4 (float32) of its best, rounding
-decides between them, which is reported and counted as a tie; anything else is a difference, and the exit code 1.
+Coupling `shared`: the text of a seed must not depend on the mode, K, the budget, the fallback,
+cutting or the batch. Where it does, the target is asked again. If its scores of both tokens lie
+within 1e-4 (float32) of its best, rounding decides between them, which is reported and counted as a
+tie. Anything else is a difference, and the exit code is 1.
 """
 
 import argparse
@@ -20,8 +22,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
 
-from generate import DEMO, read_prompts  # noqa: E402
-from runtime import LaneFault  # noqa: E402
+from generate import read_prompts  # noqa: E402
+from runtime import DraftLost  # noqa: E402
 from sampling import TOKEN, Params, gumbel  # noqa: E402
 from ssd import load  # noqa: E402
 
@@ -32,7 +34,7 @@ BUDGETS, FALLBACKS = (4, 8, 16, 32), ("jit", "fast", "auto")
 
 
 def cells(quick: bool):
-    """(batch, settings) for every cell: K in 1..8 for SD and SSD, the rest of SSD's settings taking turns."""
+    """(batch, settings) for every cell: K from 1 to 8, the rest of SSD's settings in turn."""
     for place, (temperature, seed) in enumerate(HEAT[::3] if quick else HEAT):
         heat = {"temperature": temperature, "seed": seed}
         yield 1, heat | {"mode": "ar"}
@@ -44,7 +46,7 @@ def cells(quick: bool):
 
 
 def run(engine, prompts: list, batch: int, settings: dict, new: int) -> list[list[int]]:
-    """New tokens per prompt. Each row has its own seed, so that its text does not depend on who shares its batch."""
+    """New tokens per prompt. Each row has its own seed: its text does not depend on its batch."""
     out = []
     for at in range(0, len(prompts), batch):
         part = prompts[at : at + batch]
@@ -55,28 +57,33 @@ def run(engine, prompts: list, batch: int, settings: dict, new: int) -> list[lis
 
 
 def gap(engine, ids: list[int], tokens: tuple[int, int], settings: dict, number: int) -> float:
-    """How far the worse of two tokens lies below the target's best behind `ids`, noise included: 0 is a perfect tie."""
+    """How far the worse of two tokens lies below the target's best after `ids`, noise included."""
     with torch.inference_mode():
         logits_V = engine.target.transformer(torch.tensor([ids]))[0, -1].float()
         temperature = settings["temperature"]
         if temperature:
-            params = Params.make([temperature], [0], [1.0], [settings["seed"] * 1000 + number], [0], "cpu")
+            seed = settings["seed"] * 1000 + number
+            params = Params.make([temperature], [0], [1.0], [seed], [0], "cpu")
             noise = gumbel(params, torch.tensor([[len(ids)]]), TOKEN, len(logits_V))
             logits_V = logits_V / temperature + noise[0, 0]
     return float(logits_V.max() - logits_V[list(tokens)].min())
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("prompt_file", metavar="PROMPTS", help='.jsonl with a "prompt" a line')
-    parser.add_argument("--target", default=str(DEMO / "target"))
-    parser.add_argument("--draft", default=str(DEMO / "draft"))
+    parser.add_argument("--target", help="folder, .gguf file or hub id (the default model)")
+    parser.add_argument("--draft", help="its draft (the default model's)")
     parser.add_argument("--quick", action="store_true", help="a small part of the grid")
-    parser.add_argument("--count", type=int, metavar="N", help="how many of the prompts (40; 8 with --quick)")
-    parser.add_argument("--new-tokens", type=int, metavar="N", help="for each of them (128; 48 with --quick)")
-    parser.add_argument("--out", metavar="FILE", help="write what was found as JSON, after every cell")
+    parser.add_argument("--count", type=int, metavar="N", help="prompts (40; 8 with --quick)")
+    parser.add_argument("--new-tokens", type=int, metavar="N", help="(128; 48 with --quick)")
+    parser.add_argument("--out", metavar="FILE", help="write what was found, after every cell")
     args = parser.parse_args(argv)
-    count, new = args.count or (8 if args.quick else 40), args.new_tokens or (48 if args.quick else 128)
+    count, new = (
+        args.count or (8 if args.quick else 40),
+        args.new_tokens or (48 if args.quick else 128),
+    )
     try:
         texts = read_prompts(args)[:count]
         engine = load(args.target, args.draft, "cpu:0", "cpu:1", "float32")
@@ -85,7 +92,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
 
     def lost(text: str):  # a cell that quietly went on as AR would prove nothing
-        raise LaneFault(text)
+        raise DraftLost(text)
 
     engine.warn = lost
     limit = engine.target.config.max_positions - new
@@ -99,14 +106,22 @@ def main(argv: list[str] | None = None) -> int:
         for number, (ours, theirs) in enumerate(zip(found, truth[heat])):
             if ours != theirs:
                 at = next(i for i, (a, b) in enumerate(zip(ours, theirs)) if a != b)
-                distance = gap(engine, prompts[number] + theirs[:at], (ours[at], theirs[at]), settings, number)
-                where = {"prompt": number, "position": at, "gap": distance, "batch": batch, **settings}
+                before, two = prompts[number] + theirs[:at], (ours[at], theirs[at])
+                distance = gap(engine, before, two, settings, number)
+                where = {
+                    "prompt": number,
+                    "position": at,
+                    "gap": distance,
+                    "batch": batch,
+                    **settings,
+                }
                 (ties if distance < TIE else differences).append(where)
                 print(f"  {'tie' if distance < TIE else 'DIFFERENT'}: {where}", flush=True)
         done.append({"batch": batch, **settings})
         print(f"{len(done):3d}: batch {batch} {settings}", flush=True)
-        result = {"prompts": len(prompts), "new_tokens": new, "cells": len(done), "texts": len(done) * len(prompts),
-                  "differences": len(differences), "ties": len(ties), "details": differences + ties}  # fmt: skip
+        result = {"prompts": len(prompts), "new_tokens": new, "cells": len(done),
+                  "texts": len(done) * len(prompts), "differences": len(differences),
+                  "ties": len(ties), "details": differences + ties}  # fmt: skip
         if args.out:
             Path(args.out).write_text(json.dumps(result, indent=1) + "\n")
     print(f"{result['texts']} texts of {new} tokens in {len(done)} cells: {len(ties)} ties, "

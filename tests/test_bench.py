@@ -1,405 +1,295 @@
-"""scripts/bench.py at toy size: every part runs, its file has what it should, ratios are what they are said to be."""
+"""scripts/bench.py with tiny models: every comparison runs, and its file says what was measured."""
 
 import json
+import os
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
-from types import SimpleNamespace
 
 import pytest
-import tiny
 import torch
-
-import runtime
-import tuner
-from checkpoint.weights import save_model
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
 
-import ablate  # noqa: E402
-import altered  # noqa: E402
 import bench  # noqa: E402
 import check_same_text  # noqa: E402
-import measure  # noqa: E402
-import modes  # noqa: E402
-import peers  # noqa: E402
+import render  # noqa: E402
+import runner  # noqa: E402
+from runner import Way  # noqa: E402
 
-TOY = bench.Effort(
-    sizes=("hidden=48,layers=3",), batches=(1, 2), repeats=3, plain_tokens=12, pairs=3, new_tokens=12, sweep_prompts=1,
-    overlap_prompts=1, sweep_tokens=8, ks=(1, 2), fan_outs=(4,), assisted_ks=(2,), assisted_fan_outs=(4,),
-    assisted_prompts=1, assisted_repeats=2, thresholds=(0.0,), lookup_ks=(2,), temperatures=(0.0, 1.0),
-    budgets=(4, 8), predict_ks=(1, 2), predict_batch=2, predict_batches=2, mode_sizes=(), mode_batches=(1, 2),
-    mode_ks=(2,), mode_fan_outs=(2, 4), tune_ks=(1, 2), tune_fan_outs=(2, 4), tune_pairs=3, tune_tokens=12,
-    long_prompts=2, long_tokens=210, saguaro_cs=(0.5,), slow_ks=(1, 2), slow_fan_outs=(4,),
-)  # fmt: skip
+CORES = runner.available_cores()
+QUICK = bench.quick
+FIRST, LAST = f"cpu:{CORES[0]}", f"cpu:{CORES[-1]}"
+two_cores = pytest.mark.skipif(len(CORES) < 2, reason="two cores are needed")
 
 
-class Here(peers.Server):
-    """A worker without its process: the tests need not start Python and load torch again and again."""
+class Here:
+    """A worker without its process: loading torch again and again takes long."""
 
-    def __init__(self, cores):
-        super().__init__()
+    def __init__(self, cores, build, *given):
+        self.peer, self.build = None, lambda: build(*given)
 
-    def ask(self, do, **request):
-        return peers.checked(json.loads(json.dumps(self.answer({"do": do, **request}))))
+    def ask(self, name, **how):
+        self.peer = self.peer or self.build()
+        return getattr(self.peer, name)(**how)
 
     def close(self):
         pass
 
 
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory):
-    """A tiny checkpoint and a draft of it, on disk."""
-    folder = tmp_path_factory.mktemp("pair")
-    target = tiny.transformer(seed=1, dtype=torch.float32)
-    raw = tiny.SHAPE | {"vocab_size": 50, "max_position_embeddings": 256, "tie_word_embeddings": False}
-    for name, model in (("target", target), ("draft", tiny.transformer(base=target, noise=0.02, dtype=torch.float32))):
-        save_model(model, raw, folder / name)
-    return ["--target", str(folder / "target"), "--draft", str(folder / "draft")]
+def tiny(c: bench.Comparison) -> bench.Comparison:
+    """As little as a comparison can be: two repeats, few tokens, sweeps of two."""
+    ways = c.ways[:: len(bench.BUDGETS)] if c.name == "accept" else c.ways
+    small = QUICK(replace(c, ways=ways))
+    return replace(small, repeats=2, batch=min(c.batch, 2), tokens=8, sweep_tokens=4)
 
 
 @pytest.fixture
-def run(pair, monkeypatch, tmp_path, capsys):
-    """run(part) -> the written results, what was printed, the headline."""
+def run(demo, monkeypatch, tmp_path, capsys):
+    """run(comparison, *flags) gives its entry in the file of results, and the headline."""
     threads = torch.get_num_threads()
-    monkeypatch.setattr(peers, "Worker", Here)
-    for module in (peers, runtime):  # the probe takes longer than a toy model's whole run
-        monkeypatch.setattr(module, "read_bandwidth", lambda lane: 1e10)
-    monkeypatch.setattr(bench, "DRAFT_SHAPES", ("layers=3", "hidden=48"))
+    monkeypatch.setattr(runner, "Worker", Here)
+    monkeypatch.setattr(bench, "quick", tiny)
+    # Two threads on two busy cores would take ten times as long.
+    places = {"one": (FIRST, FIRST), "both": (FIRST, FIRST), "apart": (FIRST, LAST)}
+    monkeypatch.setattr(runner.Runner, "places", lambda self: places)
 
-    def run_part(part, effort=TOY):
+    def measure(name, *flags):
         out = tmp_path / "out.json"
-        assert bench.main([*pair, "--only", part, "--out", str(out)], effort) == 0
-        printed = capsys.readouterr().out
-        *tables, last = printed.splitlines()
+        pair = ["--target", str(demo / "target"), "--draft", str(demo / "draft")]
+        few = ["--quick", "--count", "2", "--only", name]
+        code = bench.main([*pair, *few, "--out", str(out), *flags])
+        printed = capsys.readouterr()
+        assert code == 0, printed.err
         results = json.loads(out.read_text())
-        assert bench.render(results) == "\n".join(tables), "the tables come from the file alone"
-        assert results["environment"]["dtype"] == "float32" and results["effort"]["repeats"] == effort.repeats
-        assert str(tmp_path) not in json.dumps(results), "results name no paths"
-        for facts in results["parts"][part]["models"].values():
-            assert all(speed > 0 for speed in facts["read_bytes_per_s"].values())
-        return results["parts"][part], results, json.loads(last)
+        assert str(demo) not in out.read_text(), "results name no folders"
+        entry, headline = results[name], json.loads(printed.out.splitlines()[-1])
+        assert entry["environment"]["dtype"] == "float32" and entry["pair"] == ["target", "draft"]
+        assert "memory allows" in printed.out.splitlines()[0]
+        assert headline["texts_differ"] == 0
+        for group in entry["groups"].values():
+            for way in group["ways"].values():
+                assert len(way["runs"]) == 2
+                middle = median(run["tokens_per_s"] for run in way["runs"])
+                assert way["tokens_per_s"]["median"] == pytest.approx(middle, rel=1e-3)
+            for key, found in group["ratios"].items():
+                of, to = (group["ways"][side]["runs"] for side in key.split(" over "))
+                rates = [a["tokens_per_s"] / b["tokens_per_s"] for a, b in zip(of, to)]
+                assert found["pairs"] == pytest.approx(rates, rel=1e-3)
+        if name in render.VIEWS:
+            assert render.view(results, name).count("\n") >= 2
+        return entry, headline
 
-    yield run_part
+    yield measure
     torch.set_num_threads(threads)
 
 
-def check_ratios(part, same=("model", "temperature", "batch", "table")):
-    """Each is the median of its repeats' own ratios, tokens/s over tokens/s, both from the cells of the file."""
-    speeds = {(c["name"], *(c.get(key) for key in same)): c.get("tokens_per_s", {}).get("runs") for c in part["cells"]}
-    assert part["ratios"]
-    for r in part["ratios"]:
-        of, to = (speeds[(r[side], *(r.get(key) for key in same))] for side in ("of", "to"))
-        assert r["pairs"] == [a / b for a, b in zip(of, to, strict=True)]
-        assert r["median"] == median(r["pairs"]) and r["low"] <= r["median"] <= r["high"]
+# ---- the table
 
 
-def test_plain(run):
+@two_cores
+def test_modes(run):
     pytest.importorskip("transformers")
-    part, results, headline = run("plain")
-    assert list(part["models"]) == ["target", "hidden=48,layers=3"]
-    assert len(part["cells"]) == 2 * 2 * 2 * len(measure_devices()), "models, batches, peers, core lists"
-    assert all(len(cell["tokens_per_s"]["runs"]) == TOY.repeats for cell in part["cells"])
-    assert {cell["peer"] for cell in part["cells"]} == {"ar", "transformers"}
-    check_ratios(part)
-    for facts in part["models"].values():
-        for cell in part["cells"]:
-            if cell["model"] in part["models"] and part["models"][cell["model"]] is facts:
-                most = facts["read_bytes_per_s"][cell["device"]] / facts["step_bytes"] * cell["batch"]
-                assert cell["of_bandwidth"] == pytest.approx(cell["tokens_per_s"]["median"] / most)
-    assert headline["texts_differ"] == 0, "the same checkpoint, greedy: transformers writes the same"
+    entry, headline = run("modes")
+    (group,) = entry["groups"].values()
+    ways = {"AR", "SD", "SSD", "SSD auto", "transformers", "transformers assisted"}
+    assert ways <= set(group["ways"])
+    assert set(entry["skipped"]) == {"llama.cpp", "llama.cpp both cores", "llama.cpp draft"}
+    ssd = group["ways"]["SSD"]
+    assert ssd["settings"] in [{key: row[key] for key in ("k", "fan_out")} for row in ssd["sweep"]]
+    assert ssd["per_core"] == pytest.approx(ssd["tokens_per_s"]["median"] / 2, rel=1e-3)
+    assert group["same_text"]["compared"] >= 2 * 8, "transformers, too, writes the same"
+    assert "modes T=0: SSD over SD" in headline
 
 
-def measure_devices():
-    return (0, 1) if len(measure.available_cores()) > 1 else (0,)
+@two_cores
+def test_accept(run):
+    entry, _ = run("accept")
+    assert list(entry["groups"]) == [f"T=1 {kind}" for kind in bench.KINDS]
+    for group in entry["groups"].values():
+        assert list(group["ways"]) == [f"{c} M=4" for c in bench.COUPLINGS]
+        assert all(0 <= way["hit_rate"] <= 1 for way in group["ways"].values())
 
 
-@pytest.mark.skipif(len(measure.available_cores()) < 2, reason="two cores are needed")
-def test_overlap(run):
-    part, _, headline = run("overlap")
-    grown = "hidden=48,layers=3 / grown draft"
-    assert list(part["models"]) == ["target", grown]
-    names = ["AR", "SD", "SD at SSD's K", "SSD", "AR both cores", "SD both cores"]
-    assert [cell["name"] for cell in part["cells"]] == names * 2
-    assert {row["draft"] for row in part["draft_shapes"]["tried"]} == set(bench.DRAFT_SHAPES)
-    check_ratios(part)
-    cells = {cell["name"]: cell for cell in part["cells"] if cell["model"] == "target"}
-    ssd, sd = cells["SSD"], cells["SD at SSD's K"]
-    assert ssd["k"] == sd["k"] and ssd["draft_device"] != ssd["device"] == sd["draft_device"]
-    for key in ("hit_rate", "acceptance_rate", "tokens_per_round", "verify_ms", "exposed_ms", "distinct_4grams"):
-        assert ssd[key] is not None, key
-    facts = part["models"]["target"]
+@two_cores
+def test_overlap_is_judged_by_its_ceiling(run, tmp_path):
+    (tmp_path / "out.json").write_text('{"modes": {"kept": 1}}')
+    entry, headline = run("overlap")
+    assert json.loads((tmp_path / "out.json").read_text())["modes"] == {"kept": 1}
+    group = entry["groups"]["T=0"]
+    sd, ssd = group["ways"]["SD"], group["ways"]["SSD"]
     tokens = ssd["tokens_per_round"] / sd["tokens_per_round"]
-    ceiling = (1 + sd["draft_ms"] / ssd["verify_ms"]) * tokens
-    assert facts["ssd_over_sd_ceiling"] == pytest.approx(ceiling)
-    assert facts["ceiling_if_lanes_were_free"] == pytest.approx((1 + sd["draft_ms"] / sd["verify_ms"]) * tokens)
-    over = next(r["median"] for r in part["ratios"] if r["of"] == "SSD" and r["to"] == "SD at SSD's K")
-    assert facts["share_of_ceiling"] == pytest.approx(over / ceiling)
-    assert "overlap target: SSD / SD" in headline and headline["texts_differ"] == 0
-    sweep = [row for row in part["sweeps"] if row["model"] == "target" and row["peer"] == "ssd"]
-    enough = measure.SAME * max(row["tokens_per_s"] for row in sweep)
-    first = next(row for row in sweep if row["tokens_per_s"] >= enough)
-    assert (first["k"], first["fan_out"]) == (ssd["k"], ssd["fan_out"]), "measured at the first as good as the best"
+    most = (1 + sd["draft_ms"] / ssd["verify_ms"]) * tokens
+    assert group["ceiling"] == pytest.approx(most, rel=1e-3)
+    share = group["ratios"]["SSD over SD"]["median"] / most
+    assert headline["overlap T=0: share_of_ceiling"] == pytest.approx(share, rel=1e-3)
 
 
-def test_predict(run):
-    part, _, headline = run("predict")
-    places = [(cell["temperature"], cell["coupling"], cell["k"], cell["fan_out"]) for cell in part["cells"]]
-    heats = [(0.0, "any"), *((1.0, coupling) for coupling in ("shared", "maximal", "independent"))]
-    wanted = [(*heat, k, M) for heat in heats for k in TOY.predict_ks for M in TOY.budgets]
-    assert places == wanted
-    for cell in part["cells"]:
-        assert 0 <= cell["acceptance_rate"] <= 1 and 0 <= cell["hit_rate"] <= 1 and cell["tokens_per_round"] >= 1
-        assert cell["hit_rates"]["n"] == TOY.predict_batches and cell["lookups"] > 0
-        assert "tokens_per_s" not in cell, "timing is beside the point"
-    assert headline["hits T=1.0 shared K=2 M=8"] == round(part["cells"][7]["hit_rate"], 3)
+@two_cores
+@pytest.mark.parametrize("name", ["auto", "ablate"])
+def test_the_others(run, name):
+    run(name)
 
 
-def test_predict_does_not_hang_on_timing(run):
-    figures = ("acceptance_rate", "hit_rate", "tokens_per_round", "distinct_4grams")
-    effort = replace(TOY, temperatures=(1.0,), budgets=(4,), predict_batches=1)
-    once, again = ([[cell[key] for key in figures] for cell in run("predict", effort)[0]["cells"]] for _ in range(2))
-    assert once == again
+@two_cores
+def test_beside_another_checkout(run):
+    """Here it is this one again."""
+    entry, _ = run("beside", "--beside", str(ROOT))
+    wanted = {f"{way.name} over {way.name} before" for way in bench.BESIDE}
+    assert set(entry["groups"]["T=0"]["ratios"]) == wanted
 
 
-def test_assisted(run):
-    pytest.importorskip("transformers")
-    part, results, headline = run("assisted")
-    assert {cell["peer"] for cell in part["cells"]} == set(peers.PEERS) and not results["skipped"]
-    check_ratios(part)
-    assert {len(cell["tokens_per_s"]["runs"]) for cell in part["cells"]} == {TOY.assisted_repeats}
-    for mine in ("ssd", "sd"):
-        assert f"assisted target: {mine} / transformers assisted" in headline
-        assert "auto" in {row["k"] for row in part["sweeps"] if row["peer"] == mine}, "what a user gets takes part"
-    assert headline["texts_differ"] == 0
+def test_steadiness_is_the_tenth_percentile_over_the_median():
+    runs = [{"tokens_per_s": float(rate)} for rate in range(100, 121)]
+    speed = runner.interval([run["tokens_per_s"] for run in runs])
+    group = {"ways": {"command": {"runs": runs, "tokens_per_s": speed}}}
+    assert bench.steadiness(group) == {"steadiness": {"command": pytest.approx(102 / 110)}}
 
 
-def names_of_rivals(several: list[str], temperature: float, batch: int) -> set[str]:
-    joined = [" shared", " maximal", " independent"] if temperature else [""]
-    names = {f"{mode}{s}" for mode in ("AR", "transformers", *(f"SD{c}" for c in joined)) for s in several}
-    names |= {f"SSD{c}" for c in joined} | {"SD auto", "SSD auto"}
-    return names | ({f"transformers assisted{s}" for s in several} if batch == 1 else set())
+def test_the_table_is_whole():
+    names = [c.name for c in bench.TABLE]
+    assert names == ["modes", "accept", "overlap", "auto", "steady", "ablate", "beside"]
+    for c in bench.TABLE:
+        ways = [way.name for way in c.ways]
+        assert len(set(ways)) == len(ways)
+        assert {name for pair in c.ratios for name in pair} <= set(ways)
+        small = bench.quick(c)
+        assert small.repeats * small.tokens < c.repeats * c.tokens and small.ways
 
 
-def test_who_takes_part_in_modes():
-    bench = SimpleNamespace(effort=TOY, one="cpu:0", other="cpu:1", devices=["cpu:0", "cpu:0,1"], theirs=True)
-    for temperature, batch in ((0.0, 1), (1.0, 1), (1.0, 2)):
-        plans = list(modes.rivals(bench, {"target": "t", "draft": "d"}, temperature, batch))
-        wanted = names_of_rivals(["", " both cores"], temperature, batch)
-        assert {cell.name for cells in plans for cell in cells} == wanted
-        assert plans[0][0].name == "AR" and all(len({cell.name for cell in cells}) == 1 for cells in plans)
+def test_prompts_of_three_kinds(tmp_path):
+    tasks = ("qa", "mt_bench", "rag")
+    questions = [{"task": task, "turns": [f"Question {n}?"]} for n, task in enumerate(tasks)]
+    article = {"task": "summarization", "turns": ["Summarize: " + "word " * 200]}
+    lines = lambda rows: "\n".join(map(json.dumps, rows))  # noqa: E731
+    (tmp_path / "spec_bench.jsonl").write_text(lines([*questions, article]))
+    code = lines([{"prompt": f"def f{n}():\n"} for n in range(9)])
+    (tmp_path / "humaneval_prompts.jsonl").write_text(code)
+    found = bench.prompts(str(tmp_path), 3)
+    assert found["code"] == ["def f0():\n", "def f3():\n", "def f6():\n"], "from all over the file"
+    assert found["chat"] == ["Question 0?", "Question 1?"]
+    assert found["text"] == [" ".join(["word"] * bench.WORDS)]
+    built_in = {kind: len(texts) for kind, texts in bench.prompts(None, 2).items()}
+    assert built_in == dict.fromkeys(bench.KINDS, 2)
 
 
-def test_modes(run, monkeypatch):
-    """On one core: two threads on two busy ones would take ten times as long."""
-    pytest.importorskip("transformers")
-    monkeypatch.setattr(measure, "available_cores", lambda: [runtime.available_cores()[0]])
-    part, _, headline = run("modes", replace(TOY, repeats=2))
-    check_ratios(part)
-    cells = {(c["temperature"], c["batch"], c["name"]): c for c in part["cells"]}
-    for place in ((T, batch) for T in (0.0, 1.0) for batch in TOY.mode_batches):
-        assert {name for *at, name in cells if tuple(at) == place} == names_of_rivals([""], *place)
-    for cell in part["cells"]:
-        cores = {core for d in ("device", "draft_device") if d in cell for core in peers.cores_of(cell[d])}
-        assert cell["tokens_per_s_per_core"] == pytest.approx(cell["tokens_per_s"]["median"] / len(cores))
-        assert 0 < cell["piece_p50_ms"] <= cell["piece_p90_ms"] <= cell["piece_p99_ms"] and cell["first_token_ms"] > 0
-        assert 0 <= cell["distinct_4grams"] <= 1
-    assert 1 <= cells[1.0, 1, "SSD auto"]["k_used"] <= 8 and cells[1.0, 1, "SSD auto"]["k"] == "auto"
-    best = max((c for key, c in cells.items() if key[:2] == (1.0, 2) and key[2].startswith("SSD ") and "auto" not in
-                key[2]), key=lambda c: c["tokens_per_s"]["median"])  # fmt: skip
-    assert {r["of"] for r in part["ratios"] if (r["temperature"], r["batch"]) == (1.0, 2)} >= {best["name"]}
-    assert headline["texts_differ"] == 0
+@pytest.mark.parametrize("flags, words", [
+    (("--only", "modes,fast"), ("'fast'", "modes, accept, overlap")),
+    (("--only", "beside"), ("'beside'",)),
+    (("--out", "/nowhere/x.json"), ("/nowhere/x.json", "create it")),
+    (("--prompts", "/nowhere"), ("/nowhere", "spec_bench.jsonl")),
+    (("--target", "/nowhere"), ("/nowhere",)),
+])  # fmt: skip
+def test_mistakes_are_one_sentence(flags, words, capsys, monkeypatch):
+    monkeypatch.setattr(runner, "Worker", Here)
+    assert bench.main(["--quick", *flags]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("bench.py: ") and all(word in said for word in words), said
 
 
-def test_tune(run):
-    part, _, _ = run("tune", replace(TOY, sizes=()))
-    check_ratios(part)
-    assert [(r["temperature"], r["of"]) for r in part["ratios"]] == [
-        (T, f"{mode} auto") for T in (0.0, 1.0) for mode in ("SD", "SSD")
-    ]
-    places = {(row["peer"], row["temperature"], row["k"], row.get("fan_out")) for row in part["sweeps"]}
-    assert places == {("sd", T, k, None) for T in (0.0, 1.0) for k in (1, 2)} | {
-        ("ssd", T, k, M) for T in (0.0, 1.0) for k in (1, 2) for M in (2, 4)
-    }
-    assert modes.as_good({"median": 0.96, "high": 0.97})["good"] and modes.as_good({"median": 0.9, "high": 1.0})["good"]
-    assert not modes.as_good({"median": 0.9, "high": 0.99})["good"]
+# ---- the runner
 
 
-def test_prediction(run, monkeypatch):
-    monkeypatch.setattr(tuner, "KS", (1, 2))  # else the toy pair's rounds are long and few
-    part, _, _ = run("prediction", replace(TOY, sizes=()))
-    cells, pooled = part["cells"][:-2], part["cells"][-2:]
-    assert all(1 <= cell["judged"] <= TOY.long_prompts for cell in cells), "where enough rounds were left"
-    assert [(cell["model"], cell["name"]) for cell in pooled] == [("all", "SD"), ("all", "SSD")]
-    for cell in part["cells"]:
-        points = [p for p in part["points"] if all(p[key] == cell.get(key, p[key]) for key in ("name", "temperature"))]
-        for error, of in (("prediction_error", "predicted"), ("alone_error", "alone")):
-            assert cell[error] == pytest.approx(median(abs(p[of] / p["measured"] - 1) for p in points))
-        assert cell["judged"] == len(points)
+def test_the_interval_holds_the_median():
+    found = runner.interval([3.0, 1.0, 2.0, 5.0, 4.0])
+    assert found == {"median": 3.0, "low": 1.0, "high": 5.0, "n": 5}
+    found = runner.interval([float(x) for x in range(1, 21)])
+    assert (found["median"], found["low"], found["high"]) == (10.5, 6.0, 15.0), (
+        "the sign test's table"
+    )
 
 
-def test_ablations(run):
-    part, _, _ = run("ablations", replace(TOY, sizes=(), budgets=(4,), predict_batches=1, repeats=1))
-    check_ratios(part)
-    tables = {name: [c for c in part["cells"] if c["table"] == name] for name in ablate.TABLES}
-    assert [len(tables[name]) for name in ("couplings", "lists", "adaptive")] == [2 * (3 + 1), 4 * 2 + 2, 6]
-    assert {c["name"] for c in tables["fallback"]} == {"jit", "fast", "auto", "jit for the whole batch"}
-    assert len(tables["cut"]) == 2 * len(TOY.cut_ks)
-    slow = {c["name"]: c for c in tables["slow draft"]}
-    assert len(slow) == 3 * (1 + len(TOY.slow_ks)) + 1 and "SSD, auto" in slow
-    waits = slow["SSD, K=2"]
-    assert waits["longest_wait_ms"] > 0 and waits["allowed_wait_ms"] > 0 and waits["too_long"] >= 0
-
-
-def test_altered_pieces(pair):
-    """What is put in place of a piece does what it is called, and only for one generation."""
-    uniform = altered.Uniform(3, 16)
-    assert uniform.lists(0, 3) == [4, 4, 4, 4] and uniform.lists(0, 4) == [4, 3, 3, 3, 3]
-    assert uniform.lists(0, 0) == [16]
-    fixed = altered.Fixed(3, 16)
-    before = list(fixed.lists(1, 3))
-    for _ in range(64):
-        fixed.observe(1, 3, 0, None, among=16)
-    assert altered.Fixed(3, 16).lists(1, 3) == before == fixed.lists(1, 3)
-    engine = peers.Server().engine(pair[1], pair[3], *[f"cpu:{measure.available_cores()[0]}"] * 2)
-    settings = {"mode": "ssd", "k": 2, "fan_out": 4, "max_new_tokens": 12, "cut": False, "fallback": "jit"}
-    texts = {}
-    for name in (None, *altered.ALTERED):
-        run = peers.run_ours(engine, [[1, 2, 3], [4, 5, 6]], without=[name] if name else [], **settings)
-        texts[name] = run["ids"]
-    assert len({json.dumps(ids) for ids in texts.values()}) == 1, "the text never depends on it"
-    decoding = engine.start([[1, 2, 3]], ignore_eos=True, **settings)
-    with altered.altered(decoding, ["slow draft"]):
-        assert "decode" in decoding.draft.__dict__
-    assert not {"extend", "fork", "chain_step", "decode"} & set(decoding.draft.__dict__)
-
-
-def test_the_slow_draft_is_slow(monkeypatch):
-    times, slept = iter((0.0, 2.0)), []
-    monkeypatch.setattr(altered.time, "perf_counter", lambda: next(times))
-    monkeypatch.setattr(altered.time, "sleep", slept.append)
-    assert altered.slowed(lambda x: x + 1)(1) == 2 and slept == [4.0], "three times its own two seconds"
+def test_texts_that_must_be_the_same():
+    ways = [Way("AR", "ar"), Way("SD", "sd"),
+            Way("maximal", "ssd", settings={"coupling": "maximal"}),
+            Way("warm", "sd", settings={"temperature": 1.0})]  # fmt: skip
+    texts = {"AR": [1, 2, 3], "SD": [1, 2, 3], "maximal": [1, 9, 3], "warm": [7]}
+    runs = {name: [{"ids": [ids]}] for name, ids in texts.items()}
+    at_0 = runner.same_text(ways, runs, 0.0)
+    assert (at_0["compared"], at_0["differ"]) == (2, 1)
+    assert at_0["where"] == [{"way": "maximal", "repeat": 0, "token": 1}]
+    at_1 = runner.same_text(ways, runs, 1.0)
+    assert at_1["compared"] == 2 and at_1["where"][0]["way"] == "warm", "maximal may differ there"
 
 
 def test_the_best_of_a_sweep_is_the_first_that_is_as_good_as_the_fastest(monkeypatch):
     speeds = {1: 90.0, 2: 99.0, 3: 100.0}
-
-    def time(self, ask, what, cells, repeats, new, batch):
-        assert repeats == 2, "prompts of a sweep, in batches"
-        for cell in cells:
-            cell.runs.append({"decoded": speeds[cell.how["k"]], "decode_s": 1.0})
-
-    monkeypatch.setattr(measure.Bench, "time", time)
-    one = object.__new__(measure.Bench)
-    one.effort, one.say = TOY, lambda text: None
-    best, sweep = one.best(None, "a sweep", [measure.Cell("SD", "sd", {"k": k}) for k in speeds], batch=2, prompts=3)
-    assert best.how == {"k": 2} and not best.runs and {row["k"]: row["tokens_per_s"] for row in sweep} == speeds
+    one = object.__new__(runner.Runner)
+    monkeypatch.setattr(runner.Runner, "batch", lambda *_: [])
+    run = lambda self, way, how, *_: {"tokens_per_s": speeds[how["k"]]}  # noqa: E731
+    monkeypatch.setattr(runner.Runner, "run", run)
+    best, sweep = one.fastest(Way("SD", "sd", sweep=tuple({"k": k} for k in speeds)), {}, 2, 8)
+    assert best == {"k": 2}
+    assert {row["k"]: row["tokens_per_s"] for row in sweep} == pytest.approx(speeds)
 
 
-def test_the_longest_wait_is_judged_by_its_own_round():
-    """Two hits and, between them, a round of turns: the first waited 3 where 6 is allowed, the second 5 where 4 is."""
-    spans = [("extend", 0, 2), ("fork", 2, 3), ("chain step", 3, 6), ("chain step", 6, 99)]
-    spans += [("extend", 13, 14), ("fork", 14, 15), ("chain step", 15, 17)]
-    lookups = [SimpleNamespace(round=0), SimpleNamespace(round=2)]
-    figures = SimpleNamespace(verifies=[(0, 10), (13, 20), (22, 24), (29, 30)], lookups=lookups)
-    decoding = SimpleNamespace(figures=figures, draft_lane=SimpleNamespace(spans=spans))
-    found = peers.longest_wait(decoding, [0, 2])
-    assert found == {"longest_wait_ms": 5e3, "allowed_wait_ms": 4e3, "too_long": 1}
-
-
-def test_arrivals(monkeypatch):
-    """Row 1 gets nothing in the second round: its next piece comes after two."""
-    times = iter((0.0, 1.0, 1.5, 3.0))
-    monkeypatch.setattr(peers.time, "perf_counter", lambda: next(times))
-    arrivals = peers.Arrivals([3, 3])
-    for lengths in ([4, 4], [6, 4], [7, 9]):
-        arrivals.note(lengths)
-    assert arrivals.told() == {"first_s": 1.0, "pieces_s": [0.5, 1.5, 2.0]}
-
-
-def test_interval_holds_the_median():
-    assert measure.interval([3.0, 1.0, 2.0, 5.0, 4.0]) == {
-        "median": 3.0, "low": 1.0, "high": 5.0, "coverage": pytest.approx(1 - 2 / 32), "n": 5,
-    }  # fmt: skip
-    found = measure.interval([float(x) for x in range(1, 21)])
-    assert (found["median"], found["low"], found["high"]) == (10.5, 6.0, 15.0), "the sign test's table for n = 20"
-    assert found["coverage"] == pytest.approx(0.9586, abs=1e-4)
-
-
-def test_the_gap_of_a_near_tie(pair):
-    """The gap that excuses a difference is that of the target's own best two logits."""
-    server, ids = peers.Server(), [1, 2, 3, 4]
-    gap = server.gap(pair[1], ids)["gap"]
-    from cache import KVCache
-
-    model = server.model(pair[1]).transformer
-    cache = KVCache(model.config, 1, 4, device="cpu", dtype=torch.float32)
-    with torch.inference_mode():
-        for i, token in enumerate(ids):
-            place = cache.place(torch.tensor([i]), torch.tensor([1]), 1, i + 1)
-            best = model(torch.tensor([[token]]), place, cache)[0, -1].topk(2).values
-    assert gap == pytest.approx((best[0] - best[1]).item(), abs=1e-4)
-
-
-def test_a_process_answers_and_reports_mistakes(pair):
-    core = measure.available_cores()[:1]
-    worker = peers.Worker(core)
+def test_a_process_answers_and_reports_mistakes(demo):
+    worker = runner.Worker(CORES[:1], runner.Ours, str(ROOT), str(demo / "target"), None, "float32")
     try:
-        assert worker.ask("size", target=pair[1])["step_bytes"] > 0
-        with pytest.raises(ValueError, match="there is no folder"):
-            worker.ask("size", target="/nowhere")
-        how = {"target": pair[1], "device": f"cpu:{core[0]}"}
-        run = worker.ask("run", peer="ar", prompts=[[1, 2, 3]], new=5, **how)
-        assert len(run["ids"][0]) == 5 and run["decoded"] == 4 and 0 < run["decode_s"] <= run["total_s"]
+        (ids,) = worker.ask("encode", devices=(FIRST, FIRST), texts=["def f():"], chat=False)
+        how = {"devices": (FIRST, FIRST), "prompts": [{"ids": ids}], "new": 5, "mode": "ar"}
+        run = worker.ask("run", ignore_eos=True, **how)
+        assert len(run["ids"][0]) == 5 and run["tokens_per_s"] > 0
+        with pytest.raises(ValueError, match="colour"):
+            worker.ask("run", colour=1, **how)
+        with pytest.raises(RuntimeError, match="Ours"):
+            worker.ask("nothing")
     finally:
         worker.close()
     with pytest.raises(RuntimeError, match="ended by itself"):
-        worker.process.stdin = open("/dev/null", "w")  # noqa: SIM115
-        worker.ask("size", target=pair[1])
+        worker.ask("encode")
 
 
-@pytest.mark.parametrize(
-    "flags, words",
-    [
-        (("--only", "plain,fast"), ("'fast'", "plain, overlap, predict, assisted")),
-        (("--out", "/nowhere/x.json"), ("/nowhere/x.json", "create it")),
-        (("--prompts", "/nowhere.jsonl"), ("/nowhere.jsonl",)),
-        (("--target", "inflate:60m:somewhere"), ("inflate:",)),
-        (("--target", "/nowhere"), ("/nowhere",)),
-        (("--show", "/nowhere.json"), ("/nowhere.json",)),
-        (("--quik",), ("--quik",)),
-    ],
-)
-def test_mistakes_are_one_sentence(pair, flags, words, capsys):
-    try:
-        code = bench.main([*pair, *flags])
-    except SystemExit as stop:  # argparse's own way
-        code = stop.code
-    said = capsys.readouterr().err
-    assert code == 2 and "Traceback" not in said
-    assert all(word in said for word in words), said
+@pytest.mark.skipif(os.name != "posix", reason="the programs are shell scripts")
+def test_llama_cpp_is_called_and_read(tmp_path):
+    told = "decoded 64 tokens in 2.0 seconds, speed: 31.25 t/s"
+    programs = {
+        "llama-bench": 'echo "$@" > called; echo \'[{"avg_ts": 12.5}]\'',
+        "llama-speculative-simple": f'echo "$@" > called; echo "{told}" >&2',
+        "broken": "exit 3",
+    }
+    for name, body in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\ncd {tmp_path}\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    peer, how = runner.LlamaCpp(str(tmp_path), "t.gguf", "d.gguf"), {"devices": None, "new": 64}
+    assert peer.run(prompts=[], mode="llama.cpp", **how)["tokens_per_s"] == 12.5
+    assert "-m t.gguf" in (tmp_path / "called").read_text()
+    fast = peer.run(prompts=[{"text": "Why?"}], mode="llama.cpp draft", k=6, **how)
+    assert fast["tokens_per_s"] == 31.25
+    called = (tmp_path / "called").read_text()
+    assert re.search(r"-md d.gguf -p Why\? -n 64 .*--draft-max 6 --temp 0", called)
+    with pytest.raises(RuntimeError, match="exit code 3"):
+        peer.call("broken")
 
 
-def test_quick_is_a_part_of_the_whole():
-    """--quick measures less of everything, and still often enough for medians with a spread."""
-    assert bench.QUICK.repeats >= 5 and bench.FULL.pairs >= 20
-    for name in (
-        "ks", "fan_outs", "budgets", "temperatures", "assisted_ks", "thresholds", "lookup_ks", "mode_batches",
-        "mode_ks", "mode_fan_outs", "tune_ks", "tune_fan_outs", "saguaro_cs", "cut_ks", "slow_ks", "slow_fan_outs",
-    ):  # fmt: skip
-        assert set(getattr(bench.QUICK, name)) <= set(getattr(bench.FULL, name)), name
+def test_the_command_is_run_as_a_user_runs_it(demo):
+    flags = [f"--target={demo / 'target'}", f"--draft={demo / 'draft'}"]
+    flags += [f"--device={FIRST}", f"--draft-device={LAST}"]
+    run = runner.Command([*flags, "--prompt=def f():"]).run(None, None, 6, "command")
+    assert run["tokens_per_s"] > 0 and run["rounds"] >= 1
+    with pytest.raises(ValueError, match="exit code 2"):
+        runner.Command(["--target=/nowhere"]).run(None, None, 6, "command")
+
+
+# ---- check_same_text.py
 
 
 def test_the_grid_of_texts_covers_what_it_says():
-    """Every temperature and seed with every K in both modes; every budget, fallback and batch, cut and not."""
+    """Every temperature and seed with every K in both modes; all of the rest, cut and not."""
     cells = list(check_same_text.cells(quick=False))
     ssd = [(batch, s) for batch, s in cells if s["mode"] == "ssd"]
     for mode in ("sd", "ssd"):
         of = [(s["temperature"], s["seed"], s["k"]) for _, s in cells if s["mode"] == mode]
-        assert sorted(of) == sorted((*heat, k) for heat in check_same_text.HEAT for k in range(1, 9))
+        assert sorted(of) == sorted(
+            (*heat, k) for heat in check_same_text.HEAT for k in range(1, 9)
+        )
         assert {batch for batch, s in cells if s["mode"] == mode} == {1, 8}
-    assert {(s["k"], s["cut"]) for _, s in ssd} == {(k, cut) for k in range(1, 9) for cut in (True, False)}
-    for key, values in (("fan_out", check_same_text.BUDGETS), ("fallback", check_same_text.FALLBACKS)):
-        assert {(s[key], s["cut"]) for _, s in ssd} == {(value, cut) for value in values for cut in (True, False)}
+    cut_or_not = {(k, cut) for k in range(1, 9) for cut in (True, False)}
+    assert {(s["k"], s["cut"]) for _, s in ssd} == cut_or_not
+    choices = {"fan_out": check_same_text.BUDGETS, "fallback": check_same_text.FALLBACKS}
+    for key, values in choices.items():
+        wanted = {(value, cut) for value in values for cut in (True, False)}
+        assert {(s[key], s["cut"]) for _, s in ssd} == wanted

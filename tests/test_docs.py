@@ -7,15 +7,10 @@ import contextlib
 import importlib
 import inspect
 import io
-import json
 import os
 import re
-import subprocess
-import sys
-import xml.etree.ElementTree
 from pathlib import Path
 
-import pytest
 import torch
 from laws import one_thread  # noqa: F401
 from tiny import DEVICES
@@ -27,7 +22,7 @@ WALKTHROUGH = ROOT / "docs" / "walkthrough.md"
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
 SNIPPET = re.compile(r"^```python\n(.*?)^```\n```text\n(.*?)^```$", re.M | re.S)
 ENGINE = sorted(path.stem for path in ROOT.glob("*.py"))
-SOURCES = "\n".join(path.read_text() for folder in (ROOT, ROOT / "scripts") for path in sorted(folder.glob("*.py")))
+SOURCES = "\n".join(path.read_text() for folder in (ROOT, ROOT / "scripts", ROOT / "studies") for path in sorted(folder.glob("*.py")))
 
 
 def printed(code: str, namespace: dict) -> str:
@@ -90,84 +85,6 @@ def test_quotes_are_in_the_code():
         for piece in body.split("...\n"):
             assert piece in source, f"{head}: the code says something else now"
             source = source[source.index(piece) + len(piece) :]
-
-
-# ---- the timeline
-
-
-def write_example(path: Path) -> Path:
-    """Three rounds: a hit, a miss that drafts, a hit."""
-    from report import write_trace
-
-    class Lane:
-        def __init__(self, name, spec, spans):
-            self.name, self.spec, self.spans = name, spec, [(n, a / 1e3, b / 1e3) for n, a, b in spans]
-
-    target = Lane("target", "cpu:0", [("prefill", 0, 5), *(("verify", a, a + 8) for a in (10, 18.2, 30, 38.1))])
-    work = [("extend", 0.5, 2), ("fork", 2, 2.2), ("chain step", 2.2, 4), ("chain step", 4, 6)]
-    spans = [(name, begin + a, begin + b) for begin in (10, 18.2, 30) for name, a, b in work]
-    draft = Lane("draft", "cpu:1", [*spans, ("draft", 26.3, 29.8)])
-    lookups = [(0, 0.01801, 0.01802, 1, [], 2), (1, 0.02621, 0.02622, 1, [0], 2), (2, 0.03801, 0.03802, 1, [], 2)]
-    write_trace(path, [target, draft], lookups)
-    return path
-
-
-@pytest.fixture
-def plot(monkeypatch, capsys):
-    """scripts/plot.py, and what its terminal program returns and writes to stderr."""
-    monkeypatch.syspath_prepend(ROOT / "scripts")
-    module = importlib.import_module("plot")
-
-    def run(*args):
-        monkeypatch.setattr(sys, "argv", ["plot.py", *map(str, args)])
-        return module.main(), capsys.readouterr().err
-
-    return module, run
-
-
-def test_timeline(tmp_path, plot):
-    pytest.importorskip("matplotlib", reason='matplotlib is not installed: pip install -e ".[plots]"')
-    module, run = plot
-    args = ["timeline", str(write_example(tmp_path / "trace.json")), "--from=0", "--rounds=3"]
-    assert run(*args, tmp_path / "a.svg") == (0, "")
-    command = [sys.executable, str(ROOT / "scripts" / "plot.py"), *args, str(tmp_path / "b.svg")]
-    subprocess.run(command, check=True, timeout=120)
-    drawn = (tmp_path / "a.svg").read_text()
-    assert drawn == (tmp_path / "b.svg").read_text()
-    assert not re.search("<text|font-family|dc:date|href=.http", drawn), "needs fonts or the network, or has a date"
-    assert xml.etree.ElementTree.fromstring(drawn).tag.endswith("svg")
-    bars = {name: drawn.count(f"fill: {colour}") for name, colour in module.SPANS.items()}
-    # Three verifications and the beginning of a fourth; what lies before the first round is not drawn.
-    assert (bars["verify"], bars["prefill"], bars["chain step"], bars["draft"]) == (4, 0, 6, 1)
-    assert bars["extend"] == bars["fork"] == 3 + 1  # and one in the key: their bars have no room for a name
-    assert drawn.count(f"stroke: {module.HIT}") == 2 and drawn.count(f"stroke: {module.MISS}") == 1
-
-
-def test_mistakes_are_one_sentence(tmp_path, plot):
-    trace, out = write_example(tmp_path / "trace.json"), tmp_path / "out.svg"
-    (tmp_path / "list.json").write_text("[1]")
-    (tmp_path / "half.json").write_text(json.dumps({"traceEvents": [{"ph": "X", "name": "verify"}]}))
-    cases = [
-        ((), "PLOT"),
-        (("pie", trace, out), "pie"),
-        (("timeline", tmp_path / "none.json", out), "cannot be read"),
-        (("timeline", tmp_path / "list.json", out), "is no trace"),
-        (("timeline", tmp_path / "half.json", out), "is no trace"),
-        (("timeline", trace, tmp_path / "out.png"), ".svg"),
-        (("timeline", trace, out, "--from", 3, "--rounds", 2), "has 4 rounds"),
-        (("timeline", trace, out, "--rounds", "x"), "'x'"),
-    ]
-    for args, words in cases:
-        code, told = plot[1](*args)
-        assert code == 2 and words in told and told.startswith("error: ") and told.count("\n") == 1, told
-        assert not out.exists()
-
-
-def test_without_matplotlib(tmp_path, plot, monkeypatch):
-    trace = write_example(tmp_path / "trace.json")
-    monkeypatch.setitem(sys.modules, "matplotlib", None)  # importing it now fails
-    code, told = plot[1]("timeline", trace, tmp_path / "out.svg", "--from", 0, "--rounds", 1)
-    assert code == 2 and 'pip install -e ".[plots]"' in told and told.count("\n") == 1
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""studies/: the speed model against brute force, the paper's fan-out, and the committed table of errors."""
+"""studies/: the speed model against brute force, the paper's fan-out, the table of errors."""
 
 import itertools
 import random
@@ -49,7 +49,7 @@ def test_every_kind_of_list_spends_the_budget():
 
 
 def played(pair, k: int, budget: int, batch: int, fallback: str, rounds: int = 20_000) -> float:
-    """Tokens a second and row of SSD whose chains are waited for, round by round: the slow truth."""
+    """Tokens a second and row of SSD whose chains are waited for, round by round."""
     rng, now, tokens, length = random.Random(0), 0.0, 0, [k] * batch
     F = simulate.fan_out("best", pair, k, budget)
     curve = speed.power_law(pair.c, pair.b, budget)
@@ -69,7 +69,9 @@ def played(pair, k: int, budget: int, batch: int, fallback: str, rounds: int = 2
     return tokens / now / batch
 
 
-@pytest.mark.parametrize("k, budget, batch, fallback", [(4, 12, 1, "jit"), (3, 8, 3, "jit"), (5, 12, 2, "fast")])
+@pytest.mark.parametrize(
+    "k, budget, batch, fallback", [(4, 12, 1, "jit"), (3, 8, 3, "jit"), (5, 12, 2, "fast")]
+)
 def test_ssd_is_what_playing_its_rounds_gives(k, budget, batch, fallback):
     model = simulate.ssd(PAIR, k, budget, batch, fallback=fallback, cut=False)
     assert model.tokens_per_s == pytest.approx(played(PAIR, k, budget, batch, fallback), rel=0.01)
@@ -84,7 +86,9 @@ def test_ssd_that_always_hits_reaches_its_ceiling_over_sd():
 
 def test_waiting_for_too_large_a_k_loses_and_cutting_does_not():
     """Extending takes a step, so nine more fit into a verification of ten."""
-    waited, cut = ([simulate.ssd(PAIR, k, 8, cut=way) for k in (9, 12, 16)] for way in (False, True))
+    waited, cut = (
+        [simulate.ssd(PAIR, k, 8, cut=way) for k in (9, 12, 16)] for way in (False, True)
+    )
     assert waited[0].tokens_per_s > waited[1].tokens_per_s > waited[2].tokens_per_s
     assert [found.chain_length for found in cut] == [9, 9, 9]
 
@@ -132,8 +136,10 @@ def test_the_command_shows_four_modes(capsys):
     assert list(rates) == ["AR", "SD", "PEARL", "SSD"] and rates["AR"] < rates["SD"] < rates["SSD"]
 
 
-@pytest.mark.parametrize("flags", ["", "--verify-ms 3", "--verify-ms -3 --step-ms 1", "--verify-ms 3 --step-ms 1 --k 0",
-                                   "--verify-ms nan --step-ms 1", "--verify-ms 3 --step-ms 1 --fallback none"])  # fmt: skip
+@pytest.mark.parametrize("flags", [
+    "", "--verify-ms 3", "--verify-ms -3 --step-ms 1", "--verify-ms nan --step-ms 1",
+    "--verify-ms 3 --step-ms 1 --k 0", "--verify-ms 3 --step-ms 1 --fallback none",
+])  # fmt: skip
 def test_mistakes_end_with_exit_code_2(flags, capsys):
     with pytest.raises(SystemExit) as stop:
         simulate.main(flags.split())
