@@ -3,7 +3,7 @@
 Knows: cards, calls of well-known models, and what a compiled kernel takes of a processor. Does not
 know: how a call is planned or launched (kernels.py), or how fast it is. Read next: kernels.py.
 
-    python scripts/check_kernels.py                                  all of it, under a minute
+    python scripts/check_kernels.py                                  all: two minutes of CPU time
     python scripts/check_kernels.py --card h100 --dtype bfloat16     a part of it
 
 The figures are those of Triton's own ptxas, so it needs Triton but neither a GPU nor CUDA. In the
