@@ -29,6 +29,9 @@ TOKEN, ACCEPT, RESIDUAL = (
 NONE, CHAIN, FIXED = 0, 1, 2  # kinds of a proposal: nothing, drawn from q, a fixed token
 COUPLINGS = ("shared", "maximal", "independent")
 SPREAD_STEP, HOLD_STEP = 0.05, 0.02
+# With a spread past 2 and 50,000 tokens no drafted token seems likely to hold. All outcomes that are
+# prepared then begin with a rejection, few of them hit, and the spread would never come down again.
+WIDEST_SPREAD = 1.5
 
 
 class Params(NamedTuple):
@@ -233,7 +236,8 @@ class Foresight:
 
     def learn(self, chance: float, hits: float, accepted: int, rejected: int) -> None:
         """One row's round. With the right spread as many outcomes are hit as were expected."""
-        self.spread = min(max(self.spread * math.exp(SPREAD_STEP * (chance - hits)), 0.02), 4.0)
+        spread = self.spread * math.exp(SPREAD_STEP * (chance - hits))
+        self.spread = min(max(spread, 0.02), WIDEST_SPREAD)
         self.hold += HOLD_STEP * (accepted - self.hold * (accepted + rejected))
         self.hold = min(max(self.hold, 0.02), 0.98)
 
@@ -254,8 +258,9 @@ def outcomes(
     spread).
 
     hold_B None (coupling `shared`): d_{j+1} holds if the target draws it, so the scores say how
-    likely that is. Otherwise it holds with this probability, and what is drawn after a rejection is
-    another token.
+    likely that is; of one that the draft does not know they say nothing, and it holds half of the
+    time. Otherwise a token holds with the probability hold_B, and what is drawn after a rejection
+    is another token.
     """
     place_T1 = torch.arange(scores_BTV.shape[1], device=length_B.device)[:, None]
     tried_BT1 = place_T1 < length_B[:, None, None]
@@ -268,6 +273,8 @@ def outcomes(
     logp_BTV = logp_BTV.scatter(-1, drafted_BT1, out_BT1)
     if hold_B is None:
         held_BT1 = torch.where(known_BT1, own_BT1, math.log(0.5))
+        unknown_BT1 = tried_BT1 & ~known_BT1
+        logp_BTV = torch.where(unknown_BT1, logp_BTV + math.log(0.5), logp_BTV)
     else:
         held_BT1 = hold_B.log()[:, None, None].expand_as(own_BT1)
         failed_BT1 = torch.log1p(-hold_B)[:, None, None].expand_as(own_BT1)
