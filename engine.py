@@ -227,9 +227,14 @@ class Engine:
                 yield piece
         self.finish(decoding)
 
-    def start(self, prompts: list, keep: bool = False, decoding=Decoding, **settings) -> Decoding:
+    def start(
+        self, prompts: list, keep: bool = False, decoding=Decoding, planner=None, **settings
+    ) -> Decoding:
         """A generation that is set up and has not begun. Everything that a user can get wrong is
-        checked here. decoding: a subclass drafts or predicts in another way (examples/).
+        checked here.
+
+        decoding: a subclass that drafts or predicts in another way (examples/). planner: an object
+        with first() and next(done), whose plans stay within the numbers k and fan_out.
         """
         self.settings = settings = check_settings(settings)
         rows = make_rows(prompts, settings, self.tokenizer, self.eos, self.target.config)
@@ -239,7 +244,7 @@ class Engine:
             raise ValueError(
                 f"mode {mode} needs a draft model: load one with draft=..., or use mode ar"
             )
-        planner, ks, ms = self.planner(settings, len(rows), drafts)
+        usual, ks, ms = self.planner(settings, len(rows), drafts)
         k, branches = max(ks), max(ms)
         target_lane, draft_lane = self.devices.lanes(mode)
         longest = max(row.limit for row in rows) + k + 1
@@ -257,9 +262,9 @@ class Engine:
         runners += [None]  # where there is no draft model
         lengths = sorted({1, *(1 + k for k in ks)})
         shapes = lengths, [m for m in ms if m]
-        return decoding(
-            rows, planner, runners[0], target_lane, runners[1], draft_lane, shapes, self.warn
-        )
+        played = planner or usual
+        lanes = runners[0], target_lane, runners[1], draft_lane
+        return decoding(rows, played, *lanes, shapes, self.warn)
 
     def planner(self, settings: Settings, batch: int, drafts: list[Model]) -> tuple:
         """The planner of a run, and all the K and M that it may choose. The plan is what makes a

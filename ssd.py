@@ -205,7 +205,7 @@ class Decoding:
             self.foresight.learn(chains.chance[b], b in found, done.accepted[b], done.rejected(b))
 
     def predict(self, scores, feed: Feed, plan: Plan) -> Fork:
-        """The outcomes that are prepared for, on the draft's lane: those that it finds likeliest."""
+        """The outcomes to prepare for, on the draft's lane: those that it finds likeliest."""
         return self.draft.fork(scores, feed, plan.m, self.foresight)
 
     def draft_now(self, missed: list[int], plan: Plan, done: Round) -> dict[int, Chain]:
@@ -217,7 +217,7 @@ class Decoding:
         feed = Feed([row.ids[-1:] for row in self.rows], start, count)
         unread = self.unread(feed)
         for b in missed:
-            self.rows[b].read += most - 1
+            self.rows[b].read += most - 1  # the last token that it drafts is never fed
         done.drafted = self.draft_lane.start(self.decode, feed, unread, most, saguaro_top(plan))
         steps = self.draft_lane.answer(done.drafted)
         return {
