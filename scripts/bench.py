@@ -300,7 +300,8 @@ def measure(runner: Runner, c: Comparison, dtype: str) -> dict:
                 ways = tuple(way for way in ways if way.settings["coupling"] == "shared")
             group = runner.group(replace(c, ways=ways), temperature, kind)
             label = f"T={temperature:g} {kind}" if kind else f"T={temperature:g}"
-            out["groups"][label] = group | c.judge(group)
+            whole = all(way.name in group["ways"] for way in ways)
+            out["groups"][label] = group | (c.judge(group) if whole else {})
     return rounded(out | {"skipped": dict(runner.skipped)})
 
 

@@ -129,9 +129,9 @@ def test_overlap_is_judged_by_its_ceiling(run, tmp_path):
 
 
 @two_cores
-@pytest.mark.parametrize("name", ["auto", "ablate"])
-def test_the_others(run, name):
-    run(name)
+def test_auto_is_compared_with_the_best_of_a_sweep(run):
+    entry, _ = run("auto")
+    assert len(entry["groups"]["T=0"]["ways"]["best"]["sweep"]) == 2
 
 
 @two_cores
