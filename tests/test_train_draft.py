@@ -1,0 +1,161 @@
+"""train_draft.py on a random tiny target: acceptance rises, resuming is exact, the export loads."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import SHAPE, transformer
+
+from checkpoint.weights import load_model, save_model
+from model import Transformer
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = "--tokens 1500 --new-tokens 24 --rows 16 --layers 2 --vocab 40 --batch 256 --every 20"
+
+
+@pytest.fixture(scope="module")
+def script():
+    sys.path.insert(0, str(ROOT / "scripts"))
+    import train_draft
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(
+        1
+    )  # on toy matrices, and beside other work, threads only wait for each other
+    yield train_draft
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def prompts(script):
+    import draft_prompts
+
+    return draft_prompts
+
+
+@pytest.fixture(scope="module")
+def texts(script):
+    import draft_texts
+
+    return draft_texts
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("target")
+    shape = {"vocab": 64, "num_hidden_layers": 3, "tie_word_embeddings": False}
+    raw = SHAPE | {"vocab_size": 64, "max_position_embeddings": 256, "eos_token_id": 3} | shape
+    model = transformer(3, dtype=torch.float32, sharpness=4.0, **shape)
+    save_model(model, {key: value for key, value in raw.items() if key != "vocab"}, folder)
+    return folder
+
+
+def call(script, target, work, *more) -> int:
+    command = f"--target {target} --out {work}/out --work-dir {work} {TINY} --rate 1e-2".split()
+    return script.main([*command, *more])
+
+
+def figures(work) -> list[dict[str, float]]:
+    """Held-out acceptance by kind and temperature, of each line of the log."""
+    lines = (work / "log.txt").read_text().splitlines()
+    return [{k: float(v) for k, v in re.findall(r"(\S+@\S+) ([\d.]+)", line)} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def trained(script, target, tmp_path_factory):
+    work = tmp_path_factory.mktemp("work")
+    assert call(script, target, work, "--epochs", "6") == 0
+    return work
+
+
+def test_acceptance_rises(trained):
+    lines = figures(trained)
+    assert lines[-1]["all@0"] > lines[0]["all@0"] + 0.05, lines
+    assert lines[-1]["all@1"] > lines[0]["all@1"] + 0.05, lines
+
+
+def test_a_stopped_run_goes_on_to_the_same_weights(script, texts, target, trained, tmp_path):
+    """Stopped while texts are written, then in the middle of an epoch."""
+    stops = {"store": 3, "learn": 20}
+
+    def stop(name, function):
+        def counted(*args):
+            stops[name] -= 1
+            if stops[name] == 0:
+                raise KeyboardInterrupt
+            return function(*args)
+
+        return counted
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(texts, "store", stop("store", texts.store))
+        assert call(script, target, tmp_path, "--epochs", "6") == 130
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(script.Distiller, "learn", stop("learn", script.Distiller.learn))
+        assert call(script, target, tmp_path, "--epochs", "6", "--save-seconds", "0") == 130
+    assert call(script, target, tmp_path, "--epochs", "6") == 0
+    one, two = (torch.load(work / "draft.pt", weights_only=True) for work in (trained, tmp_path))
+    assert one["at"][:3] == two["at"][:3] and torch.equal(one["token_ids"], two["token_ids"])
+    for name, weight in one["mean"].items():
+        assert torch.equal(weight, two["mean"][name]), name
+
+
+def test_the_export_loads_as_a_draft_of_its_target(script, target, trained):
+    whole = load_model(target, "cpu", torch.float32, Transformer)
+    draft = load_model(trained / "out", "cpu", torch.float32, Transformer, target=whole)
+    state = torch.load(trained / "draft.pt", weights_only=True)
+    assert draft.embed.weight.data_ptr() == whole.embed.weight.data_ptr(), "the embedding is shared"
+    assert torch.equal(draft.token_ids_V, state["token_ids"])
+    assert torch.equal(draft.head.weight, whole.head.weight[state["token_ids"]])
+    for name, weight in state["mean"].items():
+        assert torch.equal(draft.get_parameter(name), weight.bfloat16().float()), name
+    about = json.loads((trained / "out" / "config.json").read_text())["draft_of"]
+    assert about["layers"] == [0, 2]
+    last = figures(trained)[-1]
+    assert about["acceptance"] == pytest.approx(last, abs=1e-3)
+
+
+def test_prompts_of_files(prompts, tmp_path):
+    class Letters:  # an id a letter; a chat is put in brackets
+        def encode(self, text, bos=True):
+            return [1] * bos + [ord(letter) for letter in text]
+
+        def encode_chat(self, messages):
+            return self.encode("<" + messages[0]["content"] + ">", False)
+
+    path = tmp_path / "some.jsonl"
+    path.write_text('{"turns": ["Hi", "no"]}\n\n{"prompt": "x"}\n')
+    rows = prompts.read_rows(path)
+    assert prompts.encoded(rows, Letters()) == [[ord(letter) for letter in "<Hi>"], [1, ord("x")]]
+    path.write_text('{"text": "x"}\n')
+    with pytest.raises(
+        ValueError, match='some.jsonl, line 1: got no "prompt" and no "turns", wanted'
+    ):
+        prompts.read_rows(path)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--layers", "9"), "--layers is 9, wanted 1 to 3"),
+        (("--layers", "0,7"), "--layers is 0,7, wanted some of 0 to 2"),
+        (("--stage", "train", "--work-dir", "{empty}"), "holds no texts, wanted some"),
+    ],
+)
+def test_mistakes_end_in_a_sentence(script, target, trained, tmp_path, capsys, flags, message):
+    (tmp_path / "texts").mkdir()
+    for path in [] if "{empty}" in flags else (trained / "texts").iterdir():
+        (tmp_path / "texts" / path.name).symlink_to(path)
+    flags = [flag.format(empty=tmp_path) for flag in flags]
+    assert call(script, target, tmp_path, "--stage", "train", *flags) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_made_up_prompts_differ_and_are_seeded(prompts):
+    rows = prompts.made_prompts(1, functions=0)
+    assert rows == prompts.made_prompts(1, functions=0) != prompts.made_prompts(2, functions=0)
+    assert len({json.dumps(row) for row in rows}) == len(rows) > 1500
+    assert any(stub.startswith("def median(") for stub in prompts.library_stubs())
