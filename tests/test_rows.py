@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from rows import NGRAM, Row
+from rows import LONGEST_NGRAM, Row
 
 
 def row(ids):
@@ -12,8 +12,9 @@ def row(ids):
 
 
 def naive_guess(ids: list[int], k: int) -> list[int]:
-    """What stood behind the last earlier occurrence of the longest suffix, repeating at the end of the text."""
-    for n in range(min(NGRAM, len(ids)), 1, -1):
+    """What stood behind the last earlier occurrence of the longest suffix, repeating at the end of
+    the text."""
+    for n in range(min(LONGEST_NGRAM, len(ids)), 1, -1):
         places = [end for end in range(n, len(ids)) if ids[end - n : end] == ids[-n:]]
         if places:
             text = list(ids)
@@ -41,10 +42,17 @@ def test_a_guess_is_what_followed_the_longest_suffix(vocabulary):
 
 
 def test_nothing_to_guess_from():
-    assert row([1]).guess(4) == [] and row([1, 2]).guess(4) == [] and row([1, 2, 3, 4]).guess(4) == []
+    assert (
+        row([1]).guess(4) == [] and row([1, 2]).guess(4) == [] and row([1, 2, 3, 4]).guess(4) == []
+    )
     assert row([7, 7, 7]).guess(4) == [7] * 4
 
 
 def test_room_leaves_the_last_place_to_the_target():
-    assert [Row(0, [1, 2], m, 100, frozenset(), None, ()).room(4) for m in (1, 2, 3, 9)] == [0, 1, 2, 4]
+    assert [Row(0, [1, 2], m, 100, frozenset(), None, ()).room(4) for m in (1, 2, 3, 9)] == [
+        0,
+        1,
+        2,
+        4,
+    ]
     assert Row(0, [1, 2], 9, 5, frozenset(), None, ()).room(4) == 2, "the context ends first"
