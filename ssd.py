@@ -1,14 +1,18 @@
-"""Speculative speculative decoding: one loop for plain decoding (AR), speculative decoding (SD) and
-SSD.
+"""One loop for plain decoding (AR), speculative decoding (SD), and speculative speculative decoding
+(SSD).
 
 Knows: plans, proposals, outcomes, and who waits for whom. Does not know: how a pass computes
-(steps.py), where it runs (runtime.py), how K and M are chosen (auto.py). Read first:
-Decoding.rounds, propose and prepare, which are the whole method. Read next: engine.py.
+(steps.py), where it runs (runtime.py), how K and M are chosen (auto.py). Decoding.rounds, propose
+and prepare are the whole method. Read next: engine.py.
 
     AR   feed the pending token, draw the next
     SD   the draft proposes K tokens, the target verifies them in one pass; they take turns
     SSD  while the target verifies, the draft prepares a chain for each of the M likeliest outcomes;
          the next proposal is a look-up
+
+r is the pending token: it is emitted, but no model has read it yet. d_1 .. d_L, L <= K, is the
+proposal. The outcome of a round is (j, r'): j draft tokens are accepted, and the target's own next
+token r', the bonus token, follows them. A round emits d_1 .. d_j and r', and r' is the next r.
 
 Source: Kumar, Dao, May, "Speculative Speculative Decoding", ICLR 2026 (arXiv 2603.03251).
 """
@@ -27,20 +31,19 @@ from steps import Feed, Fork, Runner
 # How long the target waits for the draft's first passes, in seconds: they may still fetch weights
 # from memory or disk, or compile. Later the lane is as patient as its slowest work tells it to be.
 PREFILL_PATIENCE_S, WARM_UP_PATIENCE_S = 10.0, 600.0
-Chain = tuple[
-    list[int], list
-]  # draft tokens, and the LogQ that each was drawn from (None under `shared`)
+# Draft tokens, and the LogQ that each was drawn from (None under `shared`).
+Chain = tuple[list[int], list]
 
 
 @dataclass(frozen=True)
 class Plan:
     """What a round is played with. AR is k = 0, SD is m = 0, SSD is the rest.
 
-    k         most draft tokens of a proposal m         outcomes that the draft prepares for while
-    the target verifies fallback  for a row that misses: "jit" drafts now, "fast" guesses from the
-    row's own text, "auto"
-              drafts now where no row that hit would have to wait for it
-    cut       use the chains that are ready when the verdict is in; False: wait for all of them
+    k is the most draft tokens of a proposal. m is how many outcomes the draft prepares for while
+    the target verifies; with 0 it prepares nothing, and every row misses. fallback is for a row
+    that misses: "jit" drafts now, "fast" guesses from the row's own text, "auto" drafts now if no
+    row has hit, which would have to wait. cut: use the chain steps that are ready when the verdict
+    is in; without it wait for all of them.
     """
 
     k: int
@@ -77,6 +80,9 @@ class Proposal:
 class Decoding:
     """One generation: its rows, the target and the draft on their lanes, and the rounds that
     advance them.
+
+    A subclass may prepare for other outcomes (predict), draft in another way (chains in prepare,
+    while the target waits in decode), or not draft at all after a miss (draft_now): examples/.
     """
 
     def __init__(
@@ -115,7 +121,7 @@ class Decoding:
                 chains.filled_by(self.draft_lane.start(*work))
             yield  # the caller prints the text of the last round
             next_plan = self.planner.next(last) if last else plan
-            accepted, bonus = verdict.result()  # the only wait of a round that hits
+            accepted, bonus = verdict.result()  # the loop waits here for the target
             self.emit(proposal, accepted, bonus)
             done = self.figures.verified(plan, proposal, live, accepted, verdict)
             try:
@@ -126,9 +132,12 @@ class Decoding:
         yield
 
     def propose(self, chains, accepted, bonus, plan: Plan, done: Round) -> Proposal:
-        """The next proposal: a row that hit takes its chain, for one that missed it is made now."""
+        """The next proposal: a row that hit takes its chain, for one that missed it is made now.
+
+        The key of `chains` is (row, accepted, bonus), the value is a Chain.
+        """
         proposal, live = Proposal(len(self.rows)), self.live()
-        found = chains.look_up(live, accepted, bonus)
+        found = chains.look_up(live, accepted, bonus)  # waits for fork and first step, if need be
         missed = [b for b in live if b not in found]
         self.learn(done, chains, found, missed)
         if missed and (plan.fallback == "jit" or plan.fallback == "auto" and not found):
@@ -164,7 +173,7 @@ class Decoding:
         return [b for b, row in enumerate(self.rows) if row.finish is None]
 
     def feed(self, proposal: Proposal) -> Feed:
-        """[r, d_1 .. d_L] of each live row, padded to one length (static steps know few)."""
+        """[r, d_1 .. d_L] of each live row, padded to one length (compiled steps know few)."""
         fed = [[row.ids[-1], *d] for row, d in zip(self.rows, proposal.tokens)]
         fed = [[] if row.finish else tokens for row, tokens in zip(self.rows, fed)]
         start = [len(row.ids) - 1 if tokens else 0 for row, tokens in zip(self.rows, fed)]
@@ -174,9 +183,9 @@ class Decoding:
         )
 
     def unread(self, feed: Feed) -> tuple[list[list[int]], list[int]]:
-        """What the draft has not read before `feed`, and where that begins, for each row.
+        """The ids that the draft must read before `feed`, and the position of the first, by row.
 
-        To be called once for every feed that the draft is given. A proposal that was accepted whole
+        Called once for every feed that the draft is given. A proposal that was accepted whole
         leaves its last token unread.
         """
         ids, begins = [], []
@@ -188,18 +197,16 @@ class Decoding:
         return ids, begins
 
     def emit(self, proposal: Proposal, accepted: list[int], bonus: list[int]) -> None:
-        """Append d_1..d_j and the bonus token to every live row, at once; a row that ends drops the
-        rest.
-        """
+        """Append d_1 .. d_j and the bonus token to each live row. A row that ends drops the rest."""
         for b in self.live():
             row = self.rows[b]
             for token in (*proposal.tokens[b][: accepted[b]], bonus[b]):
                 if row.finish is None:
                     row.push(token)
-            row.read = min(row.read, len(row.ids) - 1)  # past that the draft read what was rejected
+            row.read = min(row.read, len(row.ids) - 1)  # past that the draft read rejected tokens
 
     def learn(self, done: Round, chains: SpeculationCache, found: dict, missed: list[int]) -> None:
-        """Note what was foreseen: the draft forks the next round by it."""
+        """Note what was foreseen. The draft's next forks use it."""
         done.looked_up(chains, list(found), missed)
         for b in (*found, *missed) if chains.work else ():
             self.foresight.learn(chains.chance[b], b in found, done.accepted[b], done.rejected(b))
@@ -209,7 +216,7 @@ class Decoding:
         return self.draft.fork(scores, feed, plan.m, self.foresight)
 
     def draft_now(self, missed: list[int], plan: Plan, done: Round) -> dict[int, Chain]:
-        """Ordinary decoding by the draft for the rows that missed, while the target waits."""
+        """A Chain for each row that missed, by ordinary decoding, while the target waits."""
         if self.draft is None or (most := max(self.rows[b].room(plan.k) for b in missed)) == 0:
             return {}
         count = [int(b in missed) for b in range(len(self.rows))]
@@ -226,8 +233,8 @@ class Decoding:
         }
 
     def decode(self, feed: Feed, unread, most: int, top: int) -> list[tuple[list[int], object]]:
-        """On the draft's lane: feed what is unread, then a token at a time. Returns `most` steps'
-        tokens and LogQ.
+        """The tokens and LogQ of `most` steps of ordinary decoding, on the draft's lane. What is
+        unread is fed first.
         """
         before, begins = unread
         if max(map(len, before)) > 1:  # the draft was left out of some rounds
@@ -245,9 +252,7 @@ class Decoding:
         return steps
 
     def checked(self, tokens: list[int], logq: list, room: int) -> Chain:
-        """A chain, as long as the row has room for. Raises DraftLost for a token that does not
-        exist.
-        """
+        """A chain, as long as the row has room for. Raises DraftLost for an id without a token."""
         if wrong := [t for t in tokens if not 0 <= t < self.target.vocab]:
             raise DraftLost(f"it proposed the token id {wrong[0]}")
         return tokens[:room], logq[:room]
@@ -272,7 +277,7 @@ class Decoding:
             self.await_draft(drafting, PREFILL_PATIENCE_S + PATIENCE_TIMES * took)
 
     def warm_up(self) -> None:
-        """Compile and capture what is new, one lane after the other; tell how long it took."""
+        """Compile and capture what is new, one lane after the other, and tell how long it took."""
         began = time.perf_counter()
         fresh = self.target_lane.start(self.target.warm_up, *self.shapes).result()
         if self.draft is not None:
@@ -284,15 +289,16 @@ class Decoding:
         self.draft_lane.slowest_s = 0.0  # compiling says nothing about later work
 
     def await_draft(self, work: Work, limit_s: float):
-        """What the draft's work returns; None, and the target goes on alone, if it fails."""
+        """What the draft's work returns. If it fails: None, and the target goes on alone."""
         try:
             return self.draft_lane.answer(work, limit_s)
         except DraftLost as lost:
             self.go_on_alone(lost)
 
     def go_on_alone(self, lost: DraftLost) -> tuple[Proposal, Plan]:
-        """From now on nothing is proposed. The text stays right, since every token of it is the
-        target's own draw.
+        """An empty proposal and plain decoding, for the rest of the run.
+
+        The text stays right: the target alone decides what is emitted, whoever proposed it.
         """
         self.warn(f"the draft failed ({lost}): the target goes on alone, the text stays right")
         # What may hang keeps the old thread; the target may share this lane.
@@ -302,15 +308,15 @@ class Decoding:
 
 
 def saguaro_top(plan: Plan) -> int:
-    """How many of the draft's likeliest tokens Saguaro weighs down: a place's share of the budget,
-    and the drafted one.
+    """How many of the draft's likeliest tokens Saguaro weighs down: the share of the budget that
+    one of the K + 1 places has, and the drafted token.
     """
     return plan.m // (plan.k + 1) + 1
 
 
 def __getattr__(name: str):
-    """`from ssd import load`: the engine is above this file in the house, so it is fetched when
-    asked for.
+    """The engine's load, for `from ssd import load`. engine.py imports this file, so it is imported
+    only when somebody asks.
     """
     if name == "load":
         import engine
