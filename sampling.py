@@ -1,13 +1,12 @@
-"""Sampling: noise, warping, drawing, acceptance, Saguaro. Pure functions of tensors, vectorised
-over rows.
+"""Sampling as pure functions of tensors: noise, warping, draws, outcomes, acceptance, Saguaro.
 
 Knows: logits, distributions, the noise that all randomness comes from. Does not know: models,
 caches, devices' queues, texts. Read next: cache.py.
 
 A draw from a distribution d is argmax over tokens of log d + G, where the Gumbel noise G is a pure
 function of (seed, row, position, purpose, token). It needs no generator and no state, so the draft
-can ask for the very noise that the target will draw with: that is what makes outcomes predictable
-and texts equal in every mode.
+can ask for the very noise that the target will draw with. That makes outcomes predictable, and the
+text the same in every mode.
 
 Shape letters: B rows, T positions, K draft tokens, M branches, V vocabulary. p is the target, q the
 draft.
@@ -29,17 +28,17 @@ TOKEN, ACCEPT, RESIDUAL = (
 NONE, CHAIN, FIXED = 0, 1, 2  # kinds of a proposal: nothing, drawn from q, a fixed token
 COUPLINGS = ("shared", "maximal", "independent")
 SPREAD_STEP, HOLD_STEP = 0.05, 0.02
-# With a spread past 2 and 50,000 tokens no drafted token seems likely to hold. All outcomes that are
-# prepared then begin with a rejection, few of them hit, and the spread would never come down again.
+# With a spread past 2 and 50,000 tokens no drafted token seems likely to hold. All outcomes that
+# are prepared then begin with a rejection, and few of them hit: the spread would stay high for ever.
 WIDEST_SPREAD = 1.5
 
 
 class Params(NamedTuple):
-    """How each row samples; tensors (B,) on the model's device. `row_B` is the sequence's number,
-    not its place.
+    """How each row samples: tensors (B,) on the model's device. row_B is the sequence's number, not
+    its place in the batch.
 
-    greedy and filtered are host-known shortcuts: every temperature is 0; some row has a top-k or
-    top-p.
+    greedy says that every temperature is 0, filtered that some row has a top-k or top-p. The host
+    knows both, and so skips what changes nothing.
     """
 
     temperature_B: torch.Tensor
@@ -53,8 +52,8 @@ class Params(NamedTuple):
 
     @classmethod
     def make(cls, temperature, top_k, top_p, seed, row, device) -> "Params":
-        """Lists with one value per row; top_k 0 and top_p 1 mean off. Seeds are any 64-bit whole
-        numbers.
+        """Params from lists with one value per row. top_k 0 and top_p 1 mean off. A seed is any
+        64-bit whole number.
         """
         signed = [s - (1 << 64) if s >= 1 << 63 else s for s in seed]
 
@@ -78,7 +77,7 @@ class Params(NamedTuple):
 
 
 def _mix(x: torch.Tensor) -> torch.Tensor:  # scripted along with who calls it
-    """Scramble int32 words so that each input bit flips each output bit half of the time.
+    """int32 words, scrambled so that each input bit flips each output bit half of the time.
 
     Shifts, multiplications and constants are those of Wellons' "lowbias32" (bias 0.17 of a bit in
     2^32, public domain).
@@ -89,8 +88,8 @@ def _mix(x: torch.Tensor) -> torch.Tensor:  # scripted along with who calls it
 
 
 def row_keys(seed_B: torch.Tensor, row_B: torch.Tensor) -> torch.Tensor:
-    """Two independent 32-bit keys a row, (B, 2) int32: made once a run, so that a draw only hashes
-    what is new.
+    """Two independent 32-bit keys for each row, (B, 2) int32. They are made once a run, so that a
+    draw hashes only its position and token.
     """
     key1 = key2 = None
     for part in (seed_B, seed_B >> 32, row_B):
@@ -103,10 +102,10 @@ def row_keys(seed_B: torch.Tensor, row_B: torch.Tensor) -> torch.Tensor:
 def hash_words(
     params: Params, positions_BT: torch.Tensor, purpose: int, words_V=None
 ) -> torch.Tensor:
-    """31-bit hash words, int32 >= 0: (B, T), or (B, T, V) with one for each token. Equal on every
-    device.
+    """31-bit hash words, int32 >= 0: (B, T), or (B, T, V) with one for each token. They are the
+    same on every device.
 
-    words_V: token ids, int32; or how many there are, 0 to V - 1.
+    words_V: token ids, int32; or a count V, for the ids 0 to V - 1.
     """
     if isinstance(words_V, int):
         words_V = torch.arange(words_V, dtype=torch.int32, device=positions_BT.device)
@@ -117,7 +116,7 @@ def hash_words(
 def _hash(
     key_B2: torch.Tensor, positions_BT: torch.Tensor, purpose: int, words_V: Optional[torch.Tensor]
 ) -> torch.Tensor:
-    """Two keys a position, so that two positions of one run never share their noise vector."""
+    """hash_words by two keys a position: two positions of one run never share their noise."""
     word_BT1 = (positions_BT & 0xFFFFFFFF).to(torch.int32)[..., None]
     key_BT2 = _mix(_mix(word_BT1 + key_B2[:, None] * 5) * 5 + purpose)
     key1, key2 = key_BT2[..., 0], key_BT2[..., 1]
@@ -141,7 +140,7 @@ def _to_unit(words: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def gumbel(
     params: Params, positions_BT, purpose: int, words_V, dtype=torch.float32
 ) -> torch.Tensor:
-    """Gumbel noise (B, T, V), 0 for rows of temperature 0. words_V as in hash_words.
+    """Gumbel noise (B, T, V), which is 0 for rows of temperature 0. words_V is as in hash_words.
 
     -log(-log(1 - v)): the large values that decide a draw come from v near 0, where floats are
     dense.
@@ -163,13 +162,13 @@ def widen(logits: torch.Tensor) -> torch.Tensor:
 
 
 def warp(logits_BTV: torch.Tensor, params: Params, penalty: float = float("-inf")) -> torch.Tensor:
-    """Temperature, then top-k, then top-p: unnormalised log probabilities, -inf where a token is
-    out. float32 or more.
+    """Unnormalised log probabilities after temperature, then top-k, then top-p; -inf where a token
+    is out. float32 or wider.
 
     Rows of temperature 0 keep their logits: they take the argmax, which no filter changes. Tokens
-    that tie with the last one kept are kept too, so the outcome does not hang on the order in which
+    that tie with the last one kept are kept too, so the result does not hang on the order in which
     a device sorts. A finite penalty moves the tokens that are out down by so much instead: the
-    draft ranks them behind those that are in.
+    draft ranks them after those that are in.
     """
     x = widen(logits_BTV)
     if params.greedy:
@@ -200,18 +199,17 @@ def log_probs(warped_BTV: torch.Tensor, params: Params) -> torch.Tensor:
 
 
 def noisy(warped_BTV, params: Params, positions_BT, words_V) -> torch.Tensor:
-    """Scores whose argmax is the draw, and whose ranking is the draft's ranking of likely draws."""
+    """Scores: their argmax is the draw, and the draft ranks likely draws by its own."""
     if params.greedy:
         return warped_BTV
     return warped_BTV + gumbel(params, positions_BT, TOKEN, words_V, warped_BTV.dtype)
 
 
 def saguaro(logq_BTV: torch.Tensor, params: Params, top_BT: torch.Tensor, c: float) -> torch.Tensor:
-    """Saguaro's q': the top_BT likeliest tokens of each position weighed down by 0 < c <= 1, then
-    renormalised.
+    """log q' of Saguaro: the top_BT likeliest tokens of each position are weighed down by
+    0 < c <= 1, and the rest is renormalised with them. Rows of temperature 0 stay as they are.
 
     The target's residual then has its mass where the draft looks for it (Kumar, Dao, May 2026).
-    Temperature 0 as is.
     """
     rank_BTV = logq_BTV.argsort(dim=-1, descending=True, stable=True).argsort(-1)
     lowered = torch.where(
@@ -225,17 +223,20 @@ def saguaro(logq_BTV: torch.Tensor, params: Params, top_BT: torch.Tensor, c: flo
 
 @dataclass
 class Foresight:
-    """What a run has taught about how well the draft foresees; `outcomes` needs both numbers.
+    """Two numbers that a run learns about its draft, for `outcomes`.
 
-    spread: how far the draft's scores are from the target's, as the scale of a Gumbel distribution
-    hold: the chance that a drafted token is accepted
+    spread: how far the draft's scores are from the target's, as the scale of a Gumbel distribution.
+    hold: the chance that a drafted token is accepted.
     """
 
     spread: float = 0.7  # where the pairs measured here settle: 0.6 at temperature 0, 0.8 at 1
     hold: float = 0.8
 
     def learn(self, chance: float, hits: float, accepted: int, rejected: int) -> None:
-        """One row's round. With the right spread as many outcomes are hit as were expected."""
+        """Learn from one row's round. The right spread expects as many hits as there are.
+
+        chance: what `outcomes` gave for a hit; hits: 1 if it was one, else 0.
+        """
         spread = self.spread * math.exp(SPREAD_STEP * (chance - hits))
         self.spread = min(max(spread, 0.02), WIDEST_SPREAD)
         self.hold += HOLD_STEP * (accepted - self.hold * (accepted + rejected))
@@ -252,10 +253,10 @@ def outcomes(
 ) -> torch.Tensor:
     """The log probability of every outcome (j, t), -inf where it cannot be, (B, T, V).
 
-    scores_BTV[:, j] are log q_j + the noise that will draw t. drafted_BT[:, j] is d_{j+1}, for j <
-    length_B; V for a token that the draft does not know. If log p - log q, token by token, is
-    itself like Gumbel noise of the scale `spread`, the target draws t with softmax(scores /
-    spread).
+    scores_BTV[:, j] are log q_j + the noise that will draw t. drafted_BT[:, j] is d_{j+1}, for
+    j < length_B, or V for a token that the draft does not know. If log p - log q, token by token,
+    is itself like Gumbel noise of the scale `spread`, the target draws t with the probability
+    softmax(scores / spread) at t.
 
     hold_B None (coupling `shared`): d_{j+1} holds if the target draws it, so the scores say how
     likely that is; of one that the draft does not know they say nothing, and it holds half of the
@@ -290,11 +291,10 @@ def outcomes(
 
 @unlocked
 def accept_shared(draws_BT: torch.Tensor, tokens_BK: torch.Tensor, length_B: torch.Tensor):
-    """Coupling `shared`: accept while the proposal is the target's own draw. -> accepted (B,), next
-    token (B,).
+    """How many draft tokens hold, and the bonus token, (B,) each, under the coupling `shared`.
 
-    draws_BT, T = K + 1, are the target's draws x_0..x_K; tokens_BK the proposal, valid up to
-    length_B.
+    A draft token holds while it is the target's own draw. draws_BT, T = K + 1, are the target's
+    draws x_0 .. x_K; tokens_BK is the proposal, valid up to length_B.
     """
     K = tokens_BK.shape[1]
     same_BK = (draws_BT[:, :K] == tokens_BK) & (
@@ -305,8 +305,9 @@ def accept_shared(draws_BT: torch.Tensor, tokens_BK: torch.Tensor, length_B: tor
 
 
 def accept_exact(warped_BTV, logq_BKV, tokens_BK, length_B, kind_B, params: Params, start_B):
-    """Couplings `maximal` and `independent`: the exact rule for what each proposal was. -> accepted
-    (B,), next (B,).
+    """How many draft tokens hold, and the bonus token, (B,) each, under the other two couplings.
+
+    The rule is the exact one for what each proposal was.
 
     warped_BTV are the target's warped logits, T = K + 1, row i for position start_B + i; logq_BKV
     the normalised log distribution that each CHAIN token was really drawn from (ignored for FIXED).

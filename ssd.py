@@ -197,7 +197,7 @@ class Decoding:
         return ids, begins
 
     def emit(self, proposal: Proposal, accepted: list[int], bonus: list[int]) -> None:
-        """Append d_1 .. d_j and the bonus token to each live row. A row that ends drops the rest."""
+        """Append d_1 .. d_j and the bonus token to each row. A row that ends drops the rest."""
         for b in self.live():
             row = self.rows[b]
             for token in (*proposal.tokens[b][: accepted[b]], bonus[b]):

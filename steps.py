@@ -1,5 +1,4 @@
-"""One forward pass and one draw: everything that runs on a device, for the target and for the
-draft.
+"""One forward pass and one draw, for the target and for the draft: all that runs on a device.
 
 Knows: a model, its KV cache, and how its rows sample. Does not know: rounds, texts, hits, what the
 other model does. Read next: sampling.py.
@@ -9,7 +8,7 @@ Positions: a row of N tokens has its pending token at position N - 1. A pass tha
 always that of the position it fills.
 
 A draft may know fewer tokens than the target, or have a head that was cut to the likeliest ones. It
-works in its own vocabulary throughout; only token ids, which are the target's, go in and out.
+works in its own vocabulary throughout. Only token ids go in and out, and those are the target's.
 
 Shape letters: B rows, T positions fed, K draft tokens, M branches, V the model's own vocabulary.
 """
@@ -67,8 +66,8 @@ class Fork(NamedTuple):
 
 
 class Runner:
-    """A model, its KV cache and B rows, on one lane. Methods run on that lane's thread; lists in,
-    lists out.
+    """A model, its KV cache and B rows, on one lane. Methods run on that lane's thread and take and
+    return lists.
 
     role names the model in errors. k is the most draft tokens of a round, branches the most
     branches (0 for a model that only verifies), vocab the size of the target's vocabulary.
@@ -98,8 +97,7 @@ class Runner:
         if ids_V is None:  # tokens that the target does not have are never proposed
             ids_V = torch.arange(min(model.head.out_features, vocab), device=weight.device)
         self.ids_V, self.words_V = ids_V, ids_V.to(torch.int32)
-        # The own index of each of the target's tokens, len(ids_V) for one that the model cannot
-        # draw.
+        # This model's index of each of the target's tokens; len(ids_V) for one it cannot draw.
         self.index_of = torch.full((vocab,), len(ids_V), device=weight.device)
         self.index_of[ids_V] = torch.arange(len(ids_V), device=weight.device)
         self.noise_dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
@@ -112,8 +110,8 @@ class Runner:
         self.noisy, self.gumbel = policy.fuse(noisy), policy.fuse(gumbel)
 
     def set_rows(self, params: Params, coupling: str, saguaro_c: float) -> None:
-        """How the rows of this run sample. Static policies keep the tensors, so that graphs read
-        the new values.
+        """Take over how the rows of this run sample. Static policies keep the tensors, so that
+        graphs read the new values.
         """
         same = self.params is not None and self.policy.static and self.coupling == coupling
         if same and self.params[6:] == params[6:] and self.saguaro_c == saguaro_c:
@@ -124,10 +122,10 @@ class Runner:
         self.steps, self.warm, self.pool = {}, None, self.policy.new_pool()
 
     def warm_up(self, lengths: list[int], budgets: list[int]) -> bool:
-        """Compile and capture every static step before it counts, on rows that leave no trace.
+        """Whether anything was compiled or captured: every static step is, before the run is timed.
 
-        lengths: how many tokens a verification or extend may be fed; budgets: how many branches
-        there may be. Returns False where there was nothing to do.
+        It runs on rows that leave no trace. lengths: how many tokens a verification or extend may
+        be fed; budgets: how many branches there may be.
         """
         self.lengths, shapes = sorted(lengths), (*lengths, -1, *budgets)
         if not self.policy.static or self.warm == shapes:
@@ -149,9 +147,7 @@ class Runner:
         return True
 
     def fits(self, T: int) -> int:
-        """How many tokens a pass is fed that has T to feed: as many, or the next length that is
-        compiled.
-        """
+        """The length to which a feed of T tokens is padded: T, or the next that is compiled."""
         return next(n for n in self.lengths if n >= T) if self.policy.static else T
 
     # ---- target
@@ -169,8 +165,7 @@ class Runner:
             done += T
 
     def verify(self, feed: Feed, kind: list[int], logq: list) -> tuple[list[int], list[int]]:
-        """One target pass over every row's proposal. Returns how many draft tokens hold [B], and
-        the bonus token [B].
+        """How many draft tokens of each row hold [B], and the bonus tokens [B]: one target pass.
 
         logq[b]: for a CHAIN each token's `LogQ`, unless the coupling is `shared`.
         """
@@ -217,8 +212,9 @@ class Runner:
     # ---- draft
 
     def extend(self, feed: Feed) -> torch.Tensor:
-        """One causal pass over [r, d_1 .. d_L]: repairs the trunk and returns the scores (B, T, V)
-        to fork by.
+        """The scores (B, T, V) to fork by: one causal pass over [r, d_1 .. d_L] on the trunk.
+
+        It writes the keys and values there anew, whatever the last round has left.
         """
         return self._pass(self._extend, feed)[0]
 
@@ -236,10 +232,10 @@ class Runner:
         return Fork(read.tokens, read.depths, read.chance)
 
     def chain_step(self, feed: Feed, tokens, depths, step: int, top: int):
-        """Feed every branch its next token and draw one more. Returns tokens [B][M] and a LogQ of
-        (B, M, V), or None.
+        """The next token of every branch, [B][M], and their LogQ of (B, M, V) or None.
 
-        feed is the round's; branch i hangs off its trunk after the depths[b][i]-th draft token.
+        tokens are what the branches are fed, and feed is the round's. Branch i sees the trunk up to
+        the depths[b][i]-th draft token and its own chain, whose keys lie in the cache's scratch.
         top: for Saguaro, how many of the likeliest tokens are weighed down.
         """
         B, length, m = self.batch, [s + 1 for s in feed.start], len(tokens[0])
@@ -265,13 +261,11 @@ class Runner:
         packed, *logq = self._step(self._chain_step, columns, **limits)
         kept = self._kept(
             logq
-        )  # before the wait: the other lane reads it without waiting for this one
+        )  # before _read waits: the other lane uses it without waiting for this one
         return self._read(packed, tokens=m).tokens, kept
 
     def decode(self, feed: Feed, top: int):
-        """One ordinary step: feed the last tokens, draw the next. Returns token [B] and a LogQ of
-        (B, 1, V), or None.
-        """
+        """The next token of each row [B] and their LogQ of (B, 1, V), or None: an ordinary step."""
         packed, *logq = self._pass(self._decode, feed, top=[top] * self.batch)
         kept = self._kept(logq)
         return self._read(packed, token=int).token, kept
@@ -327,9 +321,7 @@ class Runner:
         return self._draft_draw(warped_B1V, noise, x.top)
 
     def _draft_draw(self, warped, noise, top_B):
-        """Draw from q, or Saguaro's q', with the shared noise: the tokens and, unless `shared`, log
-        q.
-        """
+        """Tokens drawn from q, or Saguaro's q', with this noise; unless `shared`, their log q."""
         loudest, logq = (
             warped.amax(-1),
             None,
@@ -353,7 +345,7 @@ class Runner:
         return self.model(self._known(tokens_BT), place, self.cache)[..., : len(self.ids_V)]
 
     def _known(self, tokens_BT):
-        """A token that the draft's embedding does not have is read as its last one."""
+        """The tokens, but one that the draft's embedding does not have becomes its last one."""
         most = self.model.config.vocab_size
         return tokens_BT if most >= self.vocab else tokens_BT.clamp(max=most - 1)
 
@@ -378,14 +370,15 @@ class Runner:
         return out
 
     def _kept(self, logq: list[torch.Tensor]) -> "LogQ | None":
-        """An optional output that outlives the next step: a graph would overwrite it."""
+        """log q in a form that outlives the next step, which would overwrite a graph's output."""
         if not logq:
             return None
         return LogQ(self.ids_V, logq[0].clone() if self.policy.graphs else logq[0])
 
     def _pass(self, work, feed: Feed, *tensors, **columns):
-        """Run a pass over trunk tokens. Eager: read the KV cache only as far as the longest row
-        reaches.
+        """What `work` returns for a pass over trunk tokens.
+
+        An eager pass reads the KV cache only as far as the longest row reaches.
         """
         if self.policy.static:
             limits = {"extent": self.cache.trunk, "tight": False}
@@ -398,8 +391,9 @@ class Runner:
         return self._step(work, columns, *tensors, **limits)
 
     def _step(self, work, columns: dict[str, list], *tensors, **static):
-        """work(named numbers, *tensors, **static). On CUDA each combination of shapes and `static`
-        is one graph.
+        """What work(named numbers, *tensors, **static) returns.
+
+        On CUDA each combination of shapes and `static` is one graph.
         """
         numbers, layout = _pack(columns)
         packed = self.policy.send(numbers)
@@ -432,9 +426,7 @@ class LogQ(NamedTuple):
 
 
 def _pack(columns: dict[str, list]) -> tuple[list[list[int]], tuple]:
-    """Named columns, each with a number or a list a row, as rows of whole numbers, and their
-    layout.
-    """
+    """Rows of whole numbers, and their layout, from named columns of a number or a list a row."""
     layout, parts = [], []
     for name, values in columns.items():
         kind = len(values[0]) if type(values[0]) is list else type(values[0])
