@@ -38,8 +38,8 @@ SHORTEST_TRUNK = (
 
 @dataclass
 class Model:
-    """A transformer ready to run. step_bytes: what one decode step reads, the embedding table left
-    out.
+    """A transformer that is ready to run. step_bytes: what one decode step reads, without the
+    embedding table.
     """
 
     name: str
@@ -137,9 +137,7 @@ class Model:
 
 
 def check_pair(target: Model, draft: Model) -> None:
-    """Refuse a draft whose tokens are not the target's. Embeddings padded to different sizes do not
-    matter.
-    """
+    """Refuse a draft whose tokens are not the target's. Paddings of the embeddings may differ."""
     if draft.config.head_tokens:
         return  # trained for this target, which was checked when it was loaded
     if target.tokenizer is None or draft.tokenizer is None:
@@ -180,8 +178,8 @@ def check_memory(models: list[tuple[Model, int]], batch: int, trunk: int, k: int
 
 @dataclass
 class Result:
-    """What generate() returns, a list entry per prompt; stats is the terminal contract's JSON
-    object.
+    """What generate() returns: lists with an entry for each prompt, and stats, the object that
+    --json prints.
     """
 
     token_ids: list[list[int]]

@@ -1,8 +1,7 @@
-"""What happened in a run, counted and shown: a record for each round, one line, a table of modes, a
-trace.
+"""What happened in a run: a record for each round, one line, a table of modes, a trace.
 
 Knows: times and counts, and how they combine. Does not know: tensors, models, why a round was
-played as it was. Read next: checkpoint/, if you want to know what is on disk.
+played as it was. Read next: checkpoint/config.py.
 
 With equal K, SSD gains at most (1 + t_draft / t_verify) over SD: it hides the drafting, it does not
 make a verification cheaper. All times are seconds of the host's clock. A round lasts from the start
@@ -44,11 +43,12 @@ UNUSED = {
 
 @dataclass
 class Round:
-    """One round: what was tried, what held, what was foreseen, and how long it took. Lists are by
-    row.
+    """One round: what was tried, what held, what was foreseen, and how long it took.
 
-    steps and prepare_s, step_s (extend and fork; a chain step) are of the chains at the look-up;
-    drafted is the work that drafted while the target waited, None where there was none.
+    kind, length and accepted have an entry for each row; live, hit and missed are numbers of rows.
+    steps is how many chain steps were ready at the look-up, prepare_s the seconds of extend and
+    fork, step_s those of a chain step. drafted is the work that drafted while the target waited,
+    None where there was none.
     """
 
     plan: object
@@ -86,7 +86,7 @@ class Round:
 
 
 def expected_tokens(acceptance: float, length: float) -> float:
-    """Tokens that a round emits whose proposal has `length` tokens, each accepted with one
+    """Tokens that a round emits whose proposal has `length` tokens, each accepted with the same
     probability.
     """
     if acceptance >= 1:
@@ -95,7 +95,7 @@ def expected_tokens(acceptance: float, length: float) -> float:
 
 
 def distinct_4grams(ids: list[int]) -> float | None:
-    """Share of distinct 4-grams: repetitive text flatters every speculative figure."""
+    """The share of distinct 4-grams. Repetitive text flatters every speculative figure."""
     grams = [tuple(ids[i : i + 4]) for i in range(len(ids) - 3)]
     return len(set(grams)) / len(grams) if grams else None
 
@@ -113,17 +113,17 @@ class Figures:
         return self.rounds[-1] if self.rounds else None
 
     def verified(self, plan, proposal, live, accepted, verdict) -> Round:
-        """A verification is in. Returns the round's record."""
+        """The record of a round whose verification is done. It is kept, too."""
         lengths = [len(tokens) for tokens in proposal.tokens]
         done = Round(plan, live, proposal.kind, lengths, accepted, verdict.begin, verdict.end)
         self.rounds.append(done)
         return done
 
     def report(self, spans: list[tuple[str, float, float]], speculates: bool) -> dict:
-        """The figures of the terminal contract. spans: what ran on the draft's lane, (name, begin,
-        end).
+        """The figures of a run, by the names that --json prints.
 
-        The first round belongs to the prefill: it is left out of rates and medians.
+        spans: what ran on the draft's lane, (name, begin, end). The first round belongs to the
+        prefill, and so it is left out of rates and medians.
         """
         new = [len(row.new_ids) for row in self.rows]
         first_token = self.rounds[0].end if self.rounds else self.end
@@ -161,9 +161,7 @@ class Figures:
         return total
 
     def times(self, spans, speculates: bool) -> dict:
-        """Medians per round, in milliseconds, and what they say: the share that is hidden, the
-        ceiling.
-        """
+        """Medians of a round in milliseconds, the share of drafting that is hidden, the ceiling."""
         rounds, busy = self.rounds, self.busy(spans)
         pairs = list(zip(rounds[1:], rounds[2:]))  # a round and the one after it
         middle = lambda values: median(values) * 1e3 if values else None  # noqa: E731
@@ -199,7 +197,7 @@ class Figures:
 
 
 def run_stats(decoding, settings, floor_s: float | None) -> dict:
-    """The JSON object of a run: its settings (None where its mode has no use for one), texts,
+    """The JSON object of a run: its settings (None for those that its mode does not use), texts and
     figures.
 
     floor_s: seconds that reading the target's weights once takes at the speed of a plain read.
@@ -247,8 +245,8 @@ def figures_line(stats: dict) -> str:
 
 
 def compare(runs: dict[str, dict]) -> dict:
-    """Ratios between the modes' figures. `ceiling`: hiding all drafting, with the tokens a round
-    that SSD reached.
+    """The three runs, with the ratios between them. `ceiling`: SSD over SD if all drafting were
+    hidden, with the tokens a round that SSD reached.
     """
     ar, sd, ssd = (runs[mode] for mode in MODES)
     for run in runs.values():
@@ -282,7 +280,7 @@ def table(compared: dict) -> str:
 
 
 def explain(compared: dict) -> list[str]:
-    """In words: do the texts agree, which mode is best here, and what kept SSD from its ceiling."""
+    """Sentences: do the texts agree, what kept SSD from its ceiling, which mode is best here."""
     sd, ssd, out = compared["sd"], compared["ssd"], []
     if compared["same_text"]:
         out.append("The three texts are the same.")
@@ -319,8 +317,8 @@ def explain(compared: dict) -> list[str]:
 
 
 def write_trace(path: str, lanes, rounds: list[Round]) -> None:
-    """A Chrome/Perfetto trace: a line per lane, and the loop's look-ups with hits and misses. Times
-    in microseconds.
+    """Write a Chrome/Perfetto trace: a line for each lane, and the loop's look-ups with hits and
+    misses. Its times are microseconds.
     """
     events = []
     for thread, lane in enumerate(lanes, 1):

@@ -40,7 +40,7 @@ STEP_SHARE = 0.75
 
 
 def parse_device(spec: str) -> tuple[torch.device, tuple[int, ...]]:
-    """ "cpu", "cpu:0", "cpu:0-1,3", "cuda", "cuda:1" -> the torch device and, for a CPU, the cores
+    """The torch device of "cpu", "cpu:0", "cpu:0-1,3", "cuda" or "cuda:1", and for a CPU the cores
     (empty: all).
     """
     kind, colon, rest = spec.partition(":")
@@ -102,10 +102,10 @@ class DraftLost(RuntimeError):
 
 
 class Work(Future):
-    """A future that knows its times: begin, end, and when it is due, in time.perf_counter()
-    seconds.
+    """A future that knows its times: begin, end, and when it is due.
 
-    begin and end are 0 before they happen; due is infinite where too little is known.
+    They are seconds of time.perf_counter(). begin and end are 0 until they happen; due is infinite
+    until work of the same name has run a few times.
     """
 
     def __init__(self):
@@ -171,7 +171,7 @@ class Lane:
         return max(PATIENCE_S, PATIENCE_TIMES * self.slowest_s)
 
     def has_time(self, verdict: Work) -> bool:
-        """Is there time for one more step like the last before `verdict` is in?"""
+        """Whether one more step like the last is likely to be done before `verdict` is in."""
         soon = time.perf_counter() + STEP_SHARE * self.last_s > verdict.due
         return not (soon or verdict.done())
 
@@ -286,8 +286,8 @@ class Devices:
         )
 
     def bandwidth(self, lane: Lane) -> float | None:
-        """Bytes per second that a plain read reaches on the lane, measured once. None: no memory
-        for it.
+        """Bytes per second that a plain read reaches on the lane, measured once. None where there
+        was no memory to measure it.
         """
         if lane.spec not in self._bandwidth:
             try:
@@ -307,9 +307,11 @@ class Devices:
 
 @contextmanager
 def one_thread():
-    """Work outside the lanes must not start OpenMP helpers: libgomp lets threads that outnumber the
-    cores sleep at every parallel region, so a second team in the process slows a lane on several
-    cores (111 sleeps a step, not 3).
+    """A context in which torch uses one thread, for work outside the lanes.
+
+    Such work must not start OpenMP helpers: libgomp lets threads that outnumber the cores sleep at
+    every parallel region, so a second team in the process slows a lane on several cores (111 sleeps
+    a step, not 3).
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -323,8 +325,8 @@ def one_thread():
 
 
 class PackedLinear(nn.Module):
-    """nn.Linear with its float32 weight in oneDNN's blocked layout: 1.3x to 4x the speed, most for
-    2 to 16 rows.
+    """nn.Linear with its float32 weight in oneDNN's blocked layout. It is 1.3 to 4 times as fast,
+    most for 2 to 16 rows.
     """
 
     def __init__(self, linear: nn.Linear):
@@ -391,12 +393,11 @@ def peak_memory_gb(device: torch.device) -> float:
 
 
 class Graph:
-    """A function of tensors with fixed shapes, captured once as a CUDA graph and replayed from then
-    on.
+    """A function of tensors with fixed shapes, captured once as a CUDA graph and then replayed.
 
-    Inputs are copied into the captured buffers (from pinned host memory too); outputs are the
-    captured buffers themselves and share a pool with the lane's other graphs, so they hold only
-    until the next replay of any of them: whoever keeps one longer clones it.
+    Inputs are copied into the captured buffers, from pinned host memory too. Outputs are captured
+    buffers themselves, in a pool that the lane's other graphs share. So they hold only until any of
+    these replays: whoever keeps one longer clones it.
     """
 
     def __init__(self, work: Callable, device: torch.device, pool):
@@ -439,8 +440,8 @@ class Policy:
     """How a model's steps run: eager, or static, which is compiled and on CUDA captured.
 
     The shapes of static steps never change. One block is compiled and serves every layer, so that
-    warm-up takes seconds, not minutes. On CUDA so are the noise and the head; everything around is
-    captured as it is.
+    warm-up takes seconds, not minutes. On CUDA the noise and the head are compiled as well, and
+    everything else is captured as it is.
     """
 
     def __init__(self, device: torch.device, compile: bool):
@@ -471,18 +472,18 @@ class Policy:
             model.head.forward = self.fuse(lambda x_BTE: F.linear(x_BTE, weight))
 
     def new_pool(self):
-        """Memory for the graphs of one lane: they never replay at once. None where nothing is
-        captured.
+        """Memory that the graphs of one lane share, since they never replay at once. None where
+        nothing is captured.
         """
         return torch.cuda.graph_pool_handle() if self.graphs else None
 
     def step(self, work: Callable, pool) -> Callable:
-        """`work` takes and returns tensors of fixed shapes: on CUDA it becomes one graph replay."""
+        """`work`, which takes and returns tensors of fixed shapes; on CUDA as one graph replay."""
         return Graph(work, self.device, pool) if self.graphs else work
 
     def send(self, numbers: list) -> torch.Tensor:
-        """Whole numbers for a step. Where a graph copies them into its own buffer they stay in
-        pinned memory.
+        """A tensor of whole numbers for a step; in pinned memory where a graph copies it into its
+        own buffer.
         """
         if self.graphs:
             return torch.tensor(numbers, dtype=torch.int64, pin_memory=True)

@@ -29,7 +29,7 @@ NONE, CHAIN, FIXED = 0, 1, 2  # kinds of a proposal: nothing, drawn from q, a fi
 COUPLINGS = ("shared", "maximal", "independent")
 SPREAD_STEP, HOLD_STEP = 0.05, 0.02
 # With a spread past 2 and 50,000 tokens no drafted token seems likely to hold. All outcomes that
-# are prepared then begin with a rejection, and few of them hit: the spread would stay high for ever.
+# are prepared then begin with a rejection, and few of them hit: the spread would stay so high.
 WIDEST_SPREAD = 1.5
 
 
