@@ -196,10 +196,9 @@ def make_rows(prompts: list, settings, tokenizer, eos: frozenset, config) -> lis
     """One Row per prompt, a text or token ids. ValueError with one sentence for a prompt that
     cannot be completed.
     """
-    if isinstance(prompts, str) or not isinstance(prompts, (list, tuple)) or not prompts:
-        raise ValueError(
-            f"got prompts of type {type(prompts).__name__}, wanted a list with at least one prompt"
-        )
+    if not isinstance(prompts, (list, tuple)) or not prompts:
+        got = "no prompts" if isinstance(prompts, (list, tuple)) else f"a {type(prompts).__name__}"
+        raise ValueError(f"got {got} to complete, wanted a list with at least one prompt")
     if settings.stop and tokenizer is None:
         raise ValueError(
             "stop texts were given, but the checkpoint has no tokenizer files: leave them out"

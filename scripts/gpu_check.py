@@ -1,17 +1,18 @@
-"""What only a GPU can show: correctness on CUDA, and times as fractions of what the same run measured of the machine.
+"""What only a GPU can show: correctness on CUDA, and times as fractions of what the machine can do.
 
-Knows: parts, time limits, the environment, the file of results and its table. Does not know: how anything is checked
-or timed (gpu_parts.py, gpu_pair.py). Read next: gpu_parts.py.
+Knows: parts, time limits, the environment, the pair of models, the file of results and its table.
+Does not know: how anything is checked or timed (gpu_parts.py, gpu_pair.py). Read next:
+gpu_parts.py.
 
     python scripts/gpu_check.py                           all parts on cuda:0, under 8 minutes
     python scripts/gpu_check.py --only kernels,decode     some of them, each under 2 minutes
-    python scripts/gpu_check.py --only correct --sanitize the kernel's checks under compute-sanitizer
-    python scripts/gpu_check.py --device cpu              every line of it at toy size: figures without meaning
-    python scripts/gpu_check.py --show results/FILE.json  the table again
+    python scripts/gpu_check.py --only correct --sanitize the kernel's checks under compute-
+    sanitizer python scripts/gpu_check.py --device cpu              every line of it at toy size:
+    figures without meaning python scripts/gpu_check.py --show results/FILE.json  the table again
 
-Each part is a process of its own, killed at its limit; what it had found by then is kept, and so are the other parts
-of a file that is there already. Exit code 0: all right; 1: something is wrong, too slow, failed or unfinished; 2: a
-mistake of the caller.
+Each part is a process of its own, killed at its limit; what it had found by then is kept, and so
+are the other parts of a file that is there already. Exit code 0: all right; 1: something is wrong,
+too slow, failed or unfinished; 2: a mistake of the caller.
 """
 
 import argparse
@@ -22,6 +23,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from importlib.metadata import PackageNotFoundError, version
@@ -32,14 +34,22 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 import torch  # noqa: E402
 
-from checkpoint.weights import load_config  # noqa: E402
-from generate import DEMO  # noqa: E402
+from checkpoint.config import Config  # noqa: E402
+from checkpoint.weights import load_config, save_model  # noqa: E402
+from model import Transformer  # noqa: E402
 from runtime import parse_device  # noqa: E402
 
 # Part -> its limit in seconds; in this order, and together under 8 minutes.
 PARTS = {"kernels": 90, "decode": 110, "ssd": 110, "loop": 90, "linear": 30, "transformers": 45}
 EXTRA = {"correct": 120}  # only by name: a part of kernels
 WRONG, MISTAKE = 1, 2
+# The random pair, where none is given, and how far its draft is from it.
+SHAPE = {
+    "model_type": "llama", "vocab_size": 4096, "hidden_size": 128, "intermediate_size": 256,
+    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "eos_token_id": 2,
+    "max_position_embeddings": 4096,
+}  # fmt: skip
+NOISE = 0.05
 SMALL_TARGET, LARGE = "inflate:llama-3.1-8b:", ("decode", "ssd")
 
 
@@ -54,8 +64,14 @@ def environment(device: torch.device) -> dict:
             found[name] = version(name)
         except PackageNotFoundError:
             found[name] = None
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
-    found |= {"python": platform.python_version(), "commit": git.stdout.strip() or None, "cuda": torch.version.cuda}
+    git = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
+    )
+    found |= {
+        "python": platform.python_version(),
+        "commit": git.stdout.strip() or None,
+        "cuda": torch.version.cuda,
+    }
     found["date"] = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
     if device.type == "cuda":
         found["device"] = torch.cuda.get_device_name(device)
@@ -79,7 +95,11 @@ def nvidia_smi(device: torch.device) -> dict:
     except (OSError, subprocess.TimeoutExpired) as error:
         return {"nvidia_smi": str(error)}
     lines = told.stdout.strip().splitlines()
-    return dict(zip(keys, map(str.strip, lines[0].split(",")))) if lines else {"nvidia_smi": told.stderr.strip()[:200]}
+    return (
+        dict(zip(keys, map(str.strip, lines[0].split(","))))
+        if lines
+        else {"nvidia_smi": told.stderr.strip()[:200]}
+    )
 
 
 # ---- one part, in a process of its own
@@ -94,8 +114,8 @@ def run_part(part: str, how: dict, limit_s: float, sanitizer: str | None = None)
     if how["device"].startswith("cpu") and part in ("kernels", "correct"):
         env["TRITON_INTERPRET"] = "1"
     began, records, tail = time.perf_counter(), [], []
-    child = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                             errors="replace", start_new_session=True)  # fmt: skip
+    both = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "start_new_session": True}
+    child = subprocess.Popen(command, env=env, text=True, errors="replace", **both)
 
     def listen():
         for line in child.stdout:
@@ -154,8 +174,13 @@ def row(record: dict) -> str:
         text += f"  wanted at {record['kind']} {record['limit']:g}"
         text += f", aim {record['aim']:g}" if record["aim"] else ""
     verdict = {True: "PASS", False: "FAIL", None: ""}[record.get("pass")]
-    more = "".join(f", {key} {record[key]}" for key in ("near_ties", "differences", "worst_case") if record.get(key))
-    return f"{verdict:5}{record['name']}: {text}{more if verdict == 'FAIL' or record.get('near_ties') else ''}"
+    more = "".join(
+        f", {key} {record[key]}"
+        for key in ("near_ties", "differences", "worst_case")
+        if record.get(key)
+    )
+    more = more if verdict == "FAIL" or record.get("near_ties") else ""
+    return f"{verdict:5}{record['name']}: {text}{more}"
 
 
 def table(results: dict) -> str:
@@ -163,23 +188,31 @@ def table(results: dict) -> str:
     lines = []
     for part, found in results["parts"].items():
         where = found["environment"]
-        lines += ["", f"{part}: {found['end']}, {found['seconds']:.0f} s, {where['device']}, torch {where['torch']}, "
-                      f"commit {where['commit']}"]  # fmt: skip
+        head = f"{part}: {found['end']}, {found['seconds']:.0f} s, {where['device']}"
+        lines += ["", f"{head}, torch {where['torch']}, commit {where['commit']}"]
         lines += [f"  {row(record)}" for record in found["records"]]
     lines += ["", summary(results)]
     return "\n".join(lines).lstrip("\n")
 
 
 def summary(results: dict) -> str:
-    verdicts = [record.get("pass") for found in results["parts"].values() for record in found["records"]]
-    broken = [f"{part} {found['end']}" for part, found in results["parts"].items() if found["end"] != "done"]
+    verdicts = [
+        record.get("pass") for found in results["parts"].values() for record in found["records"]
+    ]
+    broken = [
+        f"{part} {found['end']}"
+        for part, found in results["parts"].items()
+        if found["end"] != "done"
+    ]
     text = f"{verdicts.count(True)} PASS, {verdicts.count(False)} FAIL"
     return text + "".join(f"; {sentence}" for sentence in broken)
 
 
 def all_right(results: dict, parts) -> bool:
     found = [results["parts"][part] for part in parts]
-    return all(f["end"] == "done" and all(r.get("pass") is not False for r in f["records"]) for f in found)
+    return all(
+        f["end"] == "done" and all(r.get("pass") is not False for r in f["records"]) for f in found
+    )
 
 
 # ---- the command line
@@ -190,32 +223,79 @@ def say(text: str) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    out = argparse.ArgumentParser(description="Check and time the engine on a GPU.", allow_abbrev=False)
-    out.add_argument("--device", default="cuda:0", help="cuda:N, or cpu for toy sizes (default cuda:0)")
-    out.add_argument("--only", default="", help=f"parts, with commas between: {', '.join([*PARTS, *EXTRA])}")
-    out.add_argument("--limit", type=float, default=0, help="seconds for each part instead of its own limit")
-    out.add_argument("--target", default=str(DEMO / "target"), help="the small checkpoint that is grown")
-    out.add_argument("--draft", default=str(DEMO / "draft"), help="its draft")
-    out.add_argument("--sanitize", action="store_true", help="run the parts under compute-sanitizer")
+    out = argparse.ArgumentParser(
+        description="Check and time the engine on a GPU.", allow_abbrev=False
+    )
+    out.add_argument(
+        "--device", default="cuda:0", help="cuda:N, or cpu for toy sizes (default cuda:0)"
+    )
+    out.add_argument(
+        "--only", default="", help=f"parts, with commas between: {', '.join([*PARTS, *EXTRA])}"
+    )
+    out.add_argument(
+        "--limit", type=float, default=0, help="seconds for each part instead of its own limit"
+    )
+    out.add_argument("--target", help="a small checkpoint that is grown (default: random weights)")
+    out.add_argument("--draft", help="its draft (default: the random weights and some noise)")
+    out.add_argument(
+        "--sanitize", action="store_true", help="run the parts under compute-sanitizer"
+    )
     out.add_argument("--out", type=Path, help="file of results (default results/DEVICE.json)")
     out.add_argument("--show", type=Path, help="print the table of a file and do nothing else")
     return out
 
 
 def plan(args) -> tuple[torch.device, list[str], str | None]:
-    """Device, parts and sanitizer; ValueError with one sentence for what the caller can set right."""
+    """Device, parts and sanitizer; ValueError with one sentence for a mistake of the caller."""
     parts = [part for part in args.only.split(",") if part] or list(PARTS)
     if unknown := [part for part in parts if part not in PARTS | EXTRA]:
         raise ValueError(f"--only has {unknown[0]!r}, wanted some of {', '.join([*PARTS, *EXTRA])}")
     if args.limit < 0:
         raise ValueError(f"--limit is {args.limit:g}, wanted seconds above 0: leave it out")
     device, _ = parse_device(args.device)
-    for name in (args.target, args.draft):
+    if (args.target is None) != (args.draft is None):
+        raise ValueError(
+            "one of --target and --draft was given, wanted a pair: give both or neither"
+        )
+    for name in filter(None, (args.target, args.draft)):
         load_config(name)
     sanitizer = shutil.which("compute-sanitizer") if args.sanitize else None
     if args.sanitize and sanitizer is None:
-        raise ValueError("--sanitize was given, but compute-sanitizer is not installed: install it or leave this out")
+        raise ValueError(
+            "--sanitize was given, but compute-sanitizer is missing: install it, or leave it out"
+        )
     return device, parts, sanitizer
+
+
+def play(part: str, args, where: dict, sanitizer: str | None, results: dict) -> None:
+    """Run a part and put what it found into the results, in their order."""
+    say(f"{part} on {where['device']}")
+    tiny = args.device.startswith("cpu")
+    grow = SMALL_TARGET if part in LARGE and not tiny else ""
+    how = {"device": args.device, "target": grow + args.target, "draft": args.draft, "tiny": tiny}
+    if part == "decode" and not tiny:
+        how["draft"] = f"inflate:llama-3.2-1b:{args.draft}"
+    found = run_part(part, how, args.limit or (PARTS | EXTRA)[part], sanitizer)
+    results["parts"][part] = found | {"environment": where, "sanitized": bool(sanitizer)}
+    order = [*PARTS, *EXTRA]
+    results["parts"] = dict(sorted(results["parts"].items(), key=lambda item: order.index(item[0])))
+
+
+def random_pair(folder: Path) -> tuple[str, str]:
+    """A small random checkpoint, and the same weights with some noise as its draft."""
+    names = []
+    for name, noise in (("target", 0.0), ("draft", NOISE)):
+        model = Transformer(Config.from_dict(SHAPE)).requires_grad_(False)
+        own, more = (torch.Generator().manual_seed(seed) for seed in (0, 1))
+        for weight in model.parameters():
+            if weight.ndim == 2:
+                random = torch.randn(weight.shape, generator=own)
+                random += noise * torch.randn(weight.shape, generator=more)
+                weight.copy_(random * weight.shape[1] ** -0.5)
+        model.head.weight.mul_(6.0)  # a distribution as sharp as a trained model's
+        save_model(model, SHAPE, folder / name)
+        names.append(str(folder / name))
+    return names[0], names[1]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -232,19 +312,13 @@ def main(argv: list[str] | None = None) -> int:
     name = re.sub(r"[^a-z0-9]+", "-", where["device"].lower()).strip("-")
     out = args.out or ROOT / "results" / (f"{name}-toy.json" if tiny else f"{name}.json")
     results = json.loads(out.read_text()) if out.exists() else {"parts": {}}
-    for part in parts:
-        say(f"{part} on {where['device']}")
-        grow = SMALL_TARGET if part in LARGE and not tiny else ""
-        how = {"device": args.device, "target": grow + args.target, "draft": args.draft, "tiny": tiny}
-        if part == "decode" and not tiny:
-            how["draft"] = f"inflate:llama-3.2-1b:{args.draft}"
-        found = run_part(part, how, args.limit or (PARTS | EXTRA)[part], sanitizer)
-        results["parts"].pop(part, None)
-        results["parts"][part] = found | {"environment": where, "sanitized": bool(sanitizer)}
-        order = [*PARTS, *EXTRA]
-        results["parts"] = dict(sorted(results["parts"].items(), key=lambda item: order.index(item[0])))
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(results, indent=1) + "\n")
+    with tempfile.TemporaryDirectory() as folder:
+        if args.target is None:
+            args.target, args.draft = random_pair(Path(folder))
+        for part in parts:
+            play(part, args, where, sanitizer, results)
+            out.parent.mkdir(parents=True, exist_ok=True)
+            out.write_text(json.dumps(results, indent=1) + "\n")
     print(table(results))
     print(f"written to {out}")
     return 0 if all_right(results, parts) else WRONG

@@ -1,7 +1,8 @@
-"""The parts of gpu_check.py that run two models: the loop's exactness on CUDA, AR / SD / SSD compared, transformers.
+"""The parts of gpu_check.py that run two models: exactness on CUDA, three modes timed,
+transformers.
 
-Knows: engines, placements of target and draft, which texts must be equal. Does not know: kernels, single steps
-(gpu_parts.py), time limits, tables (gpu_check.py). Read next: gpu_check.py.
+Knows: engines, placements of target and draft, which texts must be equal. Does not know: kernels,
+single steps (gpu_parts.py), time limits, tables (gpu_check.py). Read next: gpu_check.py.
 """
 
 import time
@@ -11,15 +12,13 @@ from statistics import median
 
 import torch
 
-import pair
-import runtime
+import engine
 import steps
 from cache import KVCache
-from pair import Model
+from engine import Engine, Model
+from figures import Figures
 from runtime import Devices, Lane, Policy, available_cores
 from sampling import Params, noisy, warp
-from speed import Figures
-from ssd import Engine
 
 NEAR_TIE = 1e-4  # float32: two best scores this close may change places between shapes
 TEXTS = (
@@ -27,7 +26,8 @@ TEXTS = (
     "class Stack:\n    def __init__(self):\n",
     "for line in lines:\n    name, _, value = line.partition('=')\n",
 )
-# Llama-3.2-1B, and two made-up shapes that read about 0.9 and 0.18 GB a step in bfloat16, with the same vocabulary.
+# Llama-3.2-1B, and two made-up shapes that read about 0.9 and 0.18 GB a step in bfloat16, with the
+# same vocabulary.
 DRAFTS = {
     "1B": "inflate:llama-3.2-1b:",
     "0.1B": "inflate:hidden=512,layers=8,heads=8,kv_heads=2,ffn=1408,vocab=128256:",
@@ -43,19 +43,23 @@ def ids_of(model: Model, longest: int = 48) -> list[list[int]]:
 
 
 def own(model: Model) -> Model:
-    """The same weights with buffers and graphs of their own: modes in turn do not capture anew at every change."""
+    """The same weights with buffers and graphs of their own: modes in turn do not capture anew at
+    every change.
+    """
     return replace(model, runners={}, policy=Policy(model.policy.device, model.policy.static))
 
 
-def play(engine: Engine, prompts, **settings) -> tuple[dict, Figures]:
-    decoding = engine.start(prompts, ignore_eos=True, **settings)
+def play(pair: Engine, prompts, **settings) -> tuple[dict, Figures]:
+    decoding = pair.start(prompts, ignore_eos=True, **settings)
     for _ in decoding.rounds():
         pass
-    stats = engine.finish(decoding).stats
-    if decoding.mode != settings["mode"]:
+    stats = pair.finish(decoding).stats
+    if decoding.lost:
         raise RuntimeError(f"the draft was lost in mode {settings['mode']}")
-    if settings["mode"] == "ssd":  # chains of the last round may still run: they would slow down what is timed next
-        decoding.draft_lane.start("settle", lambda: None).result(60)
+    if (
+        settings["mode"] == "ssd"
+    ):  # chains of the last round may still run: they would slow down what is timed next
+        decoding.draft_lane.start(lambda: None).result(60)
     return stats, decoding.figures
 
 
@@ -69,18 +73,27 @@ def gap(lane: Lane, model: Model, ids: list[int], row: int, temperature: float, 
         device, n = lane.device, len(ids)
         cache = KVCache(model.config, 1, n, device=device, dtype=model.dtype)
         model.transformer.set_positions(n)
-        place = cache.place(torch.tensor([0], device=device), torch.tensor([n], device=device), n, n)
+        place = cache.place(
+            torch.tensor([0], device=device), torch.tensor([n], device=device), n, n
+        )
         logits = model.transformer(torch.tensor([ids], device=device), place, cache)[:, -1:]
         params = Params.make([temperature], [0], [1.0], [seed], [row], device)
-        best = noisy(warp(logits, params), params, torch.tensor([[n]], device=device)).topk(2).values.flatten()
+        best = (
+            noisy(
+                warp(logits, params), params, torch.tensor([[n]], device=device), logits.shape[-1]
+            )
+            .topk(2)
+            .values.flatten()
+        )
         return (best[0] - best[1]).item()
 
-    return lane.start("gap", work).result()
+    return lane.start(work).result()
 
 
 def exactness(check) -> None:
-    """float32: SD and SSD write AR's text, eager and captured, with the draft on this GPU, the next one, the CPU."""
-    runtime.TUNED_ROWS = 0  # nothing is timed here: do not wait for tuning
+    """float32: SD and SSD write AR's text, eager and captured, with the draft on this GPU, the next
+    one, the CPU.
+    """
     steps.PREFILL_CHUNKS = (64,)
     cpu = "cpu:" + ",".join(map(str, available_cores()[: 1 if check.tiny else 8]))
     places = [check.spec]
@@ -91,24 +104,40 @@ def exactness(check) -> None:
     prompts, new = ids_of(eager), 8 if check.tiny else 96
     plain, truth = Engine(eager, None, Devices(check.spec)), {}
     for temperature in (0.0, 1.0):
-        truth[temperature] = play(plain, prompts, mode="ar", temperature=temperature, seed=5, max_new_tokens=new)[0]
+        truth[temperature] = play(
+            plain, prompts, mode="ar", temperature=temperature, seed=5, max_new_tokens=new
+        )[0]
     lane = plain.devices.lanes("ar")[0]
     for graphs in (False, True) if check.on_gpu else (False,):
-        target = Model.load(check.target, check.device, "float32", compile=True) if graphs else eager
+        target = (
+            Model.load(check.target, check.device, "float32", compile=True) if graphs else eager
+        )
+        steps_are = "graphs" if graphs else "eager"
         for place in places:
             devices, said = Devices(check.spec, place), []
-            draft = Model.load(check.draft, devices.draft, "float32", compile=graphs and place != cpu)
-            engine = Engine(target, draft, devices, said.append)
-            for temperature, mode in product((0.0, 1.0), ("ar", "sd", "ssd") if graphs else ("sd", "ssd")):
-                options = {"temperature": temperature, "seed": 5, "max_new_tokens": new, "k": 3, "fan_out": 8}
-                stats, _ = play(engine, prompts, mode=mode, **options)
-                label = f"{mode} == AR, T={temperature:g}, draft on {place}, {'graphs' if graphs else 'eager'}"
+            draft = Model.load(
+                check.draft, devices.draft, "float32", compile=graphs and place != cpu
+            )
+            both = Engine(target, draft, devices, said.append)
+            for temperature, mode in product(
+                (0.0, 1.0), ("ar", "sd", "ssd") if graphs else ("sd", "ssd")
+            ):
+                options = {
+                    "temperature": temperature,
+                    "seed": 5,
+                    "max_new_tokens": new,
+                    "k": 3,
+                    "fan_out": 8,
+                }
+                stats, _ = play(both, prompts, mode=mode, **options)
+                label = f"{mode} == AR, T={temperature:g}, draft on {place}, {steps_are}"
                 compare(check, lane, eager, prompts, truth[temperature], stats, temperature, label)
-            # The other couplings promise the distribution, not the text: here, that log q crosses and nothing breaks.
+            # The other couplings promise the distribution, not the text: here, that log q crosses
+            # and nothing breaks.
             for coupling in ("maximal", "independent") if not graphs else ("maximal",):
-                stats, _ = play(engine, prompts, mode="ssd", coupling=coupling, **options)
+                stats, _ = play(both, prompts, mode="ssd", coupling=coupling, **options)
                 whole = all(len(row) == new for row in stats["token_ids"])
-                label = f"ssd, {coupling}, T=1, draft on {place}, {'graphs' if graphs else 'eager'}: whole texts"
+                label = f"ssd, {coupling}, T=1, draft on {place}, {steps_are}: whole texts"
                 check.right(label, whole, acceptance=stats["acceptance_rate"])
             for text in said:
                 check.say({"name": f"draft on {place}", "value": text, "unit": ""})
@@ -122,7 +151,9 @@ def compare(check, lane, model, prompts, want, got, temperature, label) -> None:
             at = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
             apart = gap(lane, model, prompt + a[:at], row, temperature, 5)
             (ties if apart < NEAR_TIE else wrong).append({"row": row, "token": at, "gap": apart})
-    check.right(label, not wrong, near_ties=ties, differences=wrong, acceptance=got["acceptance_rate"])
+    check.right(
+        label, not wrong, near_ties=ties, differences=wrong, acceptance=got["acceptance_rate"]
+    )
 
 
 # ---- AR, SD and SSD, timed
@@ -141,10 +172,13 @@ def plans(check) -> list[tuple]:
 
 
 def pairs(check) -> None:
-    """The three modes on one GPU in two streams, drafts of three costs; without priority; with the draft on the CPU."""
+    """The three modes on one GPU in two streams, drafts of three costs; without priority; with the
+    draft on the CPU.
+    """
     check.machine()
-    # One shape less to compile for each model, and the shapes of the part `decode`, whose compiled code is on disk.
-    steps.PREFILL_CHUNKS, pair.TRUNK_STEP = (64,), 64 if check.tiny else 768
+    # One shape less to compile for each model, and the trunk of the part `decode`, whose code is on
+    # disk.
+    steps.PREFILL_CHUNKS, engine.SHORTEST_TRUNK = (64,), 64 if check.tiny else 1024
     dtype = "bfloat16" if check.on_gpu else "float32"
     target, last = Model.load(check.target, check.device, dtype), None
     for name, path, place, priority in plans(check):
@@ -153,9 +187,12 @@ def pairs(check) -> None:
             devices._lanes[check.spec, "target"] = Lane(check.spec, "target")
         if (path, place) != last:
             draft = None  # at most one beside the target
-            draft = Model.load(path, devices.draft, dtype if devices.draft.type == "cuda" else "float32")
+            draft = Model.load(
+                path, devices.draft, dtype if devices.draft.type == "cuda" else "float32"
+            )
             last = path, place
-        # Captured anew for every plan: kernels keep the priority of the stream that they were captured on.
+        # Captured anew for every plan: kernels keep the priority of the stream that they were
+        # captured on.
         both = own(target)
         engines = {
             "ar": Engine(own(target), None, devices, said.append),
@@ -171,41 +208,62 @@ def pairs(check) -> None:
 def three_modes(check, engines: dict, label: str, temperature: float) -> None:
     """Runs in turn, on the same prompts; a ratio is the median of the runs' own ratios."""
     k, M = (2, 4) if check.tiny else (7, 24)
-    prompts, new, repeats = ids_of(engines["ar"].target)[:2], 12 if check.tiny else 128, 1 if check.tiny else 3
+    prompts, new, repeats = (
+        ids_of(engines["ar"].target)[:2],
+        12 if check.tiny else 128,
+        1 if check.tiny else 3,
+    )
     options = {"temperature": temperature, "seed": 1, "k": k, "fan_out": M}
-    for mode, engine in engines.items():
-        play(engine, prompts[:1], mode=mode, max_new_tokens=8, **options)
+    for mode, pair in engines.items():
+        play(pair, prompts[:1], mode=mode, max_new_tokens=8, **options)
     runs = {mode: [] for mode in engines}
     for number in range(repeats):
         order = list(engines)[:: -1 if number % 2 else 1]
         for prompt, mode in product(prompts, order):
-            runs[mode].append(play(engines[mode], [prompt], mode=mode, max_new_tokens=new, **options))
+            runs[mode].append(
+                play(engines[mode], [prompt], mode=mode, max_new_tokens=new, **options)
+            )
     rates = {mode: [stats["tokens_per_s"] for stats, _ in of] for mode, of in runs.items()}
     for mode, of in runs.items():
         middle = {}
-        for key in ("acceptance_rate", "hit_rate", "tokens_per_round", "round_ms", "verify_ms", "draft_ms",
+        for key in ("acceptance_rate", "hit_rate", "tokens_per_round", "round_ms", "verify_ms",
+        "draft_ms",
                     "exposed_ms", "hidden", "distinct_4grams", "bandwidth_fraction"):  # fmt: skip
             values = [stats[key] for stats, _ in of if stats[key] is not None]
             middle[key] = median(values) if values else None
-        check.result(f"{label}: {mode.upper()}", median(rates[mode]), "tokens/s", runs=rates[mode], **middle)
+        check.result(
+            f"{label}: {mode.upper()}", median(rates[mode]), "tokens/s", runs=rates[mode], **middle
+        )
         if (share := between(of, mode)) is not None:
-            check.result(f"{label}: {mode.upper()}, between two verifications, of a round", share, most=0.02)
+            check.result(
+                f"{label}: {mode.upper()}, between two verifications, of a round", share, most=0.02
+            )
     for of, to in (("ssd", "sd"), ("ssd", "ar"), ("sd", "ar")):
-        ratios = [a / b for a, b in zip(rates[of], rates[to])]  # runs of a mode are in the order of the prompts
+        ratios = [
+            a / b for a, b in zip(rates[of], rates[to])
+        ]  # runs of a mode are in the order of the prompts
         ends = {"low": min(ratios), "high": max(ratios), "n": len(ratios)}
         check.result(f"{label}: {of.upper()} / {to.upper()}", median(ratios), **ends)
     texts = [[stats["token_ids"] for stats, _ in of] for of in runs.values()]
     same = sum(a == b == c for a, b, c in zip(*texts))
-    check.say({"name": f"{label}: runs with three equal texts", "value": f"{same} of {len(texts[0])}", "unit": ""})
+    check.say(
+        {
+            "name": f"{label}: runs with three equal texts",
+            "value": f"{same} of {len(texts[0])}",
+            "unit": "",
+        }
+    )
 
 
 def between(runs: list[tuple], mode: str) -> float | None:
-    """The share of a round that is not verification: on hits for SSD, always for AR, undefined for SD, which drafts."""
+    """The share of a round that is not verification: on hits for SSD, always for AR, undefined for
+    SD, which drafts.
+    """
     shares = []
     for _, figures in runs:
-        v = figures.verifies
-        rounds = {"ar": range(1, len(v) - 1), "sd": (), "ssd": [n for n in figures.hit_rounds() if n]}[mode]
-        shares += [(v[n + 1][0] - v[n][1]) / (v[n + 1][0] - v[n][0]) for n in rounds]
+        for this, after in zip(figures.rounds[1:], figures.rounds[2:]):
+            if mode == "ar" or (mode == "ssd" and this.look_up and not this.missed):
+                shares.append((after.begin - this.end) / (after.begin - this.begin))
     return median(shares) if shares else None
 
 
@@ -213,7 +271,9 @@ def between(runs: list[tuple], mode: str) -> float | None:
 
 
 def transformers_static(check) -> None:
-    """Plain decoding by transformers with a static cache at the same shape, compiled by transformers itself."""
+    """Plain decoding by transformers with a static cache at the same shape, compiled by
+    transformers itself.
+    """
     try:
         import transformers
     except ImportError:
@@ -221,8 +281,16 @@ def transformers_static(check) -> None:
         return
     check.machine()
     sizes = (64, 96, 2, 4, 2, 128) if check.tiny else (4096, 14336, 32, 32, 8, 128256)
-    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-    config = transformers.LlamaConfig(**dict(zip((*names, "vocab_size"), sizes)), tie_word_embeddings=False)
+    names = (
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+    )
+    config = transformers.LlamaConfig(
+        **dict(zip((*names, "vocab_size"), sizes)), tie_word_embeddings=False
+    )
     with torch.device(check.device):
         dtype = torch.bfloat16 if check.on_gpu else torch.float32
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
@@ -241,6 +309,10 @@ def transformers_static(check) -> None:
     check.result("transformers: first run (compiles)", seconds(many), "s")
     seconds(few)
     steps_s = [(seconds(many) - seconds(few)) / (many - few) for _ in range(2 if check.tiny else 5)]
-    step = check.spread("transformers, static cache, compiled: plain decode step, wall", steps_s, "ms")
+    step = check.spread(
+        "transformers, static cache, compiled: plain decode step, wall", steps_s, "ms"
+    )
     read = sum(w.nbytes for name, w in model.named_parameters() if "embed_tokens" not in name)
-    check.result("transformers, static cache, compiled: of copy bandwidth", read / step / check.copy)
+    check.result(
+        "transformers, static cache, compiled: of copy bandwidth", read / step / check.copy
+    )

@@ -1,6 +1,8 @@
-"""Tiny checkpoints on disk, for every test that goes through files: a real tokenizer, a chat template, few weights.
+"""Tiny checkpoints on disk, for tests that go through files: a tokenizer, a chat template, few
+weights.
 
-`demo` is random: its text is noise, with many bytes that are no whole character. `scripted` always says SCRIPT.
+`demo` is random: its text is noise, with many bytes that are no whole character. `scripted` always
+says SCRIPT.
 """
 
 import json
@@ -11,27 +13,50 @@ import torch
 
 WORDS, CONTEXT = 400, 320
 SHAPE = {
-    "model_type": "llama", "vocab_size": WORDS, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": CONTEXT, "eos_token_id": 2,
-}  # fmt: skip
+    "model_type": "llama",
+    "vocab_size": WORDS,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": CONTEXT,
+    "eos_token_id": 2,
+}
 CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}<assistant>"
 SENTENCES = (
-    "def fibonacci(n):", "    return n if n < 2 else fibonacci(n - 1) + fibonacci(n - 2)", "class Tree(object):",
-    "for number, line in enumerate(lines, 1):", "print('naïve café ☕')", "import os, sys", "raise ValueError(message)",
-)  # fmt: skip
-SCRIPT = "return café ☕ line"  # é and ☕ are not in the vocabulary: two and three tokens of one byte each
+    "def fibonacci(n):",
+    "    return n if n < 2 else fibonacci(n - 1) + fibonacci(n - 2)",
+    "class Tree(object):",
+    "for number, line in enumerate(lines, 1):",
+    "print('naïve café ☕')",
+    "import os, sys",
+    "raise ValueError(message)",
+)
+# é and ☕ are not in the vocabulary: two and three tokens of one byte each.
+SCRIPT = "return café ☕ line"
 
 
 def write_tokenizer(folder: Path) -> None:
-    """A sentencepiece model of WORDS pieces, 256 of them single bytes, that gives every text back as it was."""
+    """A sentencepiece model of WORDS pieces, 256 of them single bytes, that gives every text back
+    as it was.
+    """
     import sentencepiece
 
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(SENTENCES * 3), model_prefix=str(folder / "tokenizer"), vocab_size=WORDS,
-        model_type="bpe", byte_fallback=True, character_coverage=0.98, hard_vocab_limit=False, minloglevel=2,
-        normalization_rule_name="identity", remove_extra_whitespaces=False, add_dummy_prefix=False,
+        sentence_iterator=iter(SENTENCES * 3),
+        model_prefix=str(folder / "tokenizer"),
+        vocab_size=WORDS,
+        model_type="bpe",
+        byte_fallback=True,
+        character_coverage=0.98,
+        hard_vocab_limit=False,
+        minloglevel=2,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        add_dummy_prefix=False,
         allow_whitespace_only_pieces=True,
-    )  # fmt: skip
+    )
     (folder / "tokenizer.vocab").unlink()
     (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": CHAT}))
 
@@ -43,7 +68,9 @@ def copy_tokenizer(source: Path, folder: Path) -> Path:
 
 
 def write_random(folder: Path, noise: float = 0.0) -> Path:
-    """Random weights, always the same, plus noise: with a little, a draft that is often, not always, right."""
+    """Random weights, always the same, plus noise: with a little, a draft that is often, not
+    always, right.
+    """
     from checkpoint.config import Config
     from checkpoint.weights import save_model
     from model import Transformer
@@ -60,7 +87,9 @@ def write_random(folder: Path, noise: float = 0.0) -> Path:
 
 
 def write_scripted(folder: Path, tokenizer: Path) -> Path:
-    """A model without attention whose next token depends on the last one: whatever it reads, it answers SCRIPT, EOS."""
+    """A model without attention whose next token depends on the last one: whatever it reads, it
+    answers SCRIPT, EOS.
+    """
     from checkpoint.config import Config
     from checkpoint.tokenizer import load_tokenizer
     from checkpoint.weights import save_model
@@ -78,14 +107,6 @@ def write_scripted(folder: Path, tokenizer: Path) -> Path:
             model.embed.weight[token, [0, place + 1]] = torch.tensor([0.0, 1.0])
     save_model(model, SHAPE, folder)
     return copy_tokenizer(tokenizer, folder)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def quick_calibration():
-    """Tiny models are timed MEASURE_LEAST times a point, not for a tenth of a second; no test asserts a time."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tuner.MEASURE_S", 0.0)
-        yield
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""scripts/gpu_check.py at toy size on the CPU: every part runs end to end, so a GPU is not the first thing it meets."""
+"""scripts/gpu_check.py at toy size on the CPU: every part runs before it meets its first GPU."""
 
 import importlib.util
 import json
@@ -9,11 +9,10 @@ import pytest
 import tiny
 import torch
 
-import pair
+import engine
 import runtime
 import steps
-from pair import Model
-from ssd import Engine
+from engine import Engine, Model
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -24,8 +23,10 @@ import gpu_parts  # noqa: E402
 
 @pytest.fixture
 def here(monkeypatch):
-    """Parts run in this process: no Python to start, no torch to load. What they set in modules is put back."""
-    for module, name in ((pair, "TRUNK_STEP"), (steps, "PREFILL_CHUNKS"), (runtime, "TUNED_ROWS")):
+    """Parts run in this process: no Python to start, no torch to load. What they set in modules is
+    put back.
+    """
+    for module, name in ((engine, "SHORTEST_TRUNK"), (steps, "PREFILL_CHUNKS")):
         monkeypatch.setattr(module, name, getattr(module, name))
     monkeypatch.setattr(runtime, "read_bandwidth", lambda lane: 1e10)
     threads = torch.get_num_threads()
@@ -43,8 +44,9 @@ def here(monkeypatch):
 
 
 def check(demo, out, *more) -> int:
+    """demo: a folder with a pair, or None for the random one."""
     spec = f"cpu:{runtime.available_cores()[-1]}"
-    folders = ["--target", str(demo / "target"), "--draft", str(demo / "draft")]
+    folders = ["--target", str(demo / "target"), "--draft", str(demo / "draft")] if demo else []
     return gpu_check.main(["--device", spec, *folders, "--out", str(out), *more])
 
 
@@ -53,8 +55,12 @@ def test_every_part_runs_and_is_told(here, demo, tmp_path, capsys):
     assert check(demo, out) == 0
     printed, results = capsys.readouterr().out, json.loads(out.read_text())
     assert list(results["parts"]) == list(gpu_check.PARTS), "all parts, in their order"
-    names = {part: [r["name"] for r in found["records"]] for part, found in results["parts"].items()}
-    assert names["kernels"][:2] == ["copy bandwidth", "bfloat16 matrix rate"], "the machine comes first"
+    names = {
+        part: [r["name"] for r in found["records"]] for part, found in results["parts"].items()
+    }
+    assert names["kernels"][:2] == ["copy bandwidth", "bfloat16 matrix rate"], (
+        "the machine comes first"
+    )
     assert printed.splitlines()[1].split(":")[0].strip() == "copy bandwidth"
     for part in ("decode", "ssd", "linear"):
         assert names[part][0] == "copy bandwidth"
@@ -70,14 +76,18 @@ def test_every_part_runs_and_is_told(here, demo, tmp_path, capsys):
     records = [r for found in results["parts"].values() for r in found["records"]]
     limits = {r["limit"] for r in records if "limit" in r}
     assert limits == {0.60, 3.0, 0.88, 1.15, 1.25, 0.02}, "the limits of the issue"
-    assert all(r["pass"] is None for r in records if "limit" in r), "toy sizes are not judged by speed"
+    assert all(r["pass"] is None for r in records if "limit" in r), (
+        "toy sizes are not judged by speed"
+    )
     loop = [r for r in results["parts"]["loop"]["records"] if "pass" in r]
     assert len(loop) == 6 and all(r["pass"] is True for r in loop), loop
     for found in results["parts"].values():
         assert {"device", "torch", "commit", "date", "python"} <= set(found["environment"])
     assert str(demo) not in out.read_text(), "results name no folders"
     gpu_check.main(["--show", str(out)])
-    assert capsys.readouterr().out.strip() == printed.rsplit("written to", 1)[0].strip(), "the table is the file's"
+    assert capsys.readouterr().out.strip() == printed.rsplit("written to", 1)[0].strip(), (
+        "the table is the file's"
+    )
 
 
 def test_one_part_keeps_the_others_and_wrong_is_wrong(here, demo, tmp_path, capsys, monkeypatch):
@@ -89,6 +99,14 @@ def test_one_part_keeps_the_others_and_wrong_is_wrong(here, demo, tmp_path, caps
     assert "FAIL attention in float32 against float64: WRONG" in capsys.readouterr().out
 
 
+def test_without_a_checkpoint_the_pair_is_random_and_its_draft_often_right(here, tmp_path):
+    out = tmp_path / "out.json"
+    assert check(None, out, "--only", "loop") == 0
+    told = json.loads(out.read_text())["parts"]["loop"]["records"]
+    shares = [r["acceptance"] for r in told if r["name"].startswith("ssd == AR")]
+    assert len(shares) == 2 and all(0.4 < share < 1 for share in shares), shares
+
+
 @pytest.mark.parametrize(
     "words, said",
     [
@@ -96,7 +114,8 @@ def test_one_part_keeps_the_others_and_wrong_is_wrong(here, demo, tmp_path, caps
         (["--device", "cuda:99"], "torch finds"),
         (["--target", "/nowhere"], "there is no folder"),
         (["--limit", "-1"], "--limit is -1"),
-        (["--sanitize"], "compute-sanitizer is not installed"),
+        (["--draft", "/nowhere"], "there is no folder"),
+        (["--sanitize"], "compute-sanitizer is missing"),
         (["--show", "/nowhere.json"], "/nowhere.json"),
     ],
 )
@@ -113,11 +132,19 @@ def test_limits_are_the_issue_s():
 
 
 def test_a_part_that_fails_or_hangs_is_told(tmp_path, monkeypatch, capsys):
-    """In real processes: what was found before is kept; a kernel that hangs cannot stop the others."""
+    """In real processes: what was found before is kept; one that hangs cannot stop the others."""
     found = '{"name": "before", "value": 1.0}'
     for body, limit, end in (
-        (f"print('{found}', flush=True); print('noise'); raise SystemExit(7)", 60, "failed with exit code 7"),
-        (f"print('{found}', flush=True); import time; time.sleep(600)", 1.0, "killed at its limit of 1 s"),
+        (
+            f"print('{found}', flush=True); print('noise'); raise SystemExit(7)",
+            60,
+            "failed with exit code 7",
+        ),
+        (
+            f"print('{found}', flush=True); import time; time.sleep(600)",
+            1.0,
+            "killed at its limit of 1 s",
+        ),
     ):
         (tmp_path / "scripts").mkdir(exist_ok=True)
         (tmp_path / "scripts" / "gpu_parts.py").write_text(body)
@@ -130,7 +157,12 @@ def test_a_part_that_fails_or_hangs_is_told(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 def test_the_kernel_s_checks_run_in_the_interpreter(demo):
-    how = {"device": "cpu", "target": str(demo / "target"), "draft": str(demo / "draft"), "tiny": True}
+    how = {
+        "device": "cpu",
+        "target": str(demo / "target"),
+        "draft": str(demo / "draft"),
+        "tiny": True,
+    }
     out = gpu_check.run_part("correct", how, 100)
     if any("0-dimensional" in line for line in out.get("last_lines", ())):
         pytest.skip("this Triton's interpreter cannot loop with this numpy")
@@ -138,7 +170,9 @@ def test_the_kernel_s_checks_run_in_the_interpreter(demo):
 
 
 class FakeGraph:
-    """What a CUDA graph promises, on the CPU: fixed inputs, and outputs that die with the next replay in their pool."""
+    """What a CUDA graph promises, on the CPU: fixed inputs, and outputs that die with the next
+    replay in their pool.
+    """
 
     def __init__(self, work, device, pool):
         self.work, self.pool, self.inputs = work, pool, None
@@ -171,10 +205,17 @@ def test_nothing_is_read_from_a_graph_after_its_pool_replays(coupling, monkeypat
     for model in models:
         model.policy.graphs = True
     captured = Engine(*models, tiny.DEVICES, lambda text: None)
-    prompts, options = [[1, 2, 3], [4, 5, 6, 7, 8]], {"temperature": 1.0, "seed": 3, "k": 3, "fan_out": 6, "cut": False}
+    prompts, options = (
+        [[1, 2, 3], [4, 5, 6, 7, 8]],
+        {"temperature": 1.0, "seed": 3, "k": 3, "fan_out": 6, "cut": False},
+    )
     options |= {"fallback": "jit", "coupling": coupling, "max_new_tokens": 16}
     for mode in ("ar", "sd", "ssd"):
         want, got = (e.generate(prompts, mode=mode, **options).stats for e in (eager, captured))
         assert got["token_ids"] == want["token_ids"] and got["hit_rate"] == want["hit_rate"]
     for part in (models[0].runners, models[1].runners):
-        assert all(isinstance(graph, FakeGraph) for runner in part.values() for graph in runner.steps.values())
+        assert all(
+            isinstance(graph, FakeGraph)
+            for runner in part.values()
+            for graph in runner.steps.values()
+        )
