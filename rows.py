@@ -14,26 +14,30 @@ MODES = ("ar", "sd", "ssd")
 AUTO = "auto"
 FALLBACKS = (AUTO, "jit", "fast")
 PER_ROW = ("temperature", "top_k", "top_p", "seed", "max_new_tokens")
-LONGEST_NGRAM = (
-    4  # the longest suffix that a guess from the text matches; a single token says too little
-)
+# The longest suffix, in tokens, that a guess from the text matches. One token alone says too little.
+LONGEST_NGRAM = 4
 
 
 @dataclass(frozen=True)
 class Settings:
-    """One generation. temperature, top_k, top_p, seed and max_new_tokens are one value, or a list
-    with one per prompt.
+    """What is asked of one generation. ValueError for a value that is not allowed.
 
-    mode            "ar" plain decoding, "sd" draft and target take turns, "ssd" the draft prepares
-    while verifying max_new_tokens  most new tokens of a row, EOS included temperature     0 is
-    greedy; top_k 0 and top_p 1 are off; order: temperature, top-k, top-p seed            one seed:
-    rows draw independently; a list: each row draws as if it were alone with its seed stop
-    texts that end a row (not included in its text) k, fan_out      most draft tokens a round (K);
-    outcomes prepared a round (M); "auto" lets the speed model choose cut             use the chains
-    that are ready when the verdict is in, instead of waiting for all of them fallback        what
-    follows a miss: "jit" drafts now, "fast" guesses from the text, "auto" whichever is faster
-    coupling        how the two models' randomness is joined: "shared", "maximal", "independent"
-    saguaro_c       with "independent": how far the draft's top tokens are weighed down, 0 < C <= 1
+    temperature, top_k, top_p, seed and max_new_tokens are one value, or a list with one per prompt.
+
+    * mode: "ar" is plain decoding; in "sd" draft and target take turns; in "ssd" the draft prepares
+      while the target verifies.
+    * max_new_tokens: most new tokens of a row, the end-of-text token included.
+    * temperature, top_k, top_p: applied in this order. Temperature 0 is greedy; top_k 0 and top_p 1
+      are off.
+    * seed: with one seed rows draw independently; with a list each row draws as if it were alone.
+    * stop: texts that end a row and are not part of its text.
+    * k, fan_out: most draft tokens a round (K), and outcomes prepared a round (M). "auto" lets the
+      speed model choose.
+    * cut: use the chain steps that are ready when the verdict is in, and wait for no more.
+    * fallback: after a miss "jit" drafts now, "fast" guesses from the text, and "auto" drafts now
+      if no row has hit.
+    * coupling: how the two models' randomness is joined, "shared", "maximal" or "independent".
+    * saguaro_c: with "independent", how far the draft's top tokens are weighed down, 0 < C <= 1.
     """
 
     mode: str = "ar"
@@ -93,8 +97,8 @@ class Settings:
 
 
 class Row:
-    """ids holds prompt and new tokens; the last one is the pending token, which no KV cache holds
-    yet.
+    """One sequence. ids holds prompt and new tokens. The last one is the pending token, which is in
+    no KV cache yet.
 
     number is the sequence's stable number, which with its seed names its noise. limit is the most
     ids it may have, by max_new_tokens and the context. finish is None, or why it ended: "eos",
@@ -131,13 +135,11 @@ class Row:
         return self.ids[self.prompt :]
 
     def room(self, k: int) -> int:
-        """How many draft tokens the next round can use: the target's own token takes the last
-        place.
-        """
+        """How many draft tokens the next round can use. The bonus token takes the last place."""
         return max(0, min(k, self.limit - len(self.ids) - 1))
 
     def push(self, token: int) -> None:
-        """Append one emitted token and see whether it ends the row."""
+        """Append one emitted token, and set finish if it ends the row."""
         self.ids.append(token)
         if token in self.eos:
             self.finish = "eos"
@@ -161,7 +163,7 @@ class Row:
                 self.text, self.finish = self.text[: min(found)], "stop"
 
     def piece(self) -> str:
-        """Text not handed out yet; what could be the beginning of a stop string waits until that is
+        """The text that was not handed out yet. What could begin a stop string waits until that is
         clear.
         """
         end = len(self.text)
