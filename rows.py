@@ -14,7 +14,7 @@ MODES = ("ar", "sd", "ssd")
 AUTO = "auto"
 FALLBACKS = (AUTO, "jit", "fast")
 PER_ROW = ("temperature", "top_k", "top_p", "seed", "max_new_tokens")
-# The longest suffix, in tokens, that a guess from the text matches. One token alone says too little.
+# The longest suffix, in tokens, that a guess matches. One token alone says too little.
 LONGEST_NGRAM = 4
 
 
