@@ -1,1 +1,3 @@
-"""Files on disk: configuration, weights, tokenizer, inflation. Nobody must open this folder to understand SSD."""
+"""Files on disk: configuration, weights, tokenizer, inflation. Nobody must open this folder to
+understand SSD.
+"""

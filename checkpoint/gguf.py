@@ -1,12 +1,13 @@
-"""llama.cpp's GGUF files: a checkpoint whose config, tokenizer and quantised weights are in one file.
+"""llama.cpp's GGUF files: a checkpoint whose config, tokenizer and quantised weights are in one
+file.
 
-Knows: the layout of the file, what its metadata means in the words of Hugging Face's files, how blocks
-of quantised weights become numbers. Does not know: the parameters of a model (weights.py), how text is
-encoded (tokenizer.py). Read next: weights.py.
+Knows: the layout of the file, what its metadata means in the words of Hugging Face's files, how
+blocks of quantised weights become numbers. Does not know: the parameters of a model (weights.py),
+how text is encoded (tokenizer.py). Read next: weights.py.
 
-The header is read here, with a bound on everything that a file may claim: the `gguf` package believes
-it, and takes 8 s for SmolLM2's. That package turns the rarer types of blocks into numbers; torch does
-the common ones here, ten times as fast and bit for bit the same.
+The header is read here, with a bound on everything that a file may claim: the `gguf` package
+believes it, and takes 8 s for SmolLM2's. That package turns the rarer types of blocks into numbers;
+torch does the common ones here, ten times as fast and bit for bit the same.
 """
 
 import math
@@ -21,25 +22,33 @@ import torch
 
 from checkpoint.tokenizer import LLAMA3_PATTERN
 
-HEADER_LIMIT = 32 << 20  # bytes of metadata and tensor names; 262,144 tokens and their merges take 16 MB
+HEADER_LIMIT = (
+    32 << 20
+)  # bytes of metadata and tensor names; 262,144 tokens and their merges take 16 MB
 ENTRY_LIMIT = 1 << 16  # metadata keys, and tensors; a 405B model has 1,138 tensors
-CHUNK = 1 << 19  # weights turned into numbers at a time: more leave the cache, fewer pay for the calls
+CHUNK = (
+    1 << 19
+)  # weights turned into numbers at a time: more leave the cache, fewer pay for the calls
 INSTALL = 'pip install "gguf>=0.19"'
-SCALARS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}  # struct's letters of metadata types
+SCALARS = dict(enumerate("BbHhIif?")) | {
+    10: "Q",
+    11: "q",
+    12: "d",
+}  # struct's letters of metadata types
 STRING, ARRAY = 8, 9
 
 
 def shorten(text: object) -> str:
     """A stranger's text as it may stand in a message: quoted, on one line, not too long."""
     text = str(text)
-    return repr(text) if len(text) < 100 else f"{text[:80]!r}... of {len(text)} characters"
+    return repr(text) if len(text) < 150 else f"{text[:80]!r}... of {len(text)} characters"
 
 
 # ---- the header
 
 
 class Entry(NamedTuple):
-    """A tensor as the header describes it: its shape in PyTorch's order, and where its bytes are."""
+    """A tensor as the header describes it: its shape in PyTorch's order, and its bytes."""
 
     shape: tuple[int, ...]
     kind: int
@@ -57,7 +66,9 @@ class File(NamedTuple):
 
 
 class Cursor:
-    """Reads a header from left to right; what would leave it is an error before anything is allocated."""
+    """Reads a header from left to right; what would leave it is an error before anything is
+    allocated.
+    """
 
     def __init__(self, path: Path, data: mmap.mmap):
         self.path, self.data, self.at = path, data, 4  # after the magic bytes
@@ -72,7 +83,11 @@ class Cursor:
         self.at += size
         if self.at > self.end:
             whole = self.end == len(self.data)
-            end = "the end of the file" if whole else f"the {HEADER_LIMIT >> 20} MiB that a header may have"
+            end = (
+                "the end of the file"
+                if whole
+                else f"the {HEADER_LIMIT >> 20} MiB that a header may have"
+            )
             raise self.damaged(f"{what} has {size} bytes at byte {at}, past {end}")
         return at
 
@@ -125,7 +140,9 @@ class Cursor:
                     break
                 texts.append(data[begin:at].decode())
         except (struct.error, UnicodeDecodeError) as error:
-            raise self.damaged(f"a text of {what} at byte {at} is not UTF-8, or not there") from error
+            raise self.damaged(
+                f"a text of {what} at byte {at} is not UTF-8, or not there"
+            ) from error
         self.skip(at - self.at, what)
         return texts
 
@@ -143,19 +160,28 @@ class Cursor:
         kind, offset = self.number("I", what), self.number("Q", what)
         blocks = blocks_of(kind, f"{self.path}: {what}")
         if not all(shape) or shape[0] % blocks.weights:
-            raise self.damaged(f"{what} has rows of {shape[0]}, wanted whole blocks of {blocks.name}")
-        return Entry(tuple(reversed(shape)), kind, offset, math.prod(shape) // blocks.weights * blocks.size)
+            raise self.damaged(
+                f"{what} has rows of {shape[0]}, wanted whole blocks of {blocks.name}"
+            )
+        return Entry(
+            tuple(reversed(shape)), kind, offset, math.prod(shape) // blocks.weights * blocks.size
+        )
 
 
 def open_gguf(path: str | Path) -> File:
-    """A mapped GGUF file. ValueError in one sentence if it is not one, or if its parts do not fit in it."""
+    """A mapped GGUF file. ValueError in one sentence if it is not one, or if its parts do not fit
+    in it.
+    """
     path = Path(path)
     try:
         with open(path, "rb") as file:
-            # A private, writable map: torch warns of views of read-only memory. Nothing writes to it.
+            # A private, writable map: torch warns of views of read-only memory. Nothing writes to
+            # it.
             data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     except (OSError, ValueError) as error:  # ValueError: it is empty
-        raise ValueError(f"{path} is unreadable ({error}), wanted a GGUF file: fetch it again") from error
+        raise ValueError(
+            f"{path} is unreadable ({error}), wanted a GGUF file: fetch it again"
+        ) from error
     if data[:4] != b"GGUF":
         raise ValueError(
             f"{path} is a file but not a GGUF file, wanted one, or a folder with config.json: "
@@ -164,14 +190,20 @@ def open_gguf(path: str | Path) -> File:
     cursor = Cursor(path, data)
     version = cursor.number("I", "its version")
     if version not in (2, 3):
-        raise ValueError(f"{path} is GGUF version {version}, wanted 2 or 3 (little-endian): convert it again")
-    tensors, keys = cursor.number("Q", "the number of tensors"), cursor.number("Q", "the number of keys")
+        raise ValueError(
+            f"{path} is GGUF version {version}, wanted 2 or 3 (little-endian): convert it again"
+        )
+    tensors, keys = (
+        cursor.number("Q", "the number of tensors"),
+        cursor.number("Q", "the number of keys"),
+    )
     metadata = cursor.table("metadata key", keys, cursor.value)
     entries = cursor.table("tensor", tensors, cursor.entry)
     parts = metadata.get("split.count", 0)
     if parts not in (0, 1):
         raise ValueError(
-            f"{path} is one of {shorten(parts)} parts, wanted a whole model: join them with `llama-gguf-split --merge`"
+            f"{path} is one of {shorten(parts)} parts, wanted a whole model: join them with "
+            "`llama-gguf-split --merge`"
         )
     alignment = metadata.get("general.alignment", 32)
     if alignment not in [1 << shift for shift in range(3, 17)]:
@@ -180,7 +212,8 @@ def open_gguf(path: str | Path) -> File:
     for name, entry in entries.items():
         if entry.offset % alignment or start + entry.offset + entry.nbytes > len(data):
             raise cursor.damaged(
-                f"tensor {shorten(name)} has {entry.nbytes} bytes at byte {start + entry.offset} of {len(data)}"
+                f"tensor {shorten(name)} has {entry.nbytes} bytes at byte {start + entry.offset} "
+                f"of {len(data)}"
             )
         entries[name] = entry._replace(offset=start + entry.offset)
     return File(path, data, metadata, entries)
@@ -199,7 +232,9 @@ class Blocks(NamedTuple):
 
 
 def blocks_of(kind: int, what: str) -> Blocks:
-    """The tensor type with this number. ValueError if neither this file nor the `gguf` package can read it."""
+    """The tensor type with this number. ValueError if neither this file nor the `gguf` package can
+    read it.
+    """
     if kind in TYPES:
         return TYPES[kind]
     try:
@@ -207,15 +242,23 @@ def blocks_of(kind: int, what: str) -> Blocks:
         from gguf.quants import dequantize
     except ImportError as error:
         raise ValueError(
-            f"{what} has type number {kind}, which the package gguf reads, and it is not installed: run `{INSTALL}`"
+            f"{what} has type number {kind}, which the package gguf reads, and it is not "
+            f"installed: run `{INSTALL}`"
         ) from error
     try:
         known = gguf.GGMLQuantizationType(kind)
         weights, size = gguf.GGML_QUANT_SIZES[known]
         dequantize(torch.zeros(1, size, dtype=torch.uint8).numpy(), known)
     except (ValueError, KeyError, NotImplementedError) as error:
-        raise ValueError(f"{what} has type number {kind}, which nothing here can read: use another file") from error
-    return Blocks(known.name, weights, size, lambda blocks: torch.from_numpy(dequantize(blocks.numpy(), known)))
+        raise ValueError(
+            f"{what} has type number {kind}, which nothing here can read: use another file"
+        ) from error
+    return Blocks(
+        known.name,
+        weights,
+        size,
+        lambda blocks: torch.from_numpy(dequantize(blocks.numpy(), known)),
+    )
 
 
 def plain(dtype: torch.dtype):
@@ -283,9 +326,14 @@ def q8_0(blocks):
 
 
 def scales_and_minima(blocks):
-    """Q4_K's and Q5_K's: two times eight numbers of six bits in twelve bytes, times two float16 each."""
+    """Q4_K's and Q5_K's: two times eight numbers of six bits in twelve bytes, times two float16
+    each.
+    """
     low, middle, high = words(blocks, 4, 16).unbind(1)
-    rest = [(high & 0x0F0F0F0F) | (low >> 2 & 0x30303030), (high >> 4 & 0x0F0F0F0F) | (middle >> 2 & 0x30303030)]
+    rest = [
+        (high & 0x0F0F0F0F) | (low >> 2 & 0x30303030),
+        (high >> 4 & 0x0F0F0F0F) | (middle >> 2 & 0x30303030),
+    ]
     sixes = torch.stack((low, rest[0], middle, rest[1]), 1).bitwise_and_(0x3F3F3F3F)
     factors = sixes.view(torch.uint8).view(-1, 2, 8).float().mul_(halves(blocks, 0, 2)[:, :, None])
     return factors[..., None].unbind(1)
@@ -299,7 +347,9 @@ def q4_k(blocks):
 def q5_k(blocks):
     scale, least = scales_and_minima(blocks)
     bits = words(blocks, 16, 48)
-    fifths = masked([bits << 4 - bit if bit < 4 else bits >> bit - 4 for bit in range(8)], 0x10101010)
+    fifths = masked(
+        [bits << 4 - bit if bit < 4 else bits >> bit - 4 for bit in range(8)], 0x10101010
+    )
     fives = nibbles(words(blocks, 48, 176).unflatten(1, (4, 8))).view(-1, 8, 8).bitwise_or_(fifths)
     return numbers(fives, 32).mul_(scale).sub_(least)
 
@@ -307,29 +357,43 @@ def q5_k(blocks):
 def q6_k(blocks):
     bits = words(blocks, 128, 192).unflatten(1, (2, 8))
     upper = masked((bits << 4, bits << 2, bits, bits >> 2), 0x30303030)
-    sixes = nibbles(words(blocks, 0, 128).unflatten(1, (2, 16))).view(-1, 2, 4, 8).bitwise_or_(upper)
+    sixes = (
+        nibbles(words(blocks, 0, 128).unflatten(1, (2, 16))).view(-1, 2, 4, 8).bitwise_or_(upper)
+    )
     scale = blocks[:, 192:208].view(torch.int8).float().mul_(halves(blocks, 208, 1))
     return numbers(sixes, 16, 32).mul_(scale[..., None])
 
 
 TYPES = {  # the layouts of blocks are ggml's (ggml-common.h)
-    0: Blocks("F32", 1, 4, plain(torch.float32)), 1: Blocks("F16", 1, 2, plain(torch.float16)),
-    2: Blocks("Q4_0", 32, 18, q4_0), 3: Blocks("Q4_1", 32, 20, q4_1),
-    6: Blocks("Q5_0", 32, 22, q5_0), 7: Blocks("Q5_1", 32, 24, q5_1), 8: Blocks("Q8_0", 32, 34, q8_0),
-    12: Blocks("Q4_K", 256, 144, q4_k), 13: Blocks("Q5_K", 256, 176, q5_k), 14: Blocks("Q6_K", 256, 210, q6_k),
-    28: Blocks("F64", 1, 8, plain(torch.float64)), 30: Blocks("BF16", 1, 2, plain(torch.bfloat16)),
-}  # fmt: skip
+    0: Blocks("F32", 1, 4, plain(torch.float32)),
+    1: Blocks("F16", 1, 2, plain(torch.float16)),
+    2: Blocks("Q4_0", 32, 18, q4_0),
+    3: Blocks("Q4_1", 32, 20, q4_1),
+    6: Blocks("Q5_0", 32, 22, q5_0),
+    7: Blocks("Q5_1", 32, 24, q5_1),
+    8: Blocks("Q8_0", 32, 34, q8_0),
+    12: Blocks("Q4_K", 256, 144, q4_k),
+    13: Blocks("Q5_K", 256, 176, q5_k),
+    14: Blocks("Q6_K", 256, 210, q6_k),
+    28: Blocks("F64", 1, 8, plain(torch.float64)),
+    30: Blocks("BF16", 1, 2, plain(torch.bfloat16)),
+}
 
 
 class Quantised:
     """A tensor of the file as float32, under the interface of a safetensors slice.
 
-    interleaved: the heads of Llama's q and k, else 0. llama.cpp turns neighbouring pairs of a head by
-    RoPE: rows 2i and 2i + 1 of a head there are rows i and i + D/2 here.
+    interleaved: the heads of Llama's q and k, else 0. llama.cpp turns neighbouring pairs of a head
+    by RoPE: rows 2i and 2i + 1 of a head there are rows i and i + D/2 here.
     """
 
     def __init__(self, file: File, name: str, interleaved: int = 0):
-        self.file, self.name, self.entry, self.interleaved = file, name, file.entries[name], interleaved
+        self.file, self.name, self.entry, self.interleaved = (
+            file,
+            name,
+            file.entries[name],
+            interleaved,
+        )
 
     def get_shape(self) -> list[int]:
         return list(self.entry.shape)
@@ -341,7 +405,9 @@ class Quantised:
         return self.copy_to(torch.empty(self.entry.shape))
 
     def copy_to(self, out: torch.Tensor) -> torch.Tensor:
-        """Write the weights into `out`, a part at a time, so that no second copy of them is ever in memory."""
+        """Write the weights into `out`, a part at a time, so that no second copy of them is ever in
+        memory.
+        """
         shape, kind, offset, nbytes = self.entry
         blocks = blocks_of(kind, self.name)
         raw = torch.frombuffer(self.file.data, dtype=torch.uint8, count=nbytes, offset=offset)
@@ -362,44 +428,77 @@ class Quantised:
 
 # ---- the config and the names of tensors
 
-MODEL_TYPES = ("llama", "qwen2", "qwen3")  # general.architecture; Mistral is written as llama
+ARCHITECTURES = ("llama", "qwen2", "qwen3")  # general.architecture; Mistral is written as llama
 # Keys of an architecture: those read below, and those that are implemented for one value only.
 READ = (
-    "vocab_size", "context_length", "embedding_length", "block_count", "feed_forward_length",
-    "attention.head_count", "attention.head_count_kv", "attention.key_length", "attention.value_length",
-    "attention.layer_norm_rms_epsilon", "attention.sliding_window", "rope.freq_base", "rope.dimension_count",
-    "rope.scale_linear", "rope.scaling.type", "rope.scaling.factor", "rope.scaling.original_context_length",
-    "rope.scaling.finetuned", "rope.scaling.attn_factor", "rope.scaling.yarn_attn_factor",
-    "rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow",
-)  # fmt: skip
-FIXED = {
-    "attention.causal": True, "expert_count": 0, "expert_used_count": 0, "use_parallel_residual": False,
-    "tensor_data_layout": "Meta AI original pth", "rope.scaling.yarn_ext_factor": 1.0,
-}  # fmt: skip
+    "vocab_size",
+    "context_length",
+    "embedding_length",
+    "block_count",
+    "feed_forward_length",
+    "attention.head_count",
+    "attention.head_count_kv",
+    "attention.key_length",
+    "attention.value_length",
+    "attention.layer_norm_rms_epsilon",
+    "attention.sliding_window",
+    "rope.freq_base",
+    "rope.dimension_count",
+    "rope.scale_linear",
+    "rope.scaling.type",
+    "rope.scaling.factor",
+    "rope.scaling.original_context_length",
+    "rope.scaling.finetuned",
+    "rope.scaling.attn_factor",
+    "rope.scaling.yarn_attn_factor",
+    "rope.scaling.yarn_beta_fast",
+    "rope.scaling.yarn_beta_slow",
+)
+ONLY = {
+    "attention.causal": True,
+    "expert_count": 0,
+    "expert_used_count": 0,
+    "use_parallel_residual": False,
+    "tensor_data_layout": "Meta AI original pth",
+    "rope.scaling.yarn_ext_factor": 1.0,
+}
 ROPE_FACTORS = "rope_freqs.weight"  # llama3's scaling: what each frequency is divided by
-NAMES = {
-    "token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head",
-    "attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj", "attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm",
-    "attn_output": "self_attn.o_proj", "ffn_norm": "post_attention_layernorm", "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
-}  # fmt: skip
+TENSOR_NAMES = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
 
 
 def open_checkpoint(path: str | Path) -> tuple[dict, dict[str, Quantised]]:
     """What config.json would say of a GGUF file, and its tensors in the names of Hugging Face."""
     file = open_gguf(path)
-    raw = read_config(file)
+    raw = config_json(file)
     heads = {"attn_q": raw["num_attention_heads"], "attn_k": raw["num_key_value_heads"]}
     tensors = {}
     for name in file.entries.keys() - {ROPE_FACTORS}:
         match = re.fullmatch(r"(?:blk\.(0|[1-9]\d*)\.)?(\w+)\.(weight|bias)", name, re.ASCII)
         layer, part, leaf = match.groups() if match else (None, None, None)
-        if part not in NAMES or (layer is None) != (part in ("token_embd", "output_norm", "output")):
-            raise ValueError(f"{path} holds {shorten(name)}, which no part of the model uses: use another file")
+        if part not in TENSOR_NAMES or (layer is None) != (
+            part in ("token_embd", "output_norm", "output")
+        ):
+            raise ValueError(
+                f"{path} holds {shorten(name)}, which no part of the model uses: use another file"
+            )
         prefix = "" if layer is None else f"model.layers.{layer}."
         interleaved = heads.get(part, 0) if file.metadata["general.architecture"] == "llama" else 0
-        tensors[f"{prefix}{NAMES[part]}.{leaf}"] = Quantised(file, name, interleaved)
+        tensors[f"{prefix}{TENSOR_NAMES[part]}.{leaf}"] = Quantised(file, name, interleaved)
     return raw, tensors
 
 
@@ -407,12 +506,12 @@ def gguf_name(name: str) -> str:
     """Hugging Face's name of a tensor in the words of a GGUF file."""
     stem, _, leaf = name.removeprefix("model.layers.").rpartition(".")
     layer, _, part = stem.partition(".") if name.startswith("model.layers.") else ("", "", stem)
-    here = next(ours for ours, theirs in NAMES.items() if theirs == part)
+    here = next(ours for ours, theirs in TENSOR_NAMES.items() if theirs == part)
     return f"blk.{layer}.{here}.{leaf}" if layer else f"{here}.{leaf}"
 
 
 class Metadata:
-    """The keys of a file's architecture, one value at a time; a value of another kind is an error."""
+    """The keys of a file's architecture. A value of another kind than asked for is an error."""
 
     def __init__(self, file: File, kind: str):
         self.path, self.kind = file.path, kind
@@ -422,9 +521,10 @@ class Metadata:
             if key.startswith(f"{kind}.")
         }
         for key, value in self.values.items():
-            if key not in READ and (key not in FIXED or value != FIXED[key]):
+            if key not in READ and (key not in ONLY or value != ONLY[key]):
                 raise ValueError(
-                    f"{self.path} has {shorten(f'{kind}.{key}')} = {shorten(value)}, which is not implemented here: "
+                    f"{self.path} has {shorten(f'{kind}.{key}')} = {shorten(value)}, which is not "
+                    "implemented here: "
                     "use another checkpoint"
                 )
 
@@ -434,7 +534,8 @@ class Metadata:
             value = value[0]  # one for each layer, all the same
         if not isinstance(value, types) or isinstance(value, bool):
             raise ValueError(
-                f"{self.path} has {self.kind}.{key} = {shorten(value)}, wanted one {types[0].__name__}: "
+                f"{self.path} has {self.kind}.{key} = {shorten(value)}, wanted one "
+                f"{types[0].__name__}: "
                 "use another checkpoint"
             )
         return value
@@ -442,38 +543,60 @@ class Metadata:
     def whole(self, key: str, default: int | None = None) -> int:
         value = self.get(key, default, (int,))
         if value < 1:
-            raise ValueError(f"{self.path} has {self.kind}.{key} = {value}, wanted at least 1: fetch it again")
+            raise ValueError(
+                f"{self.path} has {self.kind}.{key} = {value}, wanted at least 1: fetch it again"
+            )
         return value
 
     def real(self, key: str, default: float | None = None) -> float:
-        """A number as its author wrote it: the shortest decimal that float32 stores so, 1e-05 for 9.9999997e-06."""
+        """A number as its author wrote it: the shortest decimal that float32 stores so, 1e-05 for
+        9.9999997e-06.
+        """
         value = self.get(key, default, (float, int))
         if not math.isfinite(value):
-            raise ValueError(f"{self.path} has {self.kind}.{key} = {value}, wanted a finite number: fetch it again")
+            raise ValueError(
+                f"{self.path} has {self.kind}.{key} = {value}, wanted a finite number: fetch it "
+                "again"
+            )
         decimals = [float(f"{value:.{digits}g}") for digits in range(1, 10)]
-        same = torch.tensor(decimals, dtype=torch.float32) == torch.tensor(value, dtype=torch.float32)
+        same = torch.tensor(decimals, dtype=torch.float32) == torch.tensor(
+            value, dtype=torch.float32
+        )
         return decimals[int(same.int().argmax())]
 
 
-def read_config(file: File) -> dict:
-    """What config.json would say. ValueError names what is missing, and what is not understood."""
+def architecture(file: File) -> str:
+    """general.architecture, if it is one that we know and the file holds a model of it; else
+    ValueError.
+    """
     kind = file.metadata.get("general.architecture")
-    if kind not in MODEL_TYPES:
+    if kind not in ARCHITECTURES:
         raise ValueError(
-            f"{file.path} has architecture {shorten(kind)}, wanted one of {', '.join(MODEL_TYPES)}: "
+            f"{file.path} has architecture {shorten(kind)}, wanted one of "
+            f"{', '.join(ARCHITECTURES)}: "
             "use such a checkpoint"
         )
     if file.metadata.get("general.type", "model") != "model":
-        raise ValueError(f"{file.path} holds a {shorten(file.metadata['general.type'])}, wanted a model")
-    metadata, entries = Metadata(file, kind), file.entries
-    if "token_embd.weight" not in entries:
-        raise ValueError(f"{file.path} lacks token_embd.weight, wanted a whole model: fetch it again")
+        what = shorten(file.metadata["general.type"])
+        raise ValueError(f"{file.path} has general.type {what}, wanted a model: use another file")
+    if "token_embd.weight" not in file.entries:
+        raise ValueError(
+            f"{file.path} lacks token_embd.weight, wanted a whole model: fetch it again"
+        )
+    return kind
+
+
+def config_json(file: File) -> dict:
+    """What config.json would say. ValueError names what is missing, and what is not understood."""
+    kind, entries = architecture(file), file.entries
+    metadata = Metadata(file, kind)
     width, heads = metadata.whole("embedding_length"), metadata.whole("attention.head_count")
     head_dim = metadata.whole("attention.key_length", width // heads or 1)
     for key in ("attention.value_length", "rope.dimension_count"):
         if metadata.whole(key, head_dim) != head_dim:
             raise ValueError(
-                f"{file.path} has {kind}.{key} = {metadata.whole(key)}, wanted {head_dim}, as the keys have: "
+                f"{file.path} has {kind}.{key} = {metadata.whole(key)}, wanted {head_dim}, as the "
+                "keys have: "
                 "use another checkpoint"
             )
     raw = {
@@ -493,37 +616,57 @@ def read_config(file: File) -> dict:
         "attention_bias": "blk.0.attn_q.bias" in entries,
         "mlp_bias": "blk.0.ffn_up.bias" in entries,
     }
-    if window := metadata.get("attention.sliding_window", 0, (int,)):
-        if kind != "llama":
-            raise ValueError(f"{file.path} has {kind}.attention.sliding_window = {window}, which is not implemented")
-        raw |= {"model_type": "mistral", "sliding_window": window}
-    return raw
+    window = metadata.get("attention.sliding_window", 0, (int,))
+    if window and kind != "llama":
+        raise ValueError(
+            f"{file.path} has {kind}.attention.sliding_window, which is not implemented: use "
+            "another file"
+        )
+    return raw | ({"model_type": "mistral", "sliding_window": window} if window else {})
 
 
 def read_rope(file: File, metadata: Metadata) -> dict:
-    """RoPE scaling as in config.json; "factors" is ours, for the tensor that llama3's scaling becomes."""
+    """RoPE scaling as in config.json; "factors" is ours, for the tensor that llama3's scaling
+    becomes.
+    """
     scaling = metadata.get("rope.scaling.type", "none", (str,))
     linear = metadata.real("rope.scale_linear", 1.0)  # how older files say it
     factor = metadata.real("rope.scaling.factor", linear)
     if ROPE_FACTORS in file.entries:
         if scaling != "none" or factor != 1:
-            raise ValueError(f"{file.path} has {ROPE_FACTORS} and another RoPE scaling, wanted one: use another file")
-        return {"rope_type": "factors", "factors": Quantised(file, ROPE_FACTORS)[:].flatten().tolist()}
+            raise ValueError(
+                f"{file.path} has {ROPE_FACTORS} and another RoPE scaling, wanted one: use another "
+                "file"
+            )
+        return {
+            "rope_type": "factors",
+            "factors": Quantised(file, ROPE_FACTORS)[:].flatten().tolist(),
+        }
     if scaling == "yarn":
         raw = {"rope_type": "yarn", "factor": factor}
         raw["original_max_position_embeddings"] = metadata.whole(
             "rope.scaling.original_context_length", metadata.whole("context_length")
         )
         for key in ("beta_fast", "beta_slow"):
-            raw[key] = metadata.real(f"rope.scaling.yarn_{key}", {"beta_fast": 32.0, "beta_slow": 1.0}[key])
-        amplitude = metadata.real("rope.scaling.attn_factor", metadata.real("rope.scaling.yarn_attn_factor", 1.0))
-        if amplitude != 1 and factor > 0:  # llama.cpp multiplies yarn's own; config.json replaces it
+            raw[key] = metadata.real(
+                f"rope.scaling.yarn_{key}", {"beta_fast": 32.0, "beta_slow": 1.0}[key]
+            )
+        amplitude = metadata.real(
+            "rope.scaling.attn_factor", metadata.real("rope.scaling.yarn_attn_factor", 1.0)
+        )
+        if (
+            amplitude != 1 and factor > 0
+        ):  # llama.cpp multiplies yarn's own; config.json replaces it
             raw["attention_factor"] = amplitude * (0.1 * math.log(max(factor, 1.0)) + 1)
         return raw
-    if scaling == "linear" or (scaling == "none" and "rope.scale_linear" in metadata.values and factor != 1):
+    if scaling == "linear" or (
+        scaling == "none" and "rope.scale_linear" in metadata.values and factor != 1
+    ):
         return {"rope_type": "linear", "factor": factor}
     if scaling != "none":
-        raise ValueError(f"{file.path} has RoPE scaling {shorten(scaling)}, wanted none, linear or yarn")
+        raise ValueError(
+            f"{file.path} has RoPE scaling {shorten(scaling)}, wanted none, linear or yarn"
+        )
     return {}
 
 
@@ -535,19 +678,23 @@ DIGITS = {"type": "Digits", "individual_digits": True}
 
 
 def split_by(pattern: str) -> list[dict]:
-    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    split = {
+        "type": "Split",
+        "pattern": {"Regex": pattern},
+        "behavior": "Isolated",
+        "invert": False,
+    }
     return [split, BYTES_ONLY]
 
 
-QWEN2 = split_by(
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-    r"|\s+(?!\S)|\s+"
-)
+QWEN2 = split_by(LLAMA3_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}"))
 LLAMA3 = split_by(LLAMA3_PATTERN)
 
 
 class Splitting(NamedTuple):
-    """What tokenizer.json says beside the vocabulary, and a GGUF file only by a name, tokenizer.ggml.pre."""
+    """What tokenizer.json says beside the vocabulary, and a GGUF file only by a name,
+    tokenizer.ggml.pre.
+    """
 
     pre_tokenizers: list[dict]
     ignore_merges: bool = False
@@ -556,19 +703,32 @@ class Splitting(NamedTuple):
 
 
 SPLITTINGS = {
-    "gpt-2": Splitting(GPT2), "smollm": Splitting([DIGITS, *GPT2]),
+    "gpt-2": Splitting(GPT2),
+    "smollm": Splitting([DIGITS, *GPT2]),
     "qwen2": Splitting(QWEN2, normalizers=({"type": "NFC"},)),
-    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3"), Splitting(LLAMA3, ignore_merges=True, add_bos=True)),
-}  # fmt: skip
+    **dict.fromkeys(
+        ("llama-bpe", "llama3", "llama-v3"), Splitting(LLAMA3, ignore_merges=True, add_bos=True)
+    ),
+}
 NORMAL, UNKNOWN, CONTROL, USER = 1, 2, 3, 4  # of tokenizer.ggml.token_type; 5 is unused, 6 a byte
-# Control tokens that end a text or a turn in whatever model has them: metadata names one or two at most.
+# Control tokens that end a text or a turn in whatever model has them: metadata names one or two at
+# most.
 ENDS = (
-    "<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|end|>", "<end_of_turn>", "</s>",
-)  # fmt: skip
+    "<|im_end|>",
+    "<|endoftext|>",
+    "<|eot_id|>",
+    "<|eom_id|>",
+    "<|end_of_text|>",
+    "<|end|>",
+    "<end_of_turn>",
+    "</s>",
+)
 
 
 class TokenizerFiles(NamedTuple):
-    """What Hugging Face's files would say: tokenizer.json or else tokenizer.model, and tokenizer_config.json."""
+    """What Hugging Face's files would say: tokenizer.json or else tokenizer.model, and
+    tokenizer_config.json.
+    """
 
     spec: dict
     model: bytes | None
@@ -578,63 +738,84 @@ class TokenizerFiles(NamedTuple):
 
 
 def read_tokenizer(path: str | Path) -> TokenizerFiles | None:
-    """The tokenizer in a GGUF file; None where it has none. ValueError names what is not understood."""
+    """The tokenizer in a GGUF file, None where it has none. ValueError: what is not understood."""
     metadata = open_gguf(path).metadata
     values = {key.removeprefix("tokenizer.ggml."): value for key, value in metadata.items()}
-    model, tokens, types = values.get("model", "none"), values.get("tokens", []), values.get("token_type")
+    model = values.get("model", "none")
     if model in ("none", "no_vocab"):
         return None
-    if model not in ("gpt2", "llama") or values.get("add_eos_token"):
-        got = f"the tokenizer model {shorten(model)}" if model not in ("gpt2", "llama") else "add_eos_token"
-        raise ValueError(f"{path} has {got}, wanted gpt2 or llama that adds nothing after a text: use another file")
-    if not types or len(types) != len(tokens) or not all(isinstance(token, str) for token in tokens):
+    known = model in ("gpt2", "llama")
+    if not known or values.get("add_eos_token"):
+        got = "add_eos_token" if known else f"the tokenizer model {shorten(model)}"
+        raise ValueError(
+            f"{path} has {got}, wanted gpt2 or llama that adds nothing after a text: use another "
+            "file"
+        )
+    tokens, types = values.get("tokens", []), values.get("token_type", [])
+    texts = all(isinstance(token, str) for token in tokens)
+    if not tokens or not texts or len(types) != len(tokens):
         raise ValueError(f"{path} has no tokens, or not a type for each of them: fetch it again")
     added = [
         {"id": id, "content": tokens[id], "special": kind != USER}
         for id, kind in enumerate(types)
         if kind in (UNKNOWN, CONTROL, USER)
     ]
-
-    def named(key: str) -> int | None:
-        id = values.get(f"{key}_token_id")
-        return id if isinstance(id, int) and 0 <= id < len(tokens) else None
-
+    named = {
+        key: values[f"{key}_token_id"]
+        for key in ("bos", "eos", "unknown", "padding", "eot", "eom")
+        if values.get(f"{key}_token_id") in range(len(tokens))
+    }
     config = {"chat_template": metadata.get("tokenizer.chat_template")}
-    for name, key in {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}.items():
-        config |= {} if named(key) is None else {f"{name}_token": tokens[named(key)]}
-    ends = [named(key) for key in ("eos", "eot", "eom")]
+    short = {"unknown": "unk", "padding": "pad"}
+    config |= {f"{short.get(key, key)}_token": tokens[id] for key, id in named.items()}
+    ends = [named[key] for key in ("eos", "eot", "eom") if key in named]
     ends += [id for id, kind in enumerate(types) if kind == CONTROL and tokens[id] in ENDS]
-    eos_ids = tuple(dict.fromkeys(id for id in ends if id is not None))
+    spec, data = {}, None
     if model == "llama":
+        data = sentencepiece_model(path, values, tokens, types)
         config["add_bos_token"] = bool(values.get("add_bos_token", True))
-        return TokenizerFiles({}, sentencepiece_model(path, values, tokens, types), config, added, eos_ids)
-    splitting = splitting_of(path, values)
-    spec = byte_level_spec(splitting, tokens, types, values.get("merges", []))
-    bos = config.get("bos_token")
-    if values.get("add_bos_token", splitting.add_bos) and bos is not None:
-        template = {"type": "TemplateProcessing", "special_tokens": {bos: {"ids": [named("bos")]}}}
-        spec["post_processor"] = template | {"single": [{"SpecialToken": {"id": bos}}, {"Sequence": {"id": "A"}}]}
-    return TokenizerFiles(spec, None, config, added, eos_ids)
+    else:
+        splitting = splitting_of(path, values)
+        before = named.get("bos") if values.get("add_bos_token", splitting.add_bos) else None
+        spec = byte_level_spec(splitting, tokens, types, values.get("merges", []), before)
+    return TokenizerFiles(spec, data, config, added, tuple(dict.fromkeys(ends)))
 
 
 def splitting_of(path: str | Path, values: dict) -> Splitting:
     pre = values.get("pre")
     if not isinstance(pre, str) or pre not in SPLITTINGS:
         raise ValueError(
-            f"{path} splits text as {shorten(pre)} does (tokenizer.ggml.pre), wanted one of {', '.join(SPLITTINGS)}: "
+            f"{path} splits text as {shorten(pre)} does (tokenizer.ggml.pre), wanted one of "
+            f"{', '.join(SPLITTINGS)}: "
             "use another file"
         )
     return SPLITTINGS[pre]
 
 
-def byte_level_spec(splitting: Splitting, tokens: list[str], types, merges: list[str]) -> dict:
-    """tokenizer.json of a byte-level BPE. Tokens that are unused or added are not in its vocabulary."""
-    vocab = {token: id for id, (token, kind) in enumerate(zip(tokens, types, strict=True)) if kind == NORMAL}
-    return {
-        "model": {"type": "BPE", "vocab": vocab, "merges": merges, "ignore_merges": splitting.ignore_merges},
+def byte_level_spec(
+    splitting: Splitting, tokens: list[str], types, merges: list[str], before: int | None
+) -> dict:
+    """tokenizer.json of a byte-level BPE; `before` is the id that opens every text, or None.
+
+    Tokens that are unused or added are not in its vocabulary.
+    """
+    vocab = {
+        t: id for id, (t, kind) in enumerate(zip(tokens, types, strict=True)) if kind == NORMAL
+    }
+    model = {"type": "BPE", "vocab": vocab, "merges": merges}
+    spec = {
+        "model": model | {"ignore_merges": splitting.ignore_merges},
         "normalizer": {"type": "Sequence", "normalizers": list(splitting.normalizers)},
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": splitting.pre_tokenizers},
     }
+    if before is not None:
+        bos = tokens[before]
+        spec["post_processor"] = {
+            "type": "TemplateProcessing",
+            "special_tokens": {bos: {"ids": [before]}},
+            "single": [{"SpecialToken": {"id": bos}}, {"Sequence": {"id": "A"}}],
+        }
+    return spec
 
 
 def sentencepiece_model(path: str | Path, values: dict, tokens: list[str], types) -> bytes:
@@ -648,13 +829,24 @@ def sentencepiece_model(path: str | Path, values: dict, tokens: list[str], types
         return bytes([number << 3 | 2, *length, size]) + data
 
     scores = values.get("scores", ())
-    if len(scores) != len(tokens) or not isinstance(scores, memoryview) or values.get("precompiled_charsmap"):
-        raise ValueError(f"{path} has no score for each token, or a map of characters: use another file")
+    if (
+        len(scores) != len(tokens)
+        or not isinstance(scores, memoryview)
+        or values.get("precompiled_charsmap")
+    ):
+        raise ValueError(
+            f"{path} has no score for each token, or a map of characters: use another file"
+        )
     pieces = [
         field(1, field(1, token.encode()) + struct.pack("<BfBB", 0x15, score, 0x18, kind))
         for token, score, kind in zip(tokens, scores, types, strict=True)
     ]
     trainer = bytes([3 << 3, 2, 0x98, 2, 1])  # model_type: BPE; byte_fallback (field 35): true
-    prefix, squeeze = values.get("add_space_prefix", True), values.get("remove_extra_whitespaces", False)
-    normalizer = field(1, b"identity") + bytes([3 << 3, bool(prefix), 4 << 3, bool(squeeze), 5 << 3, 1])
+    prefix, squeeze = (
+        values.get("add_space_prefix", True),
+        values.get("remove_extra_whitespaces", False),
+    )
+    normalizer = field(1, b"identity") + bytes(
+        [3 << 3, bool(prefix), 4 << 3, bool(squeeze), 5 << 3, 1]
+    )
     return b"".join(pieces) + field(2, trainer) + field(3, normalizer)

@@ -1,23 +1,29 @@
 """Grow a small checkpoint to the cost of a large one without changing what it computes.
 
-Knows: which shapes there are, and where the numbers of the small model go in the large one. Does not know: files
-(weights.py), how a model computes (model.py). Read next: weights.py, whose table of tensors this file walks.
+Knows: which shapes there are, and where the numbers of the small model go in the large one. Does
+not know: files (weights.py), how a model computes (model.py). Read next: weights.py, whose table of
+tensors this file walks.
 
-Why: real acceptance and hit rates at the compute and memory traffic of, say, Llama-3.1-8B, with nothing to download.
-Small letters are the small model's sizes, capitals the large one's:
+Why: real acceptance and hit rates at the compute and memory traffic of, say, Llama-3.1-8B, with
+nothing to download. Small letters are the small model's sizes, capitals the large one's:
 
-* The residual stream lives in the first d of D columns; the rest stay zero, because o_proj and down_proj have zero rows
-  there. RMSNorm divides by D instead of d, which weights * sqrt(d/D) and eps * d/D undo.
-* A head of h dimensions becomes one of n*h: dimension i goes to n*i, so that rotary pair i turns as fast as before. The
-  rest of k and v is zero; q is scaled by sqrt(n), because attention divides by sqrt(n*h). With q/k norm (Qwen3) the
-  rest of q is zero too, the norms' weights take the scale, and q and k are scaled to suit the eps they share.
-* Query head t of KV head j stays under KV head j. If the large model has fewer query heads for each KV head, several
-  copies of KV head j share them. New heads, new feed-forward units and new layers compute, and are multiplied by zero.
-* New words need logits that are never drawn. Column d of the residual stream holds the constant c, c^2 = eps*d/2, and
-  eps becomes eps*d/(2D): every norm stays exact. The final norm alone lets c through, to the new rows of lm_head, whose
-  logits are -30,000 where they are lowest (finite in float16) and fall off as 1/rms of the final hidden state.
+* The residual stream lives in the first d of D columns; the rest stay zero, because o_proj and
+  down_proj have zero rows there. RMSNorm divides by D instead of d, which weights * sqrt(d/D) and
+  eps * d/D undo.
+* A head of h dimensions becomes one of n*h: dimension i goes to n*i, so that rotary pair i turns as
+  fast as before. The rest of k and v is zero; q is scaled by sqrt(n), because attention divides by
+  sqrt(n*h). With q/k norm (Qwen3) the rest of q is zero too, the norms' weights take the scale, and
+  q and k are scaled to suit the eps they share.
+* Query head t of KV head j stays under KV head j. If the large model has fewer query heads for each
+  KV head, several copies of KV head j share them. New heads, new feed-forward units and new layers
+  compute, and are multiplied by zero.
+* New words need logits that are never drawn. Column d of the residual stream holds the constant c,
+  c^2 = eps*d/2, and eps becomes eps*d/(2D): every norm stays exact. The final norm alone lets c
+  through, to the new rows of lm_head, whose logits are -30,000 where they are lowest (finite in
+  float16) and fall off as 1/rms of the final hidden state.
 
-Everything else is random, and not zero, since zeros draw less power and let a GPU run faster than it would.
+Everything else is random, and not zero, since zeros draw less power and let a GPU run faster than
+it would.
 """
 
 from pathlib import Path
@@ -26,14 +32,27 @@ import torch
 from torch import nn
 
 from checkpoint.config import Config
-from checkpoint.weights import Fill, Piece, build_model, load_model, parse_config, pieces_of, read_config
+from checkpoint.weights import (
+    Fill,
+    Piece,
+    build_model,
+    load_model,
+    parse_config,
+    pieces_of,
+    read_config,
+)
 
 NAMES = {
-    "hidden": "hidden_size", "layers": "num_hidden_layers", "heads": "num_attention_heads",
-    "kv_heads": "num_key_value_heads", "head_dim": "head_dim", "ffn": "intermediate_size", "vocab": "vocab_size",
-}  # fmt: skip
-# The published sizes. What a shape does not name stays the checkpoint's own, so 60m and 200m (of the demo target, whose
-# 4,096 words make the embedding small) keep the vocabulary.
+    "hidden": "hidden_size",
+    "layers": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "ffn": "intermediate_size",
+    "vocab": "vocab_size",
+}
+# The published sizes. What a shape does not name stays the checkpoint's own, so 60m and 200m (of
+# the demo target, whose 4,096 words make the embedding small) keep the vocabulary.
 SHAPES = {
     "60m": (768, 9, 12, 4, 64, 2048, None),
     "200m": (1024, 17, 16, 4, 64, 2816, None),
@@ -42,7 +61,10 @@ SHAPES = {
     "qwen3-8b": (4096, 36, 32, 8, 128, 12288, 151936),
     "llama-3.1-70b": (8192, 80, 64, 8, 128, 28672, 128256),
 }
-RANDOM, ZERO = -1, -2  # rows and columns of a large tensor that no row or column of the small one goes to
+RANDOM, ZERO = (
+    -1,
+    -2,
+)  # rows and columns of a large tensor that no row or column of the small one goes to
 LOWEST = 30000.0  # float16 ends at 65504
 
 
@@ -53,7 +75,12 @@ def parse_shape(text: str) -> dict[str, int]:
     shape = {}
     for part in text.split(","):
         name, _, size = part.partition("=")
-        if name not in NAMES or not (size.isascii() and size.isdigit()) or not 1 <= len(size) <= 8 or int(size) == 0:
+        if (
+            name not in NAMES
+            or not (size.isascii() and size.isdigit())
+            or not 1 <= len(size) <= 8
+            or int(size) == 0
+        ):
             raise ValueError(
                 f"shape {text[:100]!r} is unknown: give one of {', '.join(SHAPES)}, or sizes of "
                 f"{', '.join(NAMES)}, like hidden=1024,layers=12"
@@ -70,22 +97,39 @@ def grow_config(raw: dict, shape: dict[str, int]) -> dict:
     new = old | shape
     for name, size in old.items():
         if new[name] < size:
-            raise ValueError(f"{name}={new[name]} is less than the checkpoint's {size}: ask for at least {name}={size}")
+            raise ValueError(
+                f"{name}={new[name]} is less than the checkpoint's {size}: ask for at least "
+                f"{name}={size}"
+            )
     if new["head_dim"] % old["head_dim"]:
-        raise ValueError(f"head_dim={new['head_dim']} is not a multiple of the checkpoint's: use {2 * old['head_dim']}")
+        raise ValueError(
+            f"head_dim={new['head_dim']} is not a multiple of the checkpoint's: use "
+            f"{2 * old['head_dim']}"
+        )
     if new["heads"] % new["kv_heads"]:
-        raise ValueError(f"heads={new['heads']} is not a multiple of kv_heads={new['kv_heads']}: choose one that is")
-    need = old["kv_heads"] * _copies(small.num_heads // small.num_kv_heads, new["heads"] // new["kv_heads"])
+        raise ValueError(
+            f"heads={new['heads']} is not a multiple of kv_heads={new['kv_heads']}: choose one "
+            "that is"
+        )
+    need = old["kv_heads"] * _copies(
+        small.num_heads // small.num_kv_heads, new["heads"] // new["kv_heads"]
+    )
     if new["kv_heads"] < need:
         raise ValueError(
-            f"heads={new['heads']} over kv_heads={new['kv_heads']} has no room for the checkpoint's {old['heads']} "
+            f"heads={new['heads']} over kv_heads={new['kv_heads']} has no room for the "
+            f"checkpoint's {old['heads']} "
             f"over {old['kv_heads']}: ask for kv_heads={need} or more heads"
         )
     if small.rope["type"] == "yarn" and new["head_dim"] != old["head_dim"]:
-        raise ValueError("head_dim cannot grow with yarn RoPE, whose bands depend on it: leave head_dim as it is")
+        raise ValueError(
+            "head_dim cannot grow with yarn RoPE, whose bands depend on it: leave head_dim as it is"
+        )
     words = new["vocab"] > old["vocab"]
     if words and not (new["hidden"] > old["hidden"] and small.norm_eps > 0):
-        raise ValueError(f"vocab={new['vocab']} needs a spare column and rms_norm_eps > 0: make hidden larger as well")
+        raise ValueError(
+            f"vocab={new['vocab']} needs a spare column and rms_norm_eps > 0: make hidden larger "
+            "as well"
+        )
     grown = raw | {NAMES[name]: size for name, size in new.items()}
     grown["rms_norm_eps"] = small.norm_eps * old["hidden"] / new["hidden"] / (2 if words else 1)
     grown["tie_word_embeddings"] = small.tied and not words
@@ -100,7 +144,9 @@ def _copies(queries: int, room: int) -> int:
 
 
 class Growth:
-    """The large model's tensors, one at a time: `fill` writes one piece from the small model `source` and noise."""
+    """The large model's tensors, one at a time: `fill` writes one piece from the small model
+    `source` and noise.
+    """
 
     def __init__(self, source: nn.Module, config: Config, seed: int = 0):
         small = source.config
@@ -111,7 +157,10 @@ class Growth:
         self.old.setdefault("lm_head.weight", source.embed.weight.data)
         self.axes = self._axes()
         n = config.head_dim // small.head_dim
-        self.scale = {"input_layernorm": (small.hidden_size / config.hidden_size) ** 0.5, "q_proj": n**0.5}
+        self.scale = {
+            "input_layernorm": (small.hidden_size / config.hidden_size) ** 0.5,
+            "q_proj": n**0.5,
+        }
         self.scale["post_attention_layernorm"] = self.scale["norm"] = self.scale["input_layernorm"]
         if config.qk_norm:
             shared = (n * config.norm_eps / small.norm_eps) ** 0.5 if small.norm_eps else 1.0
@@ -119,13 +168,17 @@ class Growth:
         self.constant = self.loud = 0.0
         if config.vocab_size > small.vocab_size:
             self.constant = (small.norm_eps * small.hidden_size / 2) ** 0.5
-            # The final norm makes of c: weight * sqrt(eps*D/2) / rms. Half of the volume goes to the norm's weight and
-            # half to lm_head, so that neither leaves float16.
-            most = (small.norm_eps * config.hidden_size / 2) ** 0.5 / smallest_rms(source, self.generator)
+            # The final norm makes of c: weight * sqrt(eps*D/2) / rms. Half of the volume goes to
+            # the norm's weight and half to lm_head, so that neither leaves float16.
+            most = (small.norm_eps * config.hidden_size / 2) ** 0.5 / smallest_rms(
+                source, self.generator
+            )
             self.loud = (LOWEST / most) ** 0.5
 
     def _axes(self) -> dict[str, torch.Tensor]:
-        """For each letter of a piece's axes: where each index of the large model comes from, or RANDOM, or ZERO."""
+        """For each letter of a piece's axes: where each index of the large model comes from, or
+        RANDOM, or ZERO.
+        """
         small, large = self.small, self.config
         h, n = small.head_dim, large.head_dim // small.head_dim
         queries, room = small.num_heads // small.num_kv_heads, large.num_heads // large.num_kv_heads
@@ -136,13 +189,22 @@ class Growth:
         for head in range(large.num_kv_heads):
             kv, copy = divmod(head, copies)
             used = kv < small.num_kv_heads
-            k.append(torch.where(spread >= 0, spread + kv * h, ZERO) if used else torch.full_like(spread, RANDOM))
+            k.append(
+                torch.where(spread >= 0, spread + kv * h, ZERO)
+                if used
+                else torch.full_like(spread, RANDOM)
+            )
             for query in range(copy * room, (copy + 1) * room):
                 first = (kv * queries + query) * h
                 mine = used and query < queries
-                # Between a spread query's numbers anything may stand, as k is zero there: unless a norm adds it up.
+                # Between a spread query's numbers anything may stand, as k is zero there: unless a
+                # norm adds it up.
                 rest = ZERO if large.qk_norm else RANDOM
-                q.append(torch.where(spread >= 0, spread + first, rest) if mine else torch.full_like(spread, RANDOM))
+                q.append(
+                    torch.where(spread >= 0, spread + first, rest)
+                    if mine
+                    else torch.full_like(spread, RANDOM)
+                )
         axes = {"Q": torch.cat(q), "K": torch.cat(k), "D": spread}
         for letter, size, old in (
             ("E", large.hidden_size, small.hidden_size),
@@ -154,10 +216,16 @@ class Growth:
         return {letter: index.to(self.device) for letter, index in axes.items()}
 
     def fill(self, piece: Piece, out: torch.Tensor) -> None:
-        """Write one tensor of the large model. To be called in the order of weights.pieces, for the same noise."""
+        """Write one tensor of the large model. To be called in the order of weights.pieces, for the
+        same noise.
+        """
         role, kind = piece.theirs.split(".")[-2:]
         d, new_layer = self.small.hidden_size, piece.layer >= self.small.num_layers
-        rows = torch.full_like(self.axes[piece.axes[0]], RANDOM) if new_layer else self.axes[piece.axes[0]]
+        rows = (
+            torch.full_like(self.axes[piece.axes[0]], RANDOM)
+            if new_layer
+            else self.axes[piece.axes[0]]
+        )
         if role.endswith("norm"):
             out.fill_(self.scale.get(role, 1.0))
         elif kind == "bias" or role in ("o_proj", "down_proj", "embed_tokens"):
@@ -193,9 +261,13 @@ class Growth:
 
 @torch.no_grad()
 def smallest_rms(source: nn.Module, generator: torch.Generator) -> float:
-    """The least root mean square that the final norm meets on 1,024 random words of the small model."""
+    """The least root mean square that the final norm meets on 1,024 random words of the small
+    model.
+    """
     seen = []
-    hook = source.norm.register_forward_hook(lambda module, inputs, out: seen.append(inputs[0].double()))
+    hook = source.norm.register_forward_hook(
+        lambda module, inputs, out: seen.append(inputs[0].double())
+    )
     source.set_positions(64)
     device = source.embed.weight.device
     source(torch.randint(source.config.vocab_size, (16, 64), generator=generator, device=device))
@@ -203,8 +275,12 @@ def smallest_rms(source: nn.Module, generator: torch.Generator) -> float:
     return (seen[0].square().mean(-1) + source.config.norm_eps).min().sqrt().item()
 
 
-def grown(text: str, folder: Path, device, dtype: torch.dtype, make, seed: int = 0) -> tuple[dict, Config, Fill]:
-    """config.json, config and fill function of the checkpoint in `folder` grown to the shape `text`."""
+def grown(
+    text: str, folder: Path, device, dtype: torch.dtype, make, seed: int = 0
+) -> tuple[dict, Config, Fill]:
+    """config.json, config and fill function of the checkpoint in `folder` grown to the shape
+    `text`.
+    """
     raw = grow_config(read_config(folder), parse_shape(text))
     config = parse_config(raw, folder)
     exact = torch.float64 if dtype == torch.float64 else torch.float32

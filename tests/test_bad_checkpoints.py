@@ -1,4 +1,6 @@
-"""One clear sentence for everything that can be wrong with a checkpoint's files, and no memory spent on it."""
+"""One clear sentence for everything that can be wrong with a checkpoint's files, and no memory
+spent on it.
+"""
 
 import json
 import os
@@ -82,15 +84,36 @@ def test_config_json_that_is_a_folder(folder):
 def test_missing_unused_and_wrong_tensors_are_named(folder):
     good = (folder / "model.safetensors").read_bytes()
     cases = [
-        (lambda t: t.pop("model.layers.1.mlp.up_proj.weight"), r"lacks model\.layers\.1\.mlp\.up_proj\.weight,"),
-        (lambda t: t.clear(), "lacks lm_head.weight, model.embed_tokens.weight, model.layers.0.* and 18 more"),
+        (
+            lambda t: t.pop("model.layers.1.mlp.up_proj.weight"),
+            r"lacks model\.layers\.1\.mlp\.up_proj\.weight,",
+        ),
+        (
+            lambda t: t.clear(),
+            "lacks lm_head.weight, model.embed_tokens.weight, model.layers.0.* and 18 more",
+        ),
         (lambda t: t.update(extra=torch.ones(1)), "holds extra, which no part"),
         (lambda t: t.update({"a\n\x1b[31m" + "b" * 500: torch.ones(1)}), "which no part"),
-        (lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": torch.ones(48)}), "q_proj.bias, which no part"),
-        (lambda t: t.update({"lm_head.weight": torch.ones(48, 96)}), r"lm_head.weight is \(48, 96\).*\(96, 48\)"),
-        (lambda t: t.update({"model.norm.weight": torch.ones(48, 1)}), r"model.norm.weight is \(48, 1\)"),
-        (lambda t: t.update({"model.norm.weight": torch.ones(48).int()}), "type I32, wanted F64, F32, F16, BF16"),
-        (lambda t: t.update({"model.norm.weight": torch.ones(48).to(torch.float8_e4m3fn)}), "type F8_E4M3, wanted"),
+        (
+            lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": torch.ones(48)}),
+            "q_proj.bias, which no part",
+        ),
+        (
+            lambda t: t.update({"lm_head.weight": torch.ones(48, 96)}),
+            r"lm_head.weight is \(48, 96\).*\(96, 48\)",
+        ),
+        (
+            lambda t: t.update({"model.norm.weight": torch.ones(48, 1)}),
+            r"model.norm.weight is \(48, 1\)",
+        ),
+        (
+            lambda t: t.update({"model.norm.weight": torch.ones(48).int()}),
+            "type I32, wanted F64, F32, F16, BF16",
+        ),
+        (
+            lambda t: t.update({"model.norm.weight": torch.ones(48).to(torch.float8_e4m3fn)}),
+            "type F8_E4M3, wanted",
+        ),
     ]
     for change, match in cases:
         (folder / "model.safetensors").write_bytes(good)
@@ -106,7 +129,11 @@ def test_config_and_weights_of_different_models(folder):
         ("vocab_size", 1 << 24, r"\(16777216, 48\)"),
         ("head_dim", 1 << 24, r"q_proj.weight is \(48, 48\)"),
         ("num_hidden_layers", 4096, "lacks .*more, which config.json calls for"),
-        ("num_key_value_heads", 4, r"k_proj.weight is \(24, 48\), but config.json makes it \(48, 48\)"),
+        (
+            "num_key_value_heads",
+            4,
+            r"k_proj.weight is \(24, 48\), but config.json makes it \(48, 48\)",
+        ),
     ):
         good = (folder / "config.json").read_text()
         edit_config(folder, **{key: value})
@@ -116,7 +143,13 @@ def test_config_and_weights_of_different_models(folder):
 
 def test_nothing_is_allocated_before_headers_agree(folder, monkeypatch):
     """A config of 2^24 x 2^24 must fail on the file's header, whatever the memory."""
-    edit_config(folder, hidden_size=1 << 24, intermediate_size=1 << 24, vocab_size=1 << 24, num_hidden_layers=4096)
+    edit_config(
+        folder,
+        hidden_size=1 << 24,
+        intermediate_size=1 << 24,
+        vocab_size=1 << 24,
+        num_hidden_layers=4096,
+    )
     monkeypatch.setattr(weights, "build_model", lambda *args: pytest.fail("allocates"))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     refuses("lacks", folder)
@@ -126,7 +159,9 @@ def test_nothing_is_allocated_before_headers_agree(folder, monkeypatch):
 def test_tied_embeddings_beside_a_head(folder):
     edit_config(folder, tie_word_embeddings=True)
     refuses("lm_head.weight differs from model.embed_tokens.weight", folder)
-    edit_tensors(folder, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
+    edit_tensors(
+        folder, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()})
+    )
     model = load_model(folder)
     assert model.head.weight is model.embed.weight
     edit_tensors(folder, lambda t: t.update({"lm_head.weight": t["lm_head.weight"].half()}))
@@ -174,7 +209,9 @@ CORRUPT = {
     "offsets backwards": lambda good: header({"a": f32([2], 8, 0)}, bytes(8)),
     "shape of 2^62": lambda good: header({"a": f32([1 << 62, 4], 0, 8)}, bytes(8)),
     "negative shape": lambda good: header({"a": f32([-2], 0, 8)}, bytes(8)),
-    "unknown dtype": lambda good: header({"a": {"dtype": "Q4_K", "shape": [2], "data_offsets": [0, 8]}}, bytes(8)),
+    "unknown dtype": lambda good: header(
+        {"a": {"dtype": "Q4_K", "shape": [2], "data_offsets": [0, 8]}}, bytes(8)
+    ),
     "a pickle": lambda good: b"PK\x03\x04" + bytes(500),
 }
 
@@ -183,7 +220,9 @@ CORRUPT = {
 def test_corrupt_safetensors_are_refused(folder, kind):
     path = folder / "model.safetensors"
     path.write_bytes(CORRUPT[kind](path.read_bytes()))
-    refuses("model.safetensors is not a sound safetensors file .*fetch the checkpoint again", folder)
+    refuses(
+        "model.safetensors is not a sound safetensors file .*fetch the checkpoint again", folder
+    )
 
 
 def test_flipped_bytes_in_the_header_load_or_are_refused(folder):
@@ -216,8 +255,21 @@ def test_shards_that_are_missing_or_lead_outside(folder, tmp_path):
 
     with_map(names)
     load_model(folder)
-    outside = ["../secret.safetensors", str(tmp_path / "secret.safetensors"), "..", "", ".", "x/../a.safetensors"]
-    outside += ["a.safetensors/", "..\\secret.safetensors", "a.bin", "C:\\a.safetensors", "\x1b[31m/x.safetensors"]
+    outside = [
+        "../secret.safetensors",
+        str(tmp_path / "secret.safetensors"),
+        "..",
+        "",
+        ".",
+        "x/../a.safetensors",
+    ]
+    outside += [
+        "a.safetensors/",
+        "..\\secret.safetensors",
+        "a.bin",
+        "C:\\a.safetensors",
+        "\x1b[31m/x.safetensors",
+    ]
     for name in outside:
         with_map(names | {"lm_head.weight": name})
         refuses("wanted a .safetensors file of the folder", folder)

@@ -1,4 +1,6 @@
-"""Inflated checkpoints: another shape, the same numbers, the same text, and no word of the new vocabulary ever."""
+"""Inflated checkpoints: another shape, the same numbers, the same text, and no word of the new
+vocabulary ever.
+"""
 
 import json
 import math
@@ -24,7 +26,8 @@ def load_model(name, device="cpu", dtype=torch.float32):
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = [path.parent for path in sorted(ROOT.glob("assets/demo/*/config.json"))]
-# The small model: hidden 48, 2 layers, 4 heads over 2 KV heads of 12 dimensions, 80 units, 96 words.
+# The small model: hidden 48, 2 layers, 4 heads over 2 KV heads of 12 dimensions, 80 units, 96
+# words.
 GROWN = {
     "nothing": "hidden=48",
     "hidden": "hidden=80",
@@ -43,13 +46,23 @@ SOURCES = {
     "tied": {"tie_word_embeddings": True, "rope_scaling": LLAMA3_ROPE},
     "biases": {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 4},
     "window": {"model_type": "mistral", "sliding_window": 6},
-    "qwen2": {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
-    "qwen3": {"model_type": "qwen3", "rms_norm_eps": 1e-3},  # so large an eps that a wrong one shows
+    "qwen2": {
+        "model_type": "qwen2",
+        "use_sliding_window": True,
+        "sliding_window": 5,
+        "max_window_layers": 1,
+    },
+    "qwen3": {
+        "model_type": "qwen3",
+        "rms_norm_eps": 1e-3,
+    },  # so large an eps that a wrong one shows
     "layer types": {
-        "model_type": "qwen3", "use_sliding_window": True, "sliding_window": 5,
+        "model_type": "qwen3",
+        "use_sliding_window": True,
+        "sliding_window": 5,
         "layer_types": ["sliding_attention", "full_attention"],
     },
-}  # fmt: skip
+}
 LARGE = "hidden=112,layers=4,heads=16,kv_heads=8,head_dim=48,ffn=160,vocab=1000"
 
 
@@ -87,7 +100,12 @@ def test_grown_llama_computes_the_same(small, shape):
     source, grown, text = loaded(small), loaded(f"inflate:{shape}:{small}"), random_text(40, seed=1)
     assert load_config(f"inflate:{shape}:{small}") == grown.config
     for name, size in parse_shape(shape).items():
-        field = {"hidden": "hidden_size", "ffn": "intermediate_size", "vocab": "vocab_size", "head_dim": "head_dim"}
+        field = {
+            "hidden": "hidden_size",
+            "ffn": "intermediate_size",
+            "vocab": "vocab_size",
+            "head_dim": "head_dim",
+        }
         assert getattr(grown.config, field.get(name, f"num_{name}")) == size
     check_same(source, grown, 96, text)
     assert greedy(grown, text[:8], 48) == greedy(source, text[:8], 48)
@@ -100,7 +118,9 @@ def test_every_family_grows(tmp_path, kind):
     source, grown = loaded(tmp_path), loaded(f"inflate:{LARGE}:{tmp_path}")
     assert grown.config.windows[:2] == source.config.windows and len(grown.config.windows) == 4
     check_same(source, grown, 96, random_text(40, seed=1))
-    if source.config.tied:  # new words need rows of their own; without them the embedding stays tied
+    if (
+        source.config.tied
+    ):  # new words need rows of their own; without them the embedding stays tied
         assert not grown.config.tied
         wide = loaded(f"inflate:hidden=100:{tmp_path}")
         assert wide.config.tied and wide.head.weight is wide.embed.weight
@@ -108,13 +128,17 @@ def test_every_family_grows(tmp_path, kind):
 
 
 def test_new_parts_cost_what_they_should(small):
-    """The rest is random, not zero: each matrix but o_proj and down_proj is dense, and nothing is out of scale."""
+    """The rest is random, not zero: each matrix but o_proj and down_proj is dense, and nothing is
+    out of scale.
+    """
     grown = loaded(f"inflate:{GROWN['everything']}:{small}")
     for piece in pieces(grown.config):
         value = grown.get_parameter(piece.ours)[piece.start : piece.start + piece.shape[0]]
         assert value.isfinite().all() and value.abs().max() < 2000, piece.theirs
         dense = (value != 0).double().mean()
-        if piece.theirs.endswith(("q_proj.weight", "gate_proj.weight", "up_proj.weight", "lm_head.weight")):
+        if piece.theirs.endswith(
+            ("q_proj.weight", "gate_proj.weight", "up_proj.weight", "lm_head.weight")
+        ):
             assert dense > 0.9, piece.theirs
         if piece.layer >= 2 and piece.theirs.endswith(("o_proj.weight", "down_proj.weight")):
             assert dense == 0, piece.theirs
@@ -123,7 +147,9 @@ def test_new_parts_cost_what_they_should(small):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("scale", [0.02, 1.0, 30.0])
 def test_logits_stay_finite_in_every_dtype(tmp_path, dtype, scale):
-    """Whatever the size of the small model's hidden states, new words are far below the old and above -inf."""
+    """Whatever the size of the small model's hidden states, new words are far below the old and
+    above -inf.
+    """
     model = tiny_model(seed=5)
     for name, weight in model.named_parameters():
         if "embed" in name or "out" in name or "down" in name:
@@ -138,14 +164,18 @@ def test_logits_stay_finite_in_every_dtype(tmp_path, dtype, scale):
 
 
 def test_new_words_are_never_drawn(small):
-    """200,000 draws at temperatures up to 50: softmax gives the new words exactly nothing, with or without noise."""
+    """200,000 draws at temperatures up to 50: softmax gives the new words exactly nothing, with or
+    without noise.
+    """
     grown = loaded(f"inflate:hidden=64,vocab=500:{small}", torch.float32)
     logits = whole(grown, random_text(50, seed=3))
     generator = torch.Generator().manual_seed(0)
     for temperature in (0.1, 1.0, 10.0, 50.0):
         p = torch.softmax(logits / temperature, -1)
         assert (p[:, 96:] == 0).all()
-        noisy = logits / temperature - torch.log(-torch.log(torch.rand(1000, *logits.shape, generator=generator)))
+        noisy = logits / temperature - torch.log(
+            -torch.log(torch.rand(1000, *logits.shape, generator=generator))
+        )
         assert (noisy.argmax(-1) < 96).all()
 
 
@@ -154,7 +184,11 @@ def test_written_folder_equals_the_model_in_memory(small, tmp_path):
     shape, out = GROWN["everything"], tmp_path / "out"
     said = inflate(str(small), shape, out, torch.float32, "cpu", 0, 100_000)
     files = sorted(path.name for path in out.glob("*.safetensors"))
-    assert len(files) > 3 and f"{len(files)} file(s)" in said and (out / "model.safetensors.index.json").exists()
+    assert (
+        len(files) > 3
+        and f"{len(files)} file(s)" in said
+        and (out / "model.safetensors.index.json").exists()
+    )
     assert (out / "tokenizer.model").read_bytes() == b"not read here"
     written, memory = load_model(out), load_model(f"inflate:{shape}:{small}")
     assert written.config == memory.config
@@ -162,7 +196,9 @@ def test_written_folder_equals_the_model_in_memory(small, tmp_path):
         assert torch.equal(written.state_dict()[name], value), name
     other = tmp_path / "other"
     inflate(str(small), shape, other, torch.float32, "cpu", 1, 1 << 30)
-    assert not torch.equal(load_model(other).head.weight, memory.head.weight), "another seed, other noise"
+    assert not torch.equal(load_model(other).head.weight, memory.head.weight), (
+        "another seed, other noise"
+    )
     with pytest.raises(ValueError, match="exists and is not an empty folder"):
         inflate(str(small), shape, other, torch.float32, "cpu", 1, 1 << 30)
 
@@ -187,12 +223,22 @@ def test_command_line(small, tmp_path, monkeypatch, capsys):
     assert done.returncode == 0 and "parameters" in done.stdout, done.stderr
     assert json.loads((out / "config.json").read_text())["torch_dtype"] == "float16"
     assert load_model(out).config.num_layers == 3 and len(list(out.glob("*.safetensors"))) > 1
-    for wrong in (["--shard-gb", "0"], ["--shard-gb", "nan"], ["--seed", "-1"], ["--seed", str(1 << 64)], []):
-        monkeypatch.setattr(sys, "argv", ["inflate.py", str(small), "hidden=20", str(tmp_path / "not"), *wrong])
+    for wrong in (
+        ["--shard-gb", "0"],
+        ["--shard-gb", "nan"],
+        ["--seed", "-1"],
+        ["--seed", str(1 << 64)],
+        [],
+    ):
+        monkeypatch.setattr(
+            sys, "argv", ["inflate.py", str(small), "hidden=20", str(tmp_path / "not"), *wrong]
+        )
         with pytest.raises(SystemExit) as stopped:
             main()
         said = capsys.readouterr()
-        assert stopped.value.code == 2 and said.err.startswith(f"inflate.py: {wrong[0] if wrong else 'hidden=20'} is ")
+        assert stopped.value.code == 2 and said.err.startswith(
+            f"inflate.py: {wrong[0] if wrong else 'hidden=20'} is "
+        )
         assert said.err.count("\n") == 1 and not said.out and not (tmp_path / "not").exists()
 
 
@@ -232,20 +278,32 @@ def test_shapes_that_cannot_be_are_refused_by_the_dimension(small, shape, match)
 
 def test_what_cannot_grow_is_refused(tmp_path):
     shape = {"head_dim": 24, "hidden": 64}
-    yarn = {"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 32}}
+    yarn = {
+        "rope_scaling": {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 32}
+    }
     with pytest.raises(ValueError, match="head_dim cannot grow with yarn"):
         grow_config(LLAMA | yarn, shape)
     with pytest.raises(ValueError, match="vocab=99 needs a spare column and rms_norm_eps > 0"):
         grow_config(LLAMA | {"rms_norm_eps": 0.0}, {"hidden": 64, "vocab": 99})
-    with pytest.raises(ValueError, match="no room for the checkpoint's 6 over 2: ask for kv_heads=4 or more heads"):
-        grow_config(LLAMA | {"num_attention_heads": 6, "num_key_value_heads": 2}, {"heads": 6, "kv_heads": 3})
+    with pytest.raises(
+        ValueError, match="no room for the checkpoint's 6 over 2: ask for kv_heads=4 or more heads"
+    ):
+        grow_config(
+            LLAMA | {"num_attention_heads": 6, "num_key_value_heads": 2},
+            {"heads": 6, "kv_heads": 3},
+        )
     refuses("no config.json", f"inflate:60m:{tmp_path}", load_model)
     refuses("there is no folder", "inflate:60m:/no/where", load_model)
 
 
 def published(name: str) -> float:
     """Parameters in billions, the embedding counted once where the published model ties it."""
-    raw = LLAMA | {"hidden_size": 64, "num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 64}
+    raw = LLAMA | {
+        "hidden_size": 64,
+        "num_attention_heads": 1,
+        "num_key_value_heads": 1,
+        "head_dim": 64,
+    }
     raw |= {"vocab_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
     config = Config.from_dict(grow_config(raw, parse_shape(name)))
     return sum(math.prod(piece.shape) for piece in pieces(config)) / 1e9
@@ -254,13 +312,22 @@ def published(name: str) -> float:
 def test_presets_have_the_published_sizes():
     assert abs(published("llama-3.1-8b") - 8.03) < 0.01
     assert abs(published("llama-3.1-70b") - 70.55) < 0.05
-    assert abs(published("llama-3.2-1b") - 0.26268 - 1.236) < 0.001, "untied here: the embedding counts twice"
+    assert abs(published("llama-3.2-1b") - 0.26268 - 1.236) < 0.001, (
+        "untied here: the embedding counts twice"
+    )
     assert abs(published("qwen3-8b") - 8.19) < 0.01
     demo = {"vocab": 4096}  # 60m and 200m keep the vocabulary; the demo pair has 4,096 words
     for name, millions in (("60m", 60), ("200m", 200)):
-        raw = LLAMA | {"hidden_size": 384, "head_dim": 64, "vocab_size": demo["vocab"], "tie_word_embeddings": True}
+        raw = LLAMA | {
+            "hidden_size": 384,
+            "head_dim": 64,
+            "vocab_size": demo["vocab"],
+            "tie_word_embeddings": True,
+        }
         config = Config.from_dict(grow_config(raw | {"num_attention_heads": 6}, parse_shape(name)))
-        assert abs(sum(math.prod(p.shape) for p in pieces(config)) / 1e6 / millions - 1) < 0.05, name
+        assert abs(sum(math.prod(p.shape) for p in pieces(config)) / 1e6 / millions - 1) < 0.05, (
+            name
+        )
     assert all(parse_shape(name)["head_dim"] % 64 == 0 for name in SHAPES)
 
 
@@ -275,7 +342,9 @@ def test_the_demo_pair_grows(folder):
 
 
 def test_noise_does_not_matter(small):
-    """Proof by brute force that the random parts are never read: whatever they hold, the logits stay."""
+    """Proof by brute force that the random parts are never read: whatever they hold, the logits
+    stay.
+    """
     text, grown = random_text(20, seed=1), loaded(f"inflate:{GROWN['everything']}:{small}")
     wanted = whole(loaded(small), text)
     grown.layers[3].attention.qkv.weight.mul_(5)

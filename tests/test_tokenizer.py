@@ -1,7 +1,9 @@
-"""tokenizer.py against its references: transformers, tokenizers and sentencepiece, on tokenizers trained here.
+"""tokenizer.py against its references: transformers, tokenizers and sentencepiece, on tokenizers
+trained here.
 
-Every tokenizer is tiny but of a real kind: Llama 3's and Qwen's patterns, SmolLM2's digits, Llama 2's sentencepiece.
-Tokenizers differ on odd text, so the texts are source code, many scripts, emoji and odd white space.
+Every tokenizer is tiny but of a real kind: Llama 3's and Qwen's patterns, SmolLM2's digits, Llama
+2's sentencepiece. Tokenizers differ on odd text, so the texts are source code, many scripts, emoji
+and odd white space.
 """
 
 import base64
@@ -23,7 +25,9 @@ from checkpoint.tokenizer import (
     vocabulary_difference,
 )
 
-transformers = pytest.importorskip("transformers", reason="transformers, the reference, is not installed")
+transformers = pytest.importorskip(
+    "transformers", reason="transformers, the reference, is not installed"
+)
 tokenizers = pytest.importorskip("tokenizers", reason="tokenizers, the reference, is not installed")
 sentencepiece = pytest.importorskip("sentencepiece", reason="sentencepiece is not installed")
 
@@ -39,24 +43,55 @@ SCRIPTS = [
     "키스의 고유조건은 입술끼리 만나야 하고 특별한 기술은 필요치 않다.",
 ]
 ODD = [
-    "", " ", "  ", "\n", "\n\n\n\n", "\r\n", " \r\n \r\n", "\t", "\t\t if x:\t# tab", "a\u00a0b \u00a0 c", "trailing  ",
-    "  two  spaces  ", "a\u2003b\u3000c\u200bd", "\x00\x01\x1b[0m\x7f", "\u2028\u2029\x85", "x\n \n  \n   y", "▁x ▁ y▁",
-    "👩‍👩‍👧‍👦 👍🏽 🇩🇪🏳️‍🌈 ☕️", "e\u0301 A\u030a o\u0308\u0304 \u1100\u1161\u11a8 ﬁ Ⅷ ½ ²", "1 12 123 1234 12345",
-    "I'LL we'Ve don'T 'S 'ſ l'été", "1.000,5 3e-10 0xFF ٣٤٥ १२३ ⅫⅣ", "a" * 24, "=" * 70, "!?!?...——“”", "<0x0A>",
-    "a" + " " * 100 + "b", "\U0001f9a4\U00010348\u0dc6", "\ufeffBOM", "def f(x):\n\treturn  x+1\n\n\n\n# end  \n",
-    "हि\u200dन्दी", "مَرْحَبًا",
-]  # fmt: skip
+    "",
+    " ",
+    "  ",
+    "\n",
+    "\n\n\n\n",
+    "\r\n",
+    " \r\n \r\n",
+    "\t",
+    "\t\t if x:\t# tab",
+    "a\u00a0b \u00a0 c",
+    "trailing  ",
+    "  two  spaces  ",
+    "a\u2003b\u3000c\u200bd",
+    "\x00\x01\x1b[0m\x7f",
+    "\u2028\u2029\x85",
+    "x\n \n  \n   y",
+    "▁x ▁ y▁",
+    "👩‍👩‍👧‍👦 👍🏽 🇩🇪🏳️‍🌈 ☕️",
+    "e\u0301 A\u030a o\u0308\u0304 \u1100\u1161\u11a8 ﬁ Ⅷ ½ ²",
+    "1 12 123 1234 12345",
+    "I'LL we'Ve don'T 'S 'ſ l'été",
+    "1.000,5 3e-10 0xFF ٣٤٥ १२३ ⅫⅣ",
+    "a" * 24,
+    "=" * 70,
+    "!?!?...——“”",
+    "<0x0A>",
+    "a" + " " * 100 + "b",
+    "\U0001f9a4\U00010348\u0dc6",
+    "\ufeffBOM",
+    "def f(x):\n\treturn  x+1\n\n\n\n# end  \n",
+    "हि\u200dन्दी",
+    "مَرْحَبًا",
+]
 
 
 @pytest.fixture(scope="module")
 def source() -> list[str]:
     """A few modules of the standard library."""
-    return [(Path(json.__file__).parent.parent / name).read_text() for name in ("textwrap.py", "bisect.py", "heapq.py")]
+    return [
+        (Path(json.__file__).parent.parent / name).read_text()
+        for name in ("textwrap.py", "bisect.py", "heapq.py")
+    ]
 
 
 @pytest.fixture(scope="module")
 def corpus(source) -> list[str]:
-    """What tokenizers are trained on: not quite what they are tested on, so that bytes and rare characters occur."""
+    """What tokenizers are trained on: not quite what they are tested on, so that bytes and rare
+    characters occur.
+    """
     return [*source[0].split("\n"), *source[2].split("\n"), *(SCRIPTS[:5] * 5)]
 
 
@@ -65,7 +100,14 @@ def texts(source) -> list[str]:
     """A few thousand lines of text: alone, and as blocks of twenty lines."""
     lines = [line for text in source for line in text.split("\n")]
     blocks = ["\n".join(lines[start : start + 20]) for start in range(0, len(lines), 20)]
-    every = lines + blocks + SCRIPTS + ODD + [" " + text for text in SCRIPTS] + [" ".join(SCRIPTS), "\r\n".join(ODD)]
+    every = (
+        lines
+        + blocks
+        + SCRIPTS
+        + ODD
+        + [" " + text for text in SCRIPTS]
+        + [" ".join(SCRIPTS), "\r\n".join(ODD)]
+    )
     rng = random.Random(0)
     letters = [*"".join(SCRIPTS + ODD), *"  \n\n\r\t '0129abcß"]
     return every + ["".join(rng.choices(letters, k=30)) for _ in range(1000)]
@@ -75,7 +117,12 @@ def with_special(texts, tokens):
     """Some of the texts with special tokens in and around them."""
     for place, text in enumerate(texts[::7]):
         a, b = tokens[place % len(tokens)], tokens[(place // 3) % len(tokens)]
-        yield from (a + text, text + a, f"x {a} {text}{b}{a}", text[: len(text) // 2] + a + text[len(text) // 2 :])
+        yield from (
+            a + text,
+            text + a,
+            f"x {a} {text}{b}{a}",
+            text[: len(text) // 2] + a + text[len(text) // 2 :],
+        )
 
 
 def agree(ours, reference, texts, **options):
@@ -90,13 +137,17 @@ def agree(ours, reference, texts, **options):
 def decodes(ours, reference, texts):
     for text in texts:
         ids = reference.encode(text)
-        assert ours.decode(ids) == reference.decode(ids, skip_special_tokens=True), f"{text!r}: {ids}"
+        assert ours.decode(ids) == reference.decode(ids, skip_special_tokens=True), (
+            f"{text!r}: {ids}"
+        )
 
 
 # ---- byte-level BPE in tokenizer.json
 
 
-def train(corpus, pre, special, size=1000, normalizer=None, add_prefix_space=False, use_regex=False):
+def train(
+    corpus, pre, special, size=1000, normalizer=None, add_prefix_space=False, use_regex=False
+):
     pre_tokenizers = tokenizers.pre_tokenizers
     made = tokenizers.Tokenizer(tokenizers.models.BPE())
     made.normalizer = normalizer
@@ -126,12 +177,20 @@ def save(made, folder, edit=lambda spec: None, **names):
     return load_tokenizer(folder), transformers.AutoTokenizer.from_pretrained(folder)
 
 
-LLAMA3_NAMES = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+LLAMA3_NAMES = [
+    "<|begin_of_text|>",
+    "<|end_of_text|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eot_id|>",
+]
 
 
 @pytest.fixture(scope="module")
 def llama3(corpus, tmp_path_factory):
-    """Llama 3's pattern and BOS template, special tokens behind the vocabulary, a word that no merge reaches."""
+    """Llama 3's pattern and BOS template, special tokens behind the vocabulary, a word that no
+    merge reaches.
+    """
     made = train(corpus, [split(LLAMA3_PATTERN)], [])
     made.add_special_tokens(LLAMA3_NAMES)
     bos = made.token_to_id(LLAMA3_NAMES[0])
@@ -158,10 +217,17 @@ QWEN_NAMES = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 @pytest.fixture(scope="module")
 def qwen(corpus, tmp_path_factory):
-    """Qwen's pattern and NFC; no BOS; added tokens that are not special, one the beginning of another."""
+    """Qwen's pattern and NFC; no BOS; added tokens that are not special, one the beginning of
+    another.
+    """
     made = train(corpus, [split(QWEN_PATTERN)], [], normalizer=tokenizers.normalizers.NFC())
     made.add_special_tokens(QWEN_NAMES)
-    made.add_tokens([tokenizers.AddedToken(name, normalized=False, special=False) for name in ("<think", "<think>")])
+    made.add_tokens(
+        [
+            tokenizers.AddedToken(name, normalized=False, special=False)
+            for name in ("<think", "<think>")
+        ]
+    )
     made.post_processor = tokenizers.processors.ByteLevel(trim_offsets=False)
     folder = tmp_path_factory.mktemp("qwen")
     return *save(made, folder, eos_token="<|im_end|>", pad_token="<|endoftext|>"), folder
@@ -179,7 +245,9 @@ def test_llama3(llama3, texts):
 
 def test_words_of_the_vocabulary_are_kept_whole_only_where_merges_are_ignored(llama3, tmp_path):
     ours, reference, folder = llama3
-    assert ours.encode(" unreachable", bos=False) == [998] and ours.encode("été", bos=False) == [999]
+    assert ours.encode(" unreachable", bos=False) == [998] and ours.encode("été", bos=False) == [
+        999
+    ]
     spec = json.loads((folder / "tokenizer.json").read_text())
     spec["model"]["ignore_merges"] = False
     (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
@@ -201,11 +269,16 @@ def test_qwen(qwen, texts):
 
 def test_a_token_that_the_configuration_names_is_special(qwen, texts, tmp_path):
     (tmp_path / "tokenizer.json").write_bytes((qwen[2] / "tokenizer.json").read_bytes())
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": {"content": "<think>", "__type": "AddedToken"}}
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": {"content": "<think>", "__type": "AddedToken"},
+    }
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     ours, reference = load_tokenizer(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
     decodes(ours, reference, with_special(texts[:100], ["<think>"]))
-    assert ours.eos_ids == (reference.eos_token_id,) and ours.decode(ours.encode("a<think>b")) == "ab"
+    assert (
+        ours.eos_ids == (reference.eos_token_id,) and ours.decode(ours.encode("a<think>b")) == "ab"
+    )
 
 
 @pytest.mark.parametrize("individual", [True, False])
@@ -218,7 +291,9 @@ def test_digits_and_gpt2_pattern(corpus, texts, tmp_path, individual, prefix_spa
     ours, reference = save(made, tmp_path, eos_token="<|endoftext|>", bos_token="<|endoftext|>")
     agree(ours, reference.encode, [*texts[::2], *with_special(texts, special)])
     decodes(ours, reference, texts[::2])
-    assert ours.bos_id == ours.eos_ids[0] == 0 and ours.encode("x")[0] != 0, "named, but put before no text"
+    assert ours.bos_id == ours.eos_ids[0] == 0 and ours.encode("x")[0] != 0, (
+        "named, but put before no text"
+    )
 
 
 def test_ids_in_any_order_merges_as_text_and_missing_bytes(corpus, texts, tmp_path):
@@ -228,7 +303,9 @@ def test_ids_in_any_order_merges_as_text_and_missing_bytes(corpus, texts, tmp_pa
         model = spec["model"]
         lost = {"ð": 0, "Ł": 0}  # bytes f0 and 9f, which no emoji can do without
         tokens = [token for token in model["vocab"] if not set(token) & set(lost)]
-        model["merges"] = [" ".join(pair) for pair in model["merges"] if not set("".join(pair)) & set(lost)]
+        model["merges"] = [
+            " ".join(pair) for pair in model["merges"] if not set("".join(pair)) & set(lost)
+        ]
         ids = list(range(1, len(tokens)))
         random.Random(1).shuffle(ids)
         model["vocab"] = dict(zip(tokens, [0, *ids], strict=True))
@@ -256,7 +333,9 @@ def test_llama3_ranks(llama3, texts, tmp_path):
     model = str(tmp_path / "tokenizer.model")
     reference = TikTokenConverter(model, extra_special_tokens=special).converted()
     agree(ours, lambda text: reference.encode(text).ids, texts, bos=False)
-    agree(ours, lambda text: reference.encode(text).ids, with_special(texts, special[:12]), bos=False)
+    agree(
+        ours, lambda text: reference.encode(text).ids, with_special(texts, special[:12]), bos=False
+    )
     assert len(special) == len(set(special)) == 256 and ours.vocab_size == 1256
     assert (ours.bos_id, ours.eos_ids) == (1000, (1001,)) and ours.encode("a")[0] == 1000
     assert [ours.token_bytes(id) for id in (1006, 1009, 1255)] == [
@@ -268,13 +347,24 @@ def test_llama3_ranks(llama3, texts, tmp_path):
 
 @pytest.fixture(scope="module")
 def pieces(corpus, tmp_path_factory):
-    """A folder with a sentencepiece model like Llama 2's: BPE, bytes for unknown characters, text left as it is."""
+    """A folder with a sentencepiece model like Llama 2's: BPE, bytes for unknown characters, text
+    left as it is.
+    """
     folder = tmp_path_factory.mktemp("pieces")
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(corpus), model_prefix=str(folder / "tokenizer"), vocab_size=800, model_type="bpe",
-        byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False, split_digits=True,
-        allow_whitespace_only_pieces=True, character_coverage=0.995, num_threads=1, minloglevel=2,
-    )  # fmt: skip
+        sentence_iterator=iter(corpus),
+        model_prefix=str(folder / "tokenizer"),
+        vocab_size=800,
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        split_digits=True,
+        allow_whitespace_only_pieces=True,
+        character_coverage=0.995,
+        num_threads=1,
+        minloglevel=2,
+    )
     return folder
 
 
@@ -284,7 +374,9 @@ def hugging_face(folder, **options):
 
     model = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
     vocab = {model.id_to_piece(id): id for id in range(len(model))}
-    return transformers.LlamaTokenizer(vocab=vocab, merges=generate_merges(vocab), add_bos_token=True, **options)
+    return transformers.LlamaTokenizer(
+        vocab=vocab, merges=generate_merges(vocab), add_bos_token=True, **options
+    )
 
 
 def test_sentencepiece_model(pieces, texts):
@@ -292,24 +384,44 @@ def test_sentencepiece_model(pieces, texts):
     reference = sentencepiece.SentencePieceProcessor(model_file=str(pieces / "tokenizer.model"))
     agree(ours, lambda text: [1, *reference.encode(text)], texts)
     for text in texts:
-        assert ours.decode(ours.encode(text)) == reference.decode(reference.encode(text)) == text.replace("▁", " ")
+        assert (
+            ours.decode(ours.encode(text))
+            == reference.decode(reference.encode(text))
+            == text.replace("▁", " ")
+        )
     assert (ours.bos_id, ours.eos_ids, ours.vocab_size) == (1, (2,), 800)
 
 
 @pytest.mark.parametrize("legacy", [True, False])
 def test_sentencepiece_model_with_special_tokens(pieces, texts, tmp_path, legacy):
-    """Against LlamaTokenizer, which drops one of the spaces that open a text: so only where none does."""
+    """Against LlamaTokenizer, which drops one of the spaces that open a text: so only where none
+    does.
+    """
     (tmp_path / "tokenizer.model").write_bytes((pieces / "tokenizer.model").read_bytes())
-    added = {"800": {"content": "<pad>", "special": True}, "801": {"content": "<user>", "special": False}}
-    config = {"legacy": legacy, "add_bos_token": True, "added_tokens_decoder": added, "bos_token": {"content": "<s>"}}
+    added = {
+        "800": {"content": "<pad>", "special": True},
+        "801": {"content": "<user>", "special": False},
+    }
+    config = {
+        "legacy": legacy,
+        "add_bos_token": True,
+        "added_tokens_decoder": added,
+        "bos_token": {"content": "<s>"},
+    }
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     ours, reference = load_tokenizer(tmp_path), hugging_face(pieces, legacy=legacy)
     reference.add_tokens([tokenizers.AddedToken("<pad>", normalized=False, special=True)])
     reference.add_tokens([tokenizers.AddedToken("<user>", normalized=False, special=False)])
     plain = [text for text in texts if text[:1] not in (" ", "▁")]
     agree(ours, reference.encode, plain)
-    inside = [text for text in with_special(plain, ["<s>", "</s>", "<pad>", "<user>"]) if text[0] not in " ▁"]
-    agree(ours, reference.encode, [text for text in inside if "> " not in text] if legacy else inside)
+    inside = [
+        text
+        for text in with_special(plain, ["<s>", "</s>", "<pad>", "<user>"])
+        if text[0] not in " ▁"
+    ]
+    agree(
+        ours, reference.encode, [text for text in inside if "> " not in text] if legacy else inside
+    )
     decodes(ours, reference, plain + inside)
     assert ours.vocab_size == 802
 
@@ -318,7 +430,9 @@ def test_sentencepiece_model_with_special_tokens(pieces, texts, tmp_path, legacy
 def test_tokenizer_json_made_from_sentencepiece(pieces, texts, tmp_path, legacy):
     made = hugging_face(pieces, legacy=legacy)
     made.save_pretrained(tmp_path)
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer", "legacy": legacy}))
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "LlamaTokenizer", "legacy": legacy})
+    )
     ours, reference = load_tokenizer(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
     special = list(with_special(texts, ["<s>", "</s>", "<unk>"]))
     agree(ours, reference.encode, texts + special)
@@ -327,15 +441,23 @@ def test_tokenizer_json_made_from_sentencepiece(pieces, texts, tmp_path, legacy)
 
 
 def test_tokenizer_json_of_llama2(pieces, texts, tmp_path):
-    """As transformers 4 wrote it: "▁" by a normalizer, put before every text between special tokens."""
+    """As transformers 4 wrote it: "▁" by a normalizer, put before every text between special
+    tokens.
+    """
     hugging_face(pieces).save_pretrained(tmp_path)
     spec = json.loads((tmp_path / "tokenizer.json").read_text())
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
-    spec["normalizer"] = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, replace]}
+    spec["normalizer"] = {
+        "type": "Sequence",
+        "normalizers": [{"type": "Prepend", "prepend": "▁"}, replace],
+    }
     spec["pre_tokenizer"] = None
     (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
     (tmp_path / "tokenizer.model").write_bytes(b"not read: tokenizer.json wins")
-    ours, reference = load_tokenizer(tmp_path), tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    ours, reference = (
+        load_tokenizer(tmp_path),
+        tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json")),
+    )
     every = [*texts, *with_special(texts, ["<s>", "</s>"])]
     agree(ours, lambda text: reference.encode(text).ids, every)
     for text in every:
@@ -357,8 +479,12 @@ def test_streams_whole_characters_that_continue_the_prompt(each, texts):
         for text in texts[::3] + ODD + SCRIPTS:
             text = unicodedata.normalize("NFC", text)
             ids = each.encode(prompt + text)
-            cut = next((n for n in range(len(ids)) if len(each.decode(ids[:n])) >= len(prompt)), len(ids))
-            if "\ufffd" in each.decode(ids[:cut]):  # the prompt's last token ends inside of a character
+            cut = next(
+                (n for n in range(len(ids)) if len(each.decode(ids[:n])) >= len(prompt)), len(ids)
+            )
+            if "\ufffd" in each.decode(
+                ids[:cut]
+            ):  # the prompt's last token ends inside of a character
                 continue
             stream = each.stream()
             shown = [stream.push(id) for id in ids[cut:]]
@@ -368,12 +494,19 @@ def test_streams_whole_characters_that_continue_the_prompt(each, texts):
 
 
 def test_streams_what_is_not_utf8(each):
-    eacute = each.encode("\u0dc6", bos=False)[-3:]  # a character that no tokenizer here was trained on: three bytes
+    eacute = each.encode("\u0dc6", bos=False)[
+        -3:
+    ]  # a character that no tokenizer here was trained on: three bytes
     stream = each.stream()
     assert [stream.push(eacute[0]), stream.push(eacute[1]), stream.flush()] == ["", "", "\ufffd"]
     stream = each.stream()
-    assert stream.push(eacute[0]) == "" and stream.push(each.encode("a", bos=False)[-1]).strip("\ufffd ") == "a"
-    assert each.decode([10**9]) == "" and each.token_bytes(10**9) == b"", "padding of the embedding has no text"
+    assert (
+        stream.push(eacute[0]) == ""
+        and stream.push(each.encode("a", bos=False)[-1]).strip("\ufffd ") == "a"
+    )
+    assert each.decode([10**9]) == "" and each.token_bytes(10**9) == b"", (
+        "padding of the embedding has no text"
+    )
     rng = random.Random(2)
     for _ in range(200):
         ids, stream = rng.choices(range(each.vocab_size), k=30), each.stream(continuing=False)
@@ -397,7 +530,9 @@ def test_eos_ids(qwen, tmp_path, generation, config, wanted):
     assert read_eos_ids(tmp_path) == wanted
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).write_bytes((qwen[2] / name).read_bytes())
-    assert load_tokenizer(tmp_path).eos_ids == (wanted or (qwen[1].eos_token_id,)), "else tokenizer_config.json's"
+    assert load_tokenizer(tmp_path).eos_ids == (wanted or (qwen[1].eos_token_id,)), (
+        "else tokenizer_config.json's"
+    )
 
 
 @pytest.mark.parametrize("value", ["2", True, [1, "2"], -1, 2**62, 1.5, {"a": 1}])
@@ -417,9 +552,16 @@ def test_vocabulary_difference(llama3, qwen, pieces, tmp_path):
     assert vocabulary_difference(load_tokenizer(tmp_path), a) is None
     spec["added_tokens"].append({"id": 700, "content": "<other>", "special": True})
     (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
-    assert vocabulary_difference(a, load_tokenizer(tmp_path)) == (700, a.token_bytes(700), b"<other>")
+    assert vocabulary_difference(a, load_tokenizer(tmp_path)) == (
+        700,
+        a.token_bytes(700),
+        b"<other>",
+    )
     id, ours, theirs = vocabulary_difference(a, b)
-    assert all(a.token_bytes(n) == b.token_bytes(n) for n in range(id)) and a.token_bytes(id) == ours != theirs
+    assert (
+        all(a.token_bytes(n) == b.token_bytes(n) for n in range(id))
+        and a.token_bytes(id) == ours != theirs
+    )
     assert vocabulary_difference(a, load_tokenizer(pieces))[0] == 0
 
 
@@ -442,7 +584,8 @@ LLAMA3_CHAT = """{{- bos_token }}
     {%- if message.role not in ['user', 'assistant'] %}
         {{- raise_exception("This template knows user and assistant, got " + message.role) }}
     {%- endif %}
-    {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n'+ message['content'] | trim + '<|eot_id|>' }}
+    {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}
+    {{- message['content'] | trim + '<|eot_id|>' }}
 {%- endfor %}
 {%- if add_generation_prompt %}
     {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}
@@ -471,7 +614,10 @@ You are helpful.<|im_end|>
 """
 CHATS = [
     [{"role": "user", "content": "Hi"}],
-    [{"role": "system", "content": " Be brief. "}, {"role": "user", "content": "Wer bist Du? 👩‍👧\n\n  x"}],
+    [
+        {"role": "system", "content": " Be brief. "},
+        {"role": "user", "content": "Wer bist Du? 👩‍👧\n\n  x"},
+    ],
     [
         {"role": role, "content": text}
         for role, text in (("user", "a <b> & 'c'"), ("assistant", "ok\n"), ("user", "日本"))
@@ -491,12 +637,17 @@ def test_chat(request, tmp_path, kind, template, where):
         (tmp_path / "chat_template.jinja").write_text(template)
         config["chat_template"] = "not this one"
     else:
-        named = [{"name": "tool_use", "template": "not this one"}, {"name": "default", "template": template}]
+        named = [
+            {"name": "tool_use", "template": "not this one"},
+            {"name": "default", "template": template},
+        ]
         config["chat_template"] = template if where == "text" else named
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     ours, reference = load_tokenizer(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
     for messages in CHATS if where == "file" else CHATS[:1]:
-        wanted = reference.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        wanted = reference.apply_chat_template(
+            messages, add_generation_prompt=True, return_dict=False
+        )
         assert ours.encode_chat(messages) == wanted, reference.decode(wanted)
         assert wanted.count(ours.bos_id) == (kind == "llama3"), "one BOS, not two"
 
@@ -521,7 +672,8 @@ def test_chat_that_its_template_rejects(llama3, tmp_path):
     "{{ '%9999999999d' % 1 }}",
     "{{ '{:9999999999}'.format(1) }}",
     "{{ range(10**9) | list }}",
-    "{% set ns = namespace(x='ab') %}{% for i in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}{{ ns.x }}",
+    "{% set ns = namespace(x='ab') %}{% for i in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor "
+    "%}{{ ns.x }}",
     "{% for i in range(9999) %}{{ 'x' * 9999 }}{% endfor %}",
     "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
     "{{" + "(" * 9999,
@@ -541,7 +693,9 @@ def test_templates_of_strangers(template, tmp_path, monkeypatch):
 def test_template_without_end(monkeypatch):
     monkeypatch.setattr(engine, "CHAT_SECONDS", 1)
     with pytest.raises(ValueError, match="not done after 1 s"):
-        render_chat("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", {})
+        render_chat(
+            "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", {}
+        )
 
 
 # ---- bad files
@@ -553,25 +707,32 @@ def test_no_tokenizer(tmp_path):
     assert load_tokenizer(str(tmp_path)) is None
 
 
-@pytest.mark.parametrize("name, data, says", [
-    ("tokenizer.json", b"{", "tokenizer.json is not a JSON object"),
-    ("tokenizer.json", b"\xff\xfe{}", "not a JSON object"),
-    ("tokenizer.json", b"", "not a JSON object"),
-    ("tokenizer.json", b"[" * 200_000, "not a JSON object"),
-    ("tokenizer.json", b"[]", "not a JSON object"),
-    ("tokenizer.json", b'{"model": {"type": "BPE"}}', "wanted BPE, byte-level or with byte_fallback"),
-    ("tokenizer.json", b'{"model": 3}', "damaged"),
-    ("tokenizer.model", b"", "damaged"),
-    ("tokenizer.model", b"\x0a\x05hello", "damaged"),
-    ("tokenizer.model", b"aGk= 1\naGk 2\n", "damaged"),
-    ("tokenizer_config.json", b"nope", "tokenizer_config.json is not a JSON object"),
-    ("tokenizer_config.json", b'{"added_tokens_decoder": {"5": 6}}', "damaged"),
-    ("added_tokens.json", b'{"<x>": "5"}', "ids outside"),
-    ("added_tokens.json", b'{"<x>": 4611686018427387904}', "ids outside"),
-    ("special_tokens_map.json", b"7", "not a JSON object"),
-    ("chat_template.jinja", b"\xff", "damaged"),
-    ("generation_config.json", b"{}}", "generation_config.json is not a JSON object"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, data, says",
+    [
+        ("tokenizer.json", b"{", "tokenizer.json is not a JSON object"),
+        ("tokenizer.json", b"\xff\xfe{}", "not a JSON object"),
+        ("tokenizer.json", b"", "not a JSON object"),
+        ("tokenizer.json", b"[" * 200_000, "not a JSON object"),
+        ("tokenizer.json", b"[]", "not a JSON object"),
+        (
+            "tokenizer.json",
+            b'{"model": {"type": "BPE"}}',
+            "wanted BPE, byte-level or with byte_fallback",
+        ),
+        ("tokenizer.json", b'{"model": 3}', "damaged"),
+        ("tokenizer.model", b"", "damaged"),
+        ("tokenizer.model", b"\x0a\x05hello", "damaged"),
+        ("tokenizer.model", b"aGk= 1\naGk 2\n", "damaged"),
+        ("tokenizer_config.json", b"nope", "tokenizer_config.json is not a JSON object"),
+        ("tokenizer_config.json", b'{"added_tokens_decoder": {"5": 6}}', "damaged"),
+        ("added_tokens.json", b'{"<x>": "5"}', "ids outside"),
+        ("added_tokens.json", b'{"<x>": 4611686018427387904}', "ids outside"),
+        ("special_tokens_map.json", b"7", "not a JSON object"),
+        ("chat_template.jinja", b"\xff", "damaged"),
+        ("generation_config.json", b"{}}", "generation_config.json is not a JSON object"),
+    ],
+)
 def test_damaged_files(llama3, tmp_path, name, data, says):
     if name != "tokenizer.model":
         (tmp_path / "tokenizer.json").write_bytes((llama3[2] / "tokenizer.json").read_bytes())
@@ -588,31 +749,94 @@ def test_large_files(tmp_path, monkeypatch):
         load_tokenizer(tmp_path)
 
 
-@pytest.mark.parametrize("part, value, says", [
-    ("normalizer", {"type": "NFKC"}, "normalizer .*NFKC.* wanted NFC or none"),
-    ("normalizer", {"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "Lowercase"}]}, "Lowercase"),
-    ("pre_tokenizer", {"type": "Sequence", "pretokenizers": [{"type": "Whitespace"}, {"type": "ByteLevel"}]}, "Whites"),
-    ("pre_tokenizer", {"type": "Sequence", "pretokenizers": [
-        {"type": "Split", "pattern": {"Regex": "a"}, "behavior": "MergedWithNext", "invert": False},
-        {"type": "ByteLevel", "add_prefix_space": False}]}, "MergedWithNext"),
-    ("pre_tokenizer", {"type": "Sequence", "pretokenizers": [
-        {"type": "Split", "pattern": {"Regex": "("}, "behavior": "Isolated", "invert": False},
-        {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]}, "damaged .error: missing"),
-    ("pre_tokenizer", {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first"}, "with byte_fallback"),
-    ("post_processor", {"type": "BertProcessing", "sep": ["a", 1], "cls": ["b", 2]}, "BertProcessing"),
-    ("post_processor", {"type": "TemplateProcessing", "special_tokens": {}, "single": [
-        {"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "</s>", "type_id": 0}}]}, "nothing after it"),
-    ("model", {"type": "Unigram", "vocab": [["a", 0.0]]}, "Unigram"),
-    ("model", {"type": "WordPiece", "vocab": {"a": 0}}, "WordPiece"),
-    ("model", {"type": "BPE", "dropout": 0.1, "vocab": {"a": 0}, "merges": []}, "dropout"),
-    ("model", {"type": "BPE", "end_of_word_suffix": "</w>", "vocab": {"a": 0}, "merges": []}, "</w>"),
-    ("model", {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": [["a", "b"]]}, "KeyError: 'ab'"),
-    ("model", {"type": "BPE", "vocab": {"a": 1 << 62}, "merges": []}, "ids outside"),
-    ("model", {"type": "BPE", "vocab": {}, "merges": []}, "damaged"),
-    ("added_tokens", [{"id": 9, "content": "x", "single_word": True}], "single_word"),
-    ("added_tokens", [{"id": 9, "content": "x", "rstrip": True}], "rstrip"),
-    ("added_tokens", [{"id": "9", "content": "x"}], "ids outside"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "part, value, says",
+    [
+        ("normalizer", {"type": "NFKC"}, "normalizer .*NFKC.* wanted NFC or none"),
+        (
+            "normalizer",
+            {"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "Lowercase"}]},
+            "Lowercase",
+        ),
+        (
+            "pre_tokenizer",
+            {"type": "Sequence", "pretokenizers": [{"type": "Whitespace"}, {"type": "ByteLevel"}]},
+            "Whites",
+        ),
+        (
+            "pre_tokenizer",
+            {
+                "type": "Sequence",
+                "pretokenizers": [
+                    {
+                        "type": "Split",
+                        "pattern": {"Regex": "a"},
+                        "behavior": "MergedWithNext",
+                        "invert": False,
+                    },
+                    {"type": "ByteLevel", "add_prefix_space": False},
+                ],
+            },
+            "MergedWithNext",
+        ),
+        (
+            "pre_tokenizer",
+            {
+                "type": "Sequence",
+                "pretokenizers": [
+                    {
+                        "type": "Split",
+                        "pattern": {"Regex": "("},
+                        "behavior": "Isolated",
+                        "invert": False,
+                    },
+                    {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
+                ],
+            },
+            "damaged .error: missing",
+        ),
+        (
+            "pre_tokenizer",
+            {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first"},
+            "with byte_fallback",
+        ),
+        (
+            "post_processor",
+            {"type": "BertProcessing", "sep": ["a", 1], "cls": ["b", 2]},
+            "BertProcessing",
+        ),
+        (
+            "post_processor",
+            {
+                "type": "TemplateProcessing",
+                "special_tokens": {},
+                "single": [
+                    {"Sequence": {"id": "A", "type_id": 0}},
+                    {"SpecialToken": {"id": "</s>", "type_id": 0}},
+                ],
+            },
+            "nothing after it",
+        ),
+        ("model", {"type": "Unigram", "vocab": [["a", 0.0]]}, "Unigram"),
+        ("model", {"type": "WordPiece", "vocab": {"a": 0}}, "WordPiece"),
+        ("model", {"type": "BPE", "dropout": 0.1, "vocab": {"a": 0}, "merges": []}, "dropout"),
+        (
+            "model",
+            {"type": "BPE", "end_of_word_suffix": "</w>", "vocab": {"a": 0}, "merges": []},
+            "</w>",
+        ),
+        (
+            "model",
+            {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": [["a", "b"]]},
+            "KeyError: 'ab'",
+        ),
+        ("model", {"type": "BPE", "vocab": {"a": 1 << 62}, "merges": []}, "ids outside"),
+        ("model", {"type": "BPE", "vocab": {}, "merges": []}, "damaged"),
+        ("added_tokens", [{"id": 9, "content": "x", "single_word": True}], "single_word"),
+        ("added_tokens", [{"id": 9, "content": "x", "rstrip": True}], "rstrip"),
+        ("added_tokens", [{"id": "9", "content": "x"}], "ids outside"),
+    ],
+)
 def test_what_is_not_supported_is_named(llama3, tmp_path, part, value, says):
     spec = json.loads((llama3[2] / "tokenizer.json").read_text())
     spec |= {part: value} | ({} if part == "added_tokens" else {"added_tokens": []})

@@ -1,4 +1,6 @@
-"""weights.py: reading and writing checkpoints, and one clear sentence for everything that can be wrong with them."""
+"""weights.py: reading and writing checkpoints, and one clear sentence for everything that can be
+wrong with them.
+"""
 
 import json
 import os
@@ -25,7 +27,6 @@ from checkpoint.weights import (
     weight_bytes,
 )
 from model import Transformer
-
 
 
 def load_model(name, device="cpu", dtype=torch.float32):
@@ -72,7 +73,11 @@ def test_what_is_written_is_read_back_bit_for_bit(tmp_path, kind, shard_bytes):
     assert not any(weight.requires_grad or weight.is_meta for weight in again.parameters())
     assert (again.head.weight is again.embed.weight) == model.config.tied
     tensors = len(list(pieces(model.config)))
-    assert len(files) == (1 if shard_bytes == 1 << 30 else tensors if shard_bytes == 1 else len(files)) > 0
+    assert (
+        len(files)
+        == (1 if shard_bytes == 1 << 30 else tensors if shard_bytes == 1 else len(files))
+        > 0
+    )
     assert sum(path.stat().st_size for path in files) >= weight_bytes(model.config, torch.float64)
     if shard_bytes == 20_000:
         assert 1 < len(files) < tensors
@@ -105,7 +110,9 @@ def test_a_function_writes_without_a_model_and_holds_one_shard(tmp_path):
     files = save_model(fill, LLAMA, tmp_path, torch.float32, shard_bytes=20_000)
     again = load_model(tmp_path)
     assert (again.embed.weight == len("model.embed_tokens.weight")).all()
-    assert (again.layers[1].attention.qkv.weight == len("model.layers.1.self_attn.q_proj.weight")).all()
+    assert (
+        again.layers[1].attention.qkv.weight == len("model.layers.1.self_attn.q_proj.weight")
+    ).all()
     assert most < len(alive) / 2 and len(files) > 3
 
 
@@ -113,7 +120,9 @@ def test_writing_again_in_the_other_form_replaces(tmp_path):
     for seed, size in ((1, 1 << 30), (2, 20_000), (3, 1 << 30)):
         model = tiny_model(seed=seed)
         save_model(model, LLAMA, tmp_path, shard_bytes=size)
-        assert torch.equal(load_model(tmp_path, "cpu", torch.float64).head.weight, model.head.weight)
+        assert torch.equal(
+            load_model(tmp_path, "cpu", torch.float64).head.weight, model.head.weight
+        )
     assert not list(tmp_path.glob("*.tmp"))
 
 
@@ -128,13 +137,23 @@ def test_the_hub_layout_of_links_to_blobs_loads(folder, tmp_path):
 
 def test_old_rope_frequencies_in_the_file_are_not_needed(folder):
     tensors = load_file(folder / "model.safetensors")
-    save_file(tensors | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(6)}, folder / "model.safetensors")
+    save_file(
+        tensors | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(6)},
+        folder / "model.safetensors",
+    )
     load_model(folder)
 
 
 def test_weights_land_once_without_a_second_copy_in_memory(tmp_path):
-    """In a process of its own: the peak of anonymous memory is that of the model and a small rest, not twice."""
-    raw = LLAMA | {"hidden_size": 1024, "intermediate_size": 8192, "vocab_size": 16384, "head_dim": 256}
+    """In a process of its own: the peak of anonymous memory is that of the model and a small rest,
+    not twice.
+    """
+    raw = LLAMA | {
+        "hidden_size": 1024,
+        "intermediate_size": 8192,
+        "vocab_size": 16384,
+        "head_dim": 256,
+    }
     save_model(lambda piece, out: out.fill_(0.01), raw, tmp_path, torch.float32)
     code = (
         "import re, sys, torch\n"
@@ -142,7 +161,8 @@ def test_weights_land_once_without_a_second_copy_in_memory(tmp_path):
         "from model import Transformer\n"
         "torch.set_num_threads(1)\n"
         "def anonymous():\n"
-        "    return int(re.search(r'RssAnon:\\s+(\\d+)', open('/proc/self/status').read())[1]) * 1024\n"
+        "    return int(re.search(r'RssAnon:\\s+(\\d+)', open('/proc/self/status').read())[1]) * "
+        "1024\n"
         "before, most, build = anonymous(), 0, weights.build_model\n"
         "def watched(config, fill, *rest, **more):\n"
         "    def step(piece, out):\n"
@@ -156,7 +176,9 @@ def test_weights_land_once_without_a_second_copy_in_memory(tmp_path):
         "print(size, most - before)\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(Path(weights.__file__).parents[1])}
-    done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, env=environment)
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path], capture_output=True, text=True, env=environment
+    )
     assert done.returncode == 0, done.stderr
     size, used = map(int, done.stdout.split())
     assert size > 200e6 and used < size + 25e6, "the largest tensor has 67 MB"
@@ -207,14 +229,20 @@ def test_hub_ids_are_fetched_without_pickles_and_failures_are_one_sentence(folde
         raise error
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
-    for said in (OSError("401 Unauthorized\nmore\nlines"), RuntimeError(""), ConnectionError("no route to host.")):
+    for said in (
+        OSError("401 Unauthorized\nmore\nlines"),
+        RuntimeError(""),
+        ConnectionError("no route to host."),
+    ):
         error = said
         message = refuses("owner/name.*Hugging Face hub failed", "owner/name", resolve)
         assert "hf auth login" in message and "more" not in message
 
 
 def test_hub_ids_offline_use_the_cache_or_say_so(folder, tmp_path):
-    """The real client in a process of its own, offline: first with an empty cache, then with one that has the files."""
+    """The real client in a process of its own, offline: first with an empty cache, then with one
+    that has the files.
+    """
     snapshot = tmp_path / "hub" / "models--owner--name" / "snapshots" / ("0" * 40)
     code = (
         "import pathlib, shutil, sys\n"
@@ -236,13 +264,19 @@ def test_hub_ids_offline_use_the_cache_or_say_so(folder, tmp_path):
     assert re.search("owner/name.*hub failed", lines[0]) and lines[1:] == [str(snapshot)], done
 
 
-@pytest.mark.parametrize("name", ["inflate:", "inflate:60m", "inflate:60m:", "inflate::x", "inflate:60m:inflate:60m:x"])
+@pytest.mark.parametrize(
+    "name", ["inflate:", "inflate:60m", "inflate:60m:", "inflate::x", "inflate:60m:inflate:60m:x"]
+)
 def test_half_an_inflated_name_is_refused(name):
     refuses("inflate:SHAPE:FOLDER", name, split_inflate)
 
 
 def test_files_instead_of_folders(folder):
-    refuses("is a file but not a GGUF file, wanted one, or a folder", folder / "model.safetensors", load_model)
+    refuses(
+        "is a file but not a GGUF file, wanted one, or a folder",
+        folder / "model.safetensors",
+        load_model,
+    )
     refuses("has no config.json", folder.parent, load_model)
     (folder / "model.safetensors").unlink()
     refuses("has no weights, wanted model.safetensors", folder, load_model)
