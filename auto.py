@@ -79,7 +79,9 @@ class Seen:
     )
 
     def learn(self, done: Round, drafted: int, state: bool) -> None:
-        """drafted: the K of the plan that followed. state: was the one before accepted whole?"""
+        """Add one round. drafted: the K of the plan after it. state: was the proposal before it
+        accepted whole?
+        """
         self.rounds += 1
         m, fed = done.plan.m, 1 + max(done.length[b] for b in done.live)
         work = done.drafted if drafted else None
