@@ -3,7 +3,7 @@ file.
 
 Knows: the layout of the file, what its metadata means in the words of Hugging Face's files, how
 blocks of quantised weights become numbers. Does not know: the parameters of a model (weights.py),
-how text is encoded (tokenizer.py). Read next: weights.py.
+how text is encoded (tokenizer.py). Read next: tokenizer.py.
 
 The header is read here, with a bound on everything that a file may claim: the `gguf` package
 believes it, and takes 8 s for SmolLM2's. That package turns the rarer types of blocks into numbers;

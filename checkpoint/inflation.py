@@ -1,8 +1,7 @@
 """Grow a small checkpoint to the cost of a large one without changing what it computes.
 
 Knows: which shapes there are, and where the numbers of the small model go in the large one. Does
-not know: files (weights.py), how a model computes (model.py). Read next: weights.py, whose table of
-tensors this file walks.
+not know: files, how a model computes (model.py). It walks the table of tensors of weights.py.
 
 Why: real acceptance and hit rates at the compute and memory traffic of, say, Llama-3.1-8B, with
 nothing to download. Small letters are the small model's sizes, capitals the large one's:

@@ -11,7 +11,7 @@ opens with a space keeps it, BOS is on unless tokenizer_config.json has "add_bos
 text after a special token opens with "▁" unless it has "legacy": false. (transformers 5 drops that
 space, and takes both flags for false where they lack.)
 
-Does not know: models, devices, tensors. Read next: ssd.py.
+Does not know: models, devices, tensors. Read next: inflation.py.
 """
 
 import base64

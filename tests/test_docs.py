@@ -1,10 +1,8 @@
 """The walkthrough is true: its snippets print what it shows, its quotes and names are in the code.
-The files' headers are one reading order.
 
 `PYTHONPATH=.:tests python tests/test_docs.py` writes what the snippets print now into the document.
 """
 
-import ast
 import contextlib
 import importlib
 import inspect
@@ -26,11 +24,6 @@ SNIPPET = re.compile(r"^```python\n(.*?)^```\n```text\n(.*?)^```$", re.M | re.S)
 ENGINE = sorted(path.stem for path in ROOT.glob("*.py"))
 FOLDERS = (ROOT, *(ROOT / name for name in ("checkpoint", "examples", "scripts", "studies")))
 SOURCES = "\n".join(path.read_text() for folder in FOLDERS for path in sorted(folder.glob("*.py")))
-IN_CHECKPOINT = ("config", "weights", "gguf", "tokenizer", "inflation")
-READING_ORDER = [
-    *"generate ssd engine rows steps sampling cache model kernels runtime auto figures".split(),
-    *(f"checkpoint/{name}" for name in IN_CHECKPOINT),
-]
 
 
 def printed(code: str, namespace: dict) -> str:
@@ -103,21 +96,6 @@ def test_quotes_are_in_the_code():
         for piece in body.split("...\n"):
             assert piece in source, f"{head}: the code says something else now"
             source = source[source.index(piece) + len(piece) :]
-
-
-def header(name: str) -> str:
-    return " ".join((ast.get_docstring(ast.parse((ROOT / f"{name}.py").read_text())) or "").split())
-
-
-def test_headers_are_one_path_through_every_file():
-    files = [path for folder in FOLDERS[:2] for path in folder.glob("*.py")]
-    names = {str(path.relative_to(ROOT).with_suffix("")) for path in files}
-    assert names - {"checkpoint/__init__"} == set(READING_ORDER)
-    for name, following in zip(READING_ORDER, READING_ORDER[1:]):
-        named = re.findall(r"Read next: ([\w/]+)\.py", header(name))
-        same_folder = Path(following).name if Path(name).parent == Path(following).parent else None
-        assert named in ([following], [same_folder]), f"{name}.py should name {following}.py"
-    assert "Read next" not in header(READING_ORDER[-1])
 
 
 if __name__ == "__main__":
