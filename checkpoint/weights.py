@@ -575,10 +575,8 @@ def build_model(
             weight = getattr(module, leaf)
             if weight.is_meta:
                 lent = replaced and leaf == "weight" and device.type == "cpu"
-                lender = scratch if lent else None
-                room = allocate(weight.shape, device, dtype, lender)
-                weight = nn.Parameter(room, requires_grad=False)
-                setattr(module, leaf, weight)
+                room = allocate(weight.shape, device, dtype, scratch if lent else None)
+                setattr(module, leaf, weight := nn.Parameter(room, requires_grad=False))
             fill(piece, weight[piece.start : piece.start + piece.shape[0]])
         if replaced and not replace(model, job[0], finish):
             scratch.room = None  # it stays
@@ -595,8 +593,7 @@ def build_model(
         model.head.weight = model.embed.weight
     if finish is not None and type(model.head) is nn.Linear:
         replace(model, "head", finish)
-    empty = [name for name, weight in model.named_parameters() if weight.is_meta]
-    assert not empty, f"the table above misses {empty}"
+    assert not any(weight.is_meta for weight in model.parameters()), "the table above is not whole"
     return model
 
 

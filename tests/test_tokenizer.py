@@ -652,6 +652,34 @@ def test_chat(request, tmp_path, kind, template, where):
         assert wanted.count(ours.bos_id) == (kind == "llama3"), "one BOS, not two"
 
 
+GENERATION = """{%- for message in messages %}
+{%- if message.role == 'assistant' %}{% generation %}{% set said = message.content %}
+{{ said | trim }}<|im_end|>{% endgeneration %}
+{%- else %}<|im_start|>{{ message.role }} {{ loop.index }}
+{{ message.content }}{% endif %}
+{%- endfor %}{{ said is defined }}
+{%- if enable_thinking is defined and enable_thinking is false %}<think></think>{% endif %}
+"""
+
+
+def test_generation_blocks_system_and_thinking(qwen, tmp_path):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((qwen[2] / name).read_bytes())
+    (tmp_path / "chat_template.jinja").write_text(GENERATION)
+    ours, reference = load_tokenizer(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for thinking in (None, True, False):
+        told = {} if thinking is None else {"enable_thinking": thinking}
+        wanted = reference.apply_chat_template(
+            [{"role": "system", "content": "Be brief."}, *CHATS[2]],
+            add_generation_prompt=True,
+            return_dict=False,
+            **told,
+        )
+        assert ours.encode_chat(CHATS[2], system="Be brief.", thinking=thinking) == wanted
+    shown = ours.decode(wanted)
+    assert "ok" in shown and "Be brief." in shown and shown.endswith("<think></think>")
+
+
 def test_chat_that_its_template_rejects(llama3, tmp_path):
     with pytest.raises(ValueError, match="no chat template"):
         llama3[0].encode_chat(CHATS[0])
