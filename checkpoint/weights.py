@@ -2,8 +2,8 @@
 
 Knows: Hugging Face's files and tensor names, the hub, every mistake a user can make with a
 checkpoint. Does not know: what the numbers in config.json mean (model.py), tokenizers
-(tokenizer.py), how models are grown (inflation.py). Read next: model.py, whose parameters the table
-below names.
+(tokenizer.py), how models are grown (inflation.py). The table below names the parameters of
+model.py. Read next: gguf.py.
 
 A name is a folder, a hub id `owner/name`, or `inflate:SHAPE:NAME`, which grows the checkpoint NAME
 in memory. Weights are safetensors only: they are mapped into memory and copied straight to their
