@@ -31,18 +31,49 @@ except ImportError:  # the twin serves everything, and the kernels below stay pl
     triton, constexpr = None, object
 
 
+def script(code):
+    """A function or module as TorchScript, or as it is where this torch cannot (Python 3.14).
+
+    Two lanes are two threads of one process, and each operator called from Python takes the
+    interpreter's lock twice. A script is one call, and runs without it.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            return torch.jit.script(code)
+    except Exception:  # whatever a later version makes of it
+        return code
+
+
+def scripted(function):
+    """The function, which runs as a script for tensors on a CPU. Its first argument is a tensor.
+
+    torch.compile and GPUs, where TorchScript would compile kernels of its own, get the function as
+    it is written.
+    """
+    made = script(function)
+    if made is function:
+        return function
+
+    @functools.wraps(function)
+    def call(x, *args):
+        return (function if torch.compiler.is_compiling() or x.is_cuda else made)(x, *args)
+
+    return call
+
+
 def tree_attention(
     query_BTHD: torch.Tensor,
     k_BGSD: torch.Tensor,
     v_BGSD: torch.Tensor,
     limit_BT: torch.Tensor,
-    first_BT: torch.Tensor | None = None,
-    *,
+    first_BT: torch.Tensor | None,
     scale: float,
     extent: int,
     tight: bool = False,
     chain: tuple[int, int, torch.Tensor] | None = None,
     window: int = 0,
+    mask: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Attention of every query over its part of the trunk and, for branches, over its own chain: (B, T, H, D).
 
@@ -53,22 +84,23 @@ def tree_attention(
                0..steps-1 and sees those with c <= step_B[b] (its own token included). None: the trunk only.
     window     with a sliding window, a chain token sees chain tokens less than `window` places back; the trunk's
                lower bound comes in first_BT.
+    mask       trunk_mask() of the same limits, where layers share one. Only the twin reads it.
 
     What the query does not see is never mixed in, not even if it holds NaN. float64 inputs are computed in float64,
     everything else in float32.
     """
-    on_gpu = query_BTHD.device.type == "cuda" and query_BTHD.dtype != torch.float64
-    if on_gpu and triton is not None:
-        base, steps, step_B = chain or (0, 0, None)
-        return _fused(
-            query_BTHD, k_BGSD, v_BGSD, limit_BT, first_BT, step_B, scale, extent, base, steps, window
-        )  # fmt: skip
-    if on_gpu:
-        _warn_of_missing_triton()
+    if not torch.jit.is_scripting():  # which is for the CPU
+        on_gpu = query_BTHD.device.type == "cuda" and query_BTHD.dtype != torch.float64
+        if on_gpu and triton is not None:
+            base, steps, step_B = chain or (0, 0, None)
+            return _fused(
+                query_BTHD, k_BGSD, v_BGSD, limit_BT, first_BT, step_B, scale, extent, base, steps, window
+            )  # fmt: skip
+        if on_gpu:
+            _warn_of_missing_triton()
     return tree_attention_reference(
-        query_BTHD, k_BGSD, v_BGSD, limit_BT, first_BT,
-        scale=scale, extent=extent, tight=tight, chain=chain, window=window,
-    )  # fmt: skip
+        query_BTHD, k_BGSD, v_BGSD, limit_BT, first_BT, scale, extent, tight, chain, window, mask
+    )
 
 
 @functools.cache
@@ -77,64 +109,94 @@ def _warn_of_missing_triton() -> None:
     warnings.warn(said, stacklevel=3)
 
 
+def trunk_mask(
+    limit_BT: torch.Tensor, first_BT: torch.Tensor | None, extent: int, R: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What each query sees of the trunk, as numbers to add to its scores: 0 or -inf, (B, 1, Q, extent).
+
+    With it, the slots that no query of a row sees: (B, 1, extent, 1).
+    """
+    slot_S = torch.arange(extent, device=limit_BT.device)
+    hidden_BTS = slot_S >= limit_BT[:, :, None]
+    if first_BT is not None:
+        hidden_BTS = hidden_BTS | (slot_S < first_BT[:, :, None])
+    bias_BTS = torch.zeros(hidden_BTS.shape, dtype=dtype, device=limit_BT.device)
+    bias_BTS = bias_BTS.masked_fill(hidden_BTS, -math.inf)
+    bias_B1QS = bias_BTS.repeat_interleave(R, 1)[:, None]
+    return bias_B1QS, hidden_BTS.all(1)[:, None, :, None]
+
+
+def _own_chain(
+    query_BGTRD: torch.Tensor,
+    k_BGSD: torch.Tensor,
+    v_BGSD: torch.Tensor,
+    chain: tuple[int, int, torch.Tensor],
+    scale: float,
+    tight: bool,
+    window: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scores (B, G, T, R, C) of every branch over its own chain, and the chain's values (B, G, T, C, D)."""
+    B, G, T, _, D = query_BGTRD.shape
+    base, steps, step_B = chain
+    # A small matrix for each branch.
+    chain_k = k_BGSD.narrow(2, base, steps * T).view(B, G, steps, T, D).transpose(2, 3).to(query_BGTRD.dtype)
+    chain_v = v_BGSD.narrow(2, base, steps * T).view(B, G, steps, T, D).transpose(2, 3).to(query_BGTRD.dtype)
+    own_BGTRC = torch.matmul(query_BGTRD, chain_k.mT).mul_(scale)
+    if window > 0 or not tight:
+        step_C = torch.arange(steps, device=step_B.device)
+        dead_BC = step_C > step_B[:, None]
+        if window > 0:
+            dead_BC = dead_BC | (step_C <= step_B[:, None] - window)
+        own_BGTRC.masked_fill_(dead_BC[:, None, None, None], -math.inf)
+        chain_v = chain_v.masked_fill(dead_BC[:, None, None, :, None], 0.0)
+    return own_BGTRC, chain_v
+
+
 def tree_attention_reference(
-    query_BTHD, k_BGSD, v_BGSD, limit_BT, first_BT=None, *, scale, extent, tight=False, chain=None, window=0
-):
+    query_BTHD: torch.Tensor,
+    k_BGSD: torch.Tensor,
+    v_BGSD: torch.Tensor,
+    limit_BT: torch.Tensor,
+    first_BT: torch.Tensor | None,
+    scale: float,
+    extent: int,
+    tight: bool = False,
+    chain: tuple[int, int, torch.Tensor] | None = None,
+    window: int = 0,
+    mask: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> torch.Tensor:
     """The twin of the kernel in plain PyTorch, and the engine's attention on the CPU. Same contract, same numbers."""
     B, T, H, D = query_BTHD.shape
     G = k_BGSD.shape[1]
     R = H // G
     # The query heads that share a key/value head become extra query rows: one pass over K and V serves them all.
-    query_BGQD = query_BTHD.view(B, T, G, R, D).transpose(1, 2).reshape(B, G, T * R, D)
+    query_BGQD = query_BTHD.reshape(B, T, G, R, D).transpose(1, 2).reshape(B, G, T * R, D)
     trunk_k, trunk_v = k_BGSD.narrow(2, 0, extent), v_BGSD.narrow(2, 0, extent)
-    if query_BTHD.dtype in (torch.float16, torch.bfloat16):
+    dtype = query_BTHD.dtype
+    if dtype == torch.float16 or dtype == torch.bfloat16:
         query_BGQD, trunk_k, trunk_v = query_BGQD.float(), trunk_k.float(), trunk_v.float()
 
-    scores_BGQS = (query_BGQD @ trunk_k.mT).mul_(scale)
-    # Slots that every query sees need no mask. How many they are is free to read on the CPU: no device to wait for.
-    open_slots = 0
-    if first_BT is None and tight and B * T == 1:
-        open_slots = extent
-    elif first_BT is None and limit_BT.device.type == "cpu" and not torch.compiler.is_compiling():
-        open_slots = int(limit_BT.min())
-    if open_slots < extent:
-        slot_S = torch.arange(open_slots, extent, device=limit_BT.device)
-        dead_BTS = slot_S >= limit_BT[..., None]
-        if first_BT is not None:
-            dead_BTS |= slot_S < first_BT[..., None]
-        scores_BGQS.view(B, G, T, R, extent)[..., open_slots:].masked_fill_(dead_BTS[:, None, :, None], float("-inf"))
-        if B > 1 or not tight or first_BT is not None:
-            # Zero times NaN is NaN: values that no query of the row may see are cleared, not just given weight 0.
-            dead_BS = F.pad(dead_BTS.all(1), (open_slots, 0))
-            trunk_v = trunk_v.masked_fill(dead_BS[:, None, :, None], 0.0)
+    one_sees_all = tight and first_BT is None  # of one row, the query with the largest limit
+    bias_B1QS: torch.Tensor | None = None
+    if not (one_sees_all and B * T == 1):
+        if mask is None:
+            mask = trunk_mask(limit_BT, first_BT, extent, R, query_BGQD.dtype)
+        bias_B1QS, dead_B1S1 = mask
+        if not (one_sees_all and B == 1):
+            # Zero times NaN is NaN, and so is NaN - inf: weight 0 is not enough for slots that no query may see.
+            trunk_k, trunk_v = trunk_k.masked_fill(dead_B1S1, 0.0), trunk_v.masked_fill(dead_B1S1, 0.0)
     if chain is None:
-        mixed_BGQD = torch.softmax(scores_BGQS, -1) @ trunk_v
+        mixed_BGQD = F.scaled_dot_product_attention(query_BGQD, trunk_k, trunk_v, bias_B1QS, scale=scale)
     else:
-        own_BGTRC, chain_v = _own_chain(query_BGQD.view(B, G, T, R, D), k_BGSD, v_BGSD, chain, scale, tight, window)
+        scores_BGQS = torch.matmul(query_BGQD, trunk_k.mT).mul_(scale)
+        if bias_B1QS is not None:
+            scores_BGQS.add_(bias_B1QS)
+        query_BGTRD = query_BGQD.view(B, G, T, R, D)
+        own_BGTRC, chain_v = _own_chain(query_BGTRD, k_BGSD, v_BGSD, chain, scale, tight, window)
         weights = torch.softmax(torch.cat((scores_BGQS, own_BGTRC.flatten(2, 3)), -1), -1)
-        mixed_BGQD = weights[..., :extent] @ trunk_v
-        mixed_BGQD += (weights[..., extent:].view(own_BGTRC.shape) @ chain_v).flatten(2, 3)
-    out = mixed_BGQD.view(B, G, T, R, D).transpose(1, 2).reshape(B, T, H, D)
-    return out.to(query_BTHD.dtype)
-
-
-def _own_chain(query_BGTRD, k_BGSD, v_BGSD, chain, scale, tight, window):
-    """Scores (B, G, T, R, C) of every branch over its own chain, and the chain's values (B, G, T, C, D)."""
-    B, G, T, _, D = query_BGTRD.shape
-    base, steps, step_B = chain
-    chain_k, chain_v = (  # a small matrix for each branch
-        x.narrow(2, base, steps * T).view(B, G, steps, T, D).transpose(2, 3).to(query_BGTRD.dtype)
-        for x in (k_BGSD, v_BGSD)
-    )
-    own_BGTRC = (query_BGTRD @ chain_k.mT).mul_(scale)
-    if window or not tight:
-        step_C = torch.arange(steps, device=step_B.device)
-        dead_BC = step_C > step_B[:, None]
-        if window:
-            dead_BC |= step_C <= step_B[:, None] - window
-        own_BGTRC.masked_fill_(dead_BC[:, None, None, None], float("-inf"))
-        chain_v = chain_v.masked_fill(dead_BC[:, None, None, :, None], 0.0)
-    return own_BGTRC, chain_v
+        mixed_BGQD = torch.matmul(weights[..., :extent], trunk_v)
+        mixed_BGQD += torch.matmul(weights[..., extent:].view(own_BGTRC.shape), chain_v).flatten(2, 3)
+    return mixed_BGQD.view(B, G, T, R, D).transpose(1, 2).reshape(B, T, H, D).to(dtype)
 
 
 # What one program of the kernel takes on, by bytes per number and head size (padded to a power of

@@ -13,6 +13,7 @@ The interpreter is wrong in bfloat16.
 
 import functools
 import importlib.util
+import inspect
 import math
 import os
 import random
@@ -28,6 +29,7 @@ import pytest
 import torch
 
 import kernels
+import sampling
 
 ROOT = Path(__file__).parent.parent
 BROKEN_INTERPRETER = (
@@ -200,6 +202,60 @@ def test_twin_is_the_loops(case):
     assert error(case, torch.float64, kernels.tree_attention) <= 1, "on the CPU the twin answers"
 
 
+SCRIPTED = kernels.script(kernels.tree_attention)
+
+
+def with_a_mask(query, k, v, limit, first, *, extent, **options):
+    """As layers share it."""
+    R = query.shape[2] // k.shape[1]
+    mask = kernels.trunk_mask(limit, first, extent, R, query.dtype)
+    return SCRIPTED(query, k, v, limit, first, extent=extent, mask=mask, **options)
+
+
+@pytest.mark.parametrize("case", CASES + [random_case(seed) for seed in range(60, 80)], ids=str)
+def test_scripted_twin_is_the_loops(case):
+    assert isinstance(SCRIPTED, torch.jit.ScriptFunction)
+    assert error(case, torch.float64, SCRIPTED) <= 1
+    assert error(case, torch.float32, with_a_mask) <= 1
+
+
+def words(values):
+    return torch.tensor(values, dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments"),
+    [
+        (sampling._hash, (words([[3, -7], [2**31 - 1, -(2**31)]]), torch.tensor([[5], [9]]), 1, None)),
+        (sampling._hash, (words([[3, -7]]), torch.tensor([[5, 6, 2**33]]), 3, words(range(100)))),
+        (sampling._to_unit, (words([0, 1, 2**31 - 1]), torch.float32)),
+        (sampling._double_log, (torch.linspace(0.01, 0.99, 50),)),
+        (
+            sampling.accept_shared,
+            (torch.tensor([[1, 2, 3]]), torch.tensor([[1, 9]]), torch.tensor([2])),
+        ),
+    ],
+)
+def test_a_scripted_function_is_the_plain_one(function, arguments):
+    plain = inspect.unwrap(function)
+    assert plain is not function, "it was not scripted here"
+    copies = [[x.clone() if torch.is_tensor(x) else x for x in arguments] for _ in range(2)]
+    scripted, expected = function(*copies[0]), plain(*copies[1])
+    for a, b in zip(*((x if isinstance(x, tuple) else (x,)) for x in (scripted, expected))):
+        assert torch.equal(a, b) and a.dtype == b.dtype
+    for a, b in zip(*copies):  # what is written in place as well
+        assert torch.equal(a, b) if torch.is_tensor(a) else a == b
+
+
+def test_without_torchscript_the_plain_function_runs(monkeypatch):
+    def gone(_):
+        raise RuntimeError("torch.jit.script is not supported in Python 3.14+")
+
+    monkeypatch.setattr(torch.jit, "script", gone)
+    plain = inspect.unwrap(sampling.accept_shared)
+    assert kernels.scripted(plain) is plain
+
+
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float16, torch.bfloat16))
 def test_twin_in_other_dtypes(dtype):
     """All are computed in float32: two bytes a number lose nothing but the rounding of the result."""
@@ -240,7 +296,7 @@ def answer(monkeypatch, device, dtype, has_triton) -> str:
     monkeypatch.setattr(kernels, "tree_attention_reference", lambda *arguments, **options: "twin")
     monkeypatch.setattr(kernels, "triton", object() if has_triton else None)
     query = SimpleNamespace(device=torch.device(device), dtype=dtype)
-    return kernels.tree_attention(query, None, None, None, scale=1.0, extent=1)
+    return kernels.tree_attention(query, None, None, None, None, scale=1.0, extent=1)
 
 
 def test_gpu_takes_the_kernel(monkeypatch):

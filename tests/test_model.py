@@ -2,8 +2,10 @@
 
 import copy
 import json
+from typing import Optional  # TorchScript reads Optional
 
 import pytest
+import tiny
 import torch
 from families import (
     FAMILIES,
@@ -20,13 +22,22 @@ from families import (
     whole,
 )  # fmt: skip
 
+import engine
 from checkpoint.config import Config
 from checkpoint.weights import load_config, load_model
+from model import Block, Pair, Placement, Transformer
+from runtime import pack
 
 # transformers rounds RMSNorm and RoPE's angles to float32 even in float64 models.
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-5}
 WINDOWED = {"model_type": "mistral", "sliding_window": 5}
-KINDS = {"llama": {}, "windowed": WINDOWED, "qwen3": {"model_type": "qwen3", "head_dim": 20}}
+KINDS = {
+    "llama": {},
+    "windowed": WINDOWED,
+    "qwen2": {"model_type": "qwen2"},
+    "qwen3": {"model_type": "qwen3", "head_dim": 20},
+    "biases": {"attention_bias": True, "mlp_bias": True},
+}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -53,14 +64,19 @@ def theirs(model, text: list[int]) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_logits_equal_transformers(checkpoint, dtype):
     family, folder, reference = checkpoint
-    model, reference = load_model(folder, "cpu", dtype), copy.deepcopy(reference).to(dtype)
+    model, reference = (
+        load_model(folder, "cpu", dtype, Transformer),
+        copy.deepcopy(reference).to(dtype),
+    )
     model.set_positions(64)
     rows = [random_text(length, seed=length) for length in (41, 17, 30, 1)]
     wanted = [theirs(reference, row) for row in rows]
     assert wanted[0].std() > 0.3, "the random checkpoint must be able to show a difference"
 
     def check(got, wanted, what):
-        torch.testing.assert_close(got, wanted, rtol=0, atol=TOLERANCE[dtype], msg=lambda m: f"{family}, {what}: {m}")
+        torch.testing.assert_close(
+            got, wanted, rtol=0, atol=TOLERANCE[dtype], msg=lambda m: f"{family}, {what}: {m}"
+        )
 
     check(whole(model, rows[0]), wanted[0], "a prompt")
     cache = new_cache(model, 1, 64)
@@ -74,11 +90,15 @@ def test_logits_equal_transformers(checkpoint, dtype):
 
 def test_greedy_text_equals_transformers(checkpoint):
     family, folder, reference = checkpoint
-    model, prompt = load_model(folder), random_text(12, seed=3)
+    model, prompt = load_model(folder, "cpu", torch.float32, Transformer), random_text(12, seed=3)
     with torch.inference_mode():
         tokens = torch.tensor([prompt])
         wanted = reference.generate(
-            tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=64, do_sample=False, pad_token_id=0
+            tokens,
+            attention_mask=torch.ones_like(tokens),
+            max_new_tokens=64,
+            do_sample=False,
+            pad_token_id=0,
         )[0, 12:]
     assert greedy(model, prompt, 64) == wanted.tolist(), family
 
@@ -91,7 +111,12 @@ def test_old_layout_of_config_reads_alike(checkpoint):
         to_old_layout(folder, family)
         assert load_config(folder) == config
         text = random_text(20, seed=1)
-        torch.testing.assert_close(whole(ready(load_model(folder)), text), theirs(reference, text), rtol=0, atol=1e-4)
+        torch.testing.assert_close(
+            whole(ready(load_model(folder, "cpu", torch.float32, Transformer)), text),
+            theirs(reference, text),
+            rtol=0,
+            atol=1e-4,
+        )
     finally:
         (folder / "config.json").write_text(json.dumps(new_layout))
 
@@ -99,11 +124,6 @@ def test_old_layout_of_config_reads_alike(checkpoint):
 def ready(model, positions: int = 64):
     model.set_positions(positions)
     return model
-
-
-def test_without_a_cache_equals_with_one():
-    model, text = tiny_model(), random_text(30, seed=1)
-    torch.testing.assert_close(model(torch.tensor([text]))[0], whole(model, text), rtol=0, atol=1e-9)
 
 
 def test_half_precision_stays_close():
@@ -183,7 +203,12 @@ def test_what_config_leaves_out_is_as_in_transformers():
         "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     )}  # fmt: skip
     config = Config.from_dict(bare)
-    assert (config.num_kv_heads, config.head_dim, config.norm_eps, config.rope_theta) == (4, 12, 1e-6, 10000.0)
+    assert (config.num_kv_heads, config.head_dim, config.norm_eps, config.rope_theta) == (
+        4,
+        12,
+        1e-6,
+        10000.0,
+    )
     assert not config.tied and config.windows == (0, 0)
     assert Config.from_dict(bare | {"model_type": "mistral"}).windows == (4096, 4096)
     slides = {"model_type": "qwen2", "num_hidden_layers": 30, "use_sliding_window": True}
@@ -194,12 +219,34 @@ def test_what_config_leaves_out_is_as_in_transformers():
 
 
 @pytest.fixture(scope="module", params=KINDS)
-def model(request):
-    return tiny_model(seed=5, **KINDS[request.param])
+def kind(request):
+    return KINDS[request.param]
+
+
+@pytest.fixture(scope="module", params=["as written", "scripted"])
+def model(request, kind):
+    model = tiny_model(seed=5, **kind)
+    if request.param == "scripted":
+        script(model)
+    return model
+
+
+def script(model) -> None:
+    model.script()
+    assert all(isinstance(block, torch.jit.ScriptModule) for block in model.layers), "it was not"
 
 
 def same(got, wanted):
     torch.testing.assert_close(got, wanted, rtol=0, atol=1e-9)
+
+
+def test_without_a_cache_equals_with_one(model):
+    text = random_text(30, seed=1)
+    if any(model.config.windows):
+        pytest.skip("whole texts are for training, without windows")
+    torch.testing.assert_close(
+        model(torch.tensor([text]))[0], whole(model, text), rtol=0, atol=1e-9
+    )
 
 
 @pytest.mark.parametrize("sizes", [(1,) * 24, (24,), (5, 1, 7, 11), (16, 8), (2,) * 12])
@@ -208,7 +255,14 @@ def test_chunks_of_any_size_equal_the_whole(model, sizes, tight):
     text, cache, at = random_text(24, seed=2), new_cache(model, 1, 40), 0
     wanted = whole(model, text)
     for size in sizes:
-        got = feed(model, cache, [text[at : at + size]], [at], extent=at + size if tight else 40, tight=tight)
+        got = feed(
+            model,
+            cache,
+            [text[at : at + size]],
+            [at],
+            extent=at + size if tight else 40,
+            tight=tight,
+        )
         same(got[0], wanted[at : at + size])
         at += size
 
@@ -216,7 +270,11 @@ def test_chunks_of_any_size_equal_the_whole(model, sizes, tight):
 def test_padding_and_rows_of_different_length_change_nothing(model):
     rows = [random_text(length, seed=length) for length in (3, 14, 9)]
     cache, at = new_cache(model, 3, 20), [0, 0, 0]
-    for take in ((2, 5, 0), (0, 4, 8), (1, 5, 1)):  # a row may have no token in a call, or fewer than the others
+    for take in (
+        (2, 5, 0),
+        (0, 4, 8),
+        (1, 5, 1),
+    ):  # a row may have no token in a call, or fewer than the others
         chunk = [row[a : a + n] for row, a, n in zip(rows, at, take, strict=True)]
         got = feed(model, cache, chunk, at, width=9)
         for b, row in enumerate(rows):
@@ -242,16 +300,23 @@ def poison(cache, used: list[int], chain: set[int] = frozenset()):
 
 @pytest.mark.parametrize("tight", [False, True])
 def test_nan_in_dead_slots_changes_nothing(model, tight):
-    for rows in ([random_text(13, seed=1)], [random_text(length, seed=length) for length in (5, 13, 8)]):
+    for rows in (
+        [random_text(13, seed=1)],
+        [random_text(length, seed=length) for length in (5, 13, 8)],
+    ):
         cache = new_cache(model, len(rows), 30, branches=2, steps=3)
         start = [len(row) - 1 for row in rows]
         feed(model, cache, [row[:-1] for row in rows], [0] * len(rows))
         poison(cache, start)
-        got = feed(model, cache, [row[-1:] for row in rows], start, extent=13 if tight else 30, tight=tight)
+        got = feed(
+            model, cache, [row[-1:] for row in rows], start, extent=13 if tight else 30, tight=tight
+        )
         for b, row in enumerate(rows):
             same(got[b, 0], whole(model, row)[-1])
         poison(cache, [len(row) for row in rows])
-        padded = feed(model, cache, [[7], *[[]] * (len(rows) - 1)], [len(row) for row in rows], width=4)
+        padded = feed(
+            model, cache, [[7], *[[]] * (len(rows) - 1)], [len(row) for row in rows], width=4
+        )
         assert padded.isfinite().all()
         same(padded[0, 0], whole(model, [*rows[0], 7])[-1])
 
@@ -262,7 +327,9 @@ def test_nan_in_dead_slots_changes_nothing(model, tight):
 def test_each_branch_equals_the_branch_run_alone(model, batch, tight, poisoned):
     """Chains off different trunk positions, step by step, against each branch as an ordinary text."""
     steps, K, rows = 4, 3, [random_text(length, seed=length) for length in (11, 6, 16)[:batch]]
-    drafts = [random_text(K, seed=100 + b) for b in range(batch)]  # the proposal behind the pending token rows[b][-1]
+    drafts = [
+        random_text(K, seed=100 + b) for b in range(batch)
+    ]  # the proposal behind the pending token rows[b][-1]
     depths = [[0, 0, 1, 3, 3, 2], [3, 2, 1, 0, 0, 3], [1, 1, 2, 2, 0, 3]][:batch]
     M = len(depths[0])
     chains = [[random_text(steps, seed=1000 + 10 * b + m) for m in range(M)] for b in range(batch)]
@@ -296,7 +363,9 @@ def test_rows_at_different_chain_steps_and_ended_rows(model):
     before = cache.k_LBGSD[:, 2, :, :-1].clone()
     for step_B in ((0, 0, 0), (1, 1, 1), (2, 1, 2)):  # row 1 feeds its step 1 twice
         tokens_BM = torch.tensor([[chains[b][m][step_B[b]] for m in range(M)] for b in range(3)])
-        place = cache.place_chain(start_B, depth_BM, torch.tensor(step_B), torch.tensor([True, True, False]), 20)
+        place = cache.place_chain(
+            start_B, depth_BM, torch.tensor(step_B), torch.tensor([True, True, False]), 20
+        )
         got = model(tokens_BM, place, cache)
         for b in range(2):
             for m in range(M):
@@ -317,3 +386,93 @@ def test_copy_of_a_trunk_goes_on_alike(model):
 def test_every_family_is_a_different_config():
     configs = {family: Config.from_dict(raw_config(family)) for family in FAMILIES}
     assert len({str(config) for config in configs.values()}) == len(FAMILIES)
+
+
+# ---- one transformer: what is written in model.py is what runs, everywhere
+
+
+def test_packed_blocks_in_float32_are_the_written_ones_in_float64(kind):
+    """Trunk and chains of three rows, one of them ended, as the CPU's lanes run them."""
+    exact = tiny_model(seed=5, **kind)
+    quick = tiny_model(seed=5, dtype=torch.float32, **kind)
+    pack(quick)
+    script(quick)
+    start, live = torch.tensor([20, 9, 14]), torch.tensor([True, True, False])
+    tokens = torch.randint(96, (3, 20), generator=torch.Generator().manual_seed(1))
+    depth = torch.tensor([[0, 1, 3, 3, 2]]).expand(3, -1)
+    logits = []
+    for model in (exact, quick):
+        cache = new_cache(model, 3, 64, 5, 3)
+        cache.k_LBGSD[..., :64, :] = cache.v_LBGSD[..., :64, :] = float("nan")
+        out = [model(tokens, cache.place(start * 0, start, 20, 20, True), cache)[:, :9]]
+        for T in (1, 4):
+            place = cache.place(torch.where(live, start, 0), live * T, T, 20 + T, True)
+            out.append(model(tokens[:, :T], place, cache)[live])
+        for step in range(3):
+            place = cache.place_chain(
+                start + 1, depth, torch.full((3,), step), live, 24, True, step + 1
+            )
+            out.append(model(tokens[:, :5], place, cache)[live])
+        logits.append(torch.cat([x.flatten() for x in out]).double())
+    assert logits[0].isfinite().all()
+    torch.testing.assert_close(*logits, rtol=0, atol=2e-4)
+
+
+@torch.inference_mode()
+def test_the_block_on_show_is_the_one_that_runs(monkeypatch):
+    """The default way on a CPU, float32 and packed: who edits Block.forward changes its text."""
+    model = lambda: tiny.transformer(dtype=torch.float32)  # noqa: E731
+    prompt = random_text(9, seed=3, words=50)
+
+    def run():
+        loaded = engine.Model.of(model()).transformer
+        return whole(ready(loaded), prompt), tiny.engine(model()).generate([prompt]).token_ids
+
+    def edited(
+        self, x_BTE, change_BTE, rope: Pair, place: Optional[Placement], cache: Optional[Pair]
+    ):
+        x_BTE = x_BTE + change_BTE
+        return x_BTE, self.attention(self.attention_norm(x_BTE), rope, place, cache)
+
+    before = run()
+    monkeypatch.setattr(Block, "forward", edited)
+    after, wanted = run(), ready(model())(torch.tensor([prompt]))[0]
+    assert (before[0] - after[0]).abs().max() > 0.1 and before[1] != after[1]
+    torch.testing.assert_close(after[0], wanted, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_compiled_block_is_the_same(kind, batch):
+    """With static limits, as torch.compile and CUDA graphs have them; aot_eager stops at breaks."""
+    torch._dynamo.reset()
+    model, rows = tiny_model(seed=5, **kind), [random_text(n, seed=n) for n in (7, 12, 3)[:batch]]
+    wanted = [whole(model, row) for row in rows]
+    for block in model.layers:
+        block.compile(fullgraph=True, dynamic=False, backend="aot_eager")
+    got = feed(model, new_cache(model, batch, 30, 2, 2), rows, [0] * batch, extent=30)
+    for row, logits in zip(wanted, got, strict=True):
+        same(logits[: len(row)], row)
+
+
+def test_a_layer_can_be_learnt(kind):
+    model, text = tiny_model(seed=5, **kind).requires_grad_(True), random_text(12, seed=1)
+    model(torch.tensor([text])).square().sum().backward()
+    for name, weight in model.named_parameters():
+        assert weight.grad is not None and weight.grad.abs().sum() > 0, name
+
+
+def test_rope_tables_are_replaced_not_rewritten():
+    """Captured graphs of an earlier run read the old ones."""
+    model = tiny_model()
+    old = model.rope
+    kept = old[0].clone(), old[1].clone()
+    model.set_positions(200)
+    assert model.rope is old
+    model.set_positions(300)
+    assert len(model.rope[0]) == 300 and all(map(torch.equal, old, kept))
+
+
+def test_a_head_for_fewer_tokens():
+    model = Transformer(Config.from_dict(LLAMA | {"head_tokens": 40, "tie_word_embeddings": True}))
+    model.set_positions(8)
+    assert model(torch.tensor([[95, 3]])).shape == (1, 2, 40) and model.token_ids_V is None
