@@ -94,11 +94,12 @@ class KVCache:
 
 
 class SpeculationCache:
-    """Outcome -> chain, for the round in flight: filled by the draft's lane, read by the loop while it is filled.
+    """Outcome -> chain, for the round in flight: filled by the draft's lane, read by the loop while
+    it is filled.
 
-    The key is (row, accepted tokens, next token), the value a branch, whose chain grows by a token a
-    step. fork() comes once, then append() after every chain step; a reader takes the steps that are
-    there. work is the lane's future that fills this cache, None where nothing is prepared.
+    The key is (row, accepted tokens, next token), the value a branch, whose chain grows by a token
+    a step. fork() comes once, then append() after every chain step; a reader takes the steps that
+    are there. work is the lane's future that fills this cache, None where nothing is prepared.
     """
 
     def __init__(self, lane, cut: bool):
@@ -116,7 +117,9 @@ class SpeculationCache:
         for event in (self.forked, self.ready):  # set when its lane knows whether it failed
             work.add_done_callback(lambda _, event=event: event.set())
 
-    def fork(self, tokens_BM: list[list[int]], depths_BM: list[list[int]], chance_B: list[float]) -> None:
+    def fork(
+        self, tokens_BM: list[list[int]], depths_BM: list[list[int]], chance_B: list[float]
+    ) -> None:
         for row, branches in enumerate(zip(depths_BM, tokens_BM)):
             for branch, (depth, token) in enumerate(zip(*branches)):
                 self.branch_of[row, depth, token] = branch
@@ -129,8 +132,11 @@ class SpeculationCache:
         self.moments.append(time.perf_counter())
         self.ready.set()
 
-    def look_up(self, rows: list[int], accepted: list[int], bonus: list[int]) -> dict[int, tuple[list[int], list]]:
-        """Row -> the chain prepared for what happened, for the rows that hit. A chain is tokens and their LogQ.
+    def look_up(
+        self, rows: list[int], accepted: list[int], bonus: list[int]
+    ) -> dict[int, tuple[list[int], list]]:
+        """Row -> the chain prepared for what happened, for the rows that hit. A chain is tokens and
+        their LogQ.
 
         accepted and bonus are by row, as `verify` returns them. Raises DraftLost.
         """
@@ -145,6 +151,9 @@ class SpeculationCache:
             self.lane.wait_for(self.ready)
         steps = list(self.steps)  # what comes later is of no use to this round
         return {
-            b: ([tokens[b][branch] for tokens, _ in steps], [logq and logq.of(b, branch) for _, logq in steps])
+            b: (
+                [tokens[b][branch] for tokens, _ in steps],
+                [logq and logq.of(b, branch) for _, logq in steps],
+            )
             for b, branch in hits.items()
         }

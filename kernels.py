@@ -1,18 +1,21 @@
 """Attention for speculation trees: what every query of the engine runs through.
 
-Knows: tensors of queries, keys and values, and which slots each query may see. Does not know: models, lengths of
-texts, branches as tokens. Read next: cache.py, which decides the slots and limits, and model.py, which calls this.
+Knows: tensors of queries, keys and values, and which slots each query may see. Does not know:
+models, lengths of texts, branches as tokens. cache.py decides the slots and limits,
+and model.py calls this. Read next: runtime.py.
 
-One function serves prefill, decode, verify, extend and chain steps, because they differ only in what a query sees:
+One function serves prefill, decode, verify, extend and chain steps, because they differ only in
+what a query sees:
 
     the trunk   slots first <= s < limit of the ordinary cache, one limit for each query
-    its chain   for a branch of a speculation tree: the scratch slots of that branch alone, one for each chain step
+    its chain   for a branch of a speculation tree: its own scratch slots, one for each chain step
 
-It exists twice: `tree_attention_reference` in plain PyTorch says what is meant and serves the CPU; the Triton kernel
-`_attend`, with `_merge` for long contexts, computes the same on a GPU.
+It exists twice: `tree_attention_reference` in plain PyTorch says what is meant and serves the CPU;
+the Triton kernel `_attend`, with `_merge` for long contexts, computes the same on a GPU.
 
-Shape letters: B batch, T tokens fed per row, H query heads, G key/value heads (H is a multiple of G), R = H / G,
-Q = T * R query rows that share a key/value head, S cache slots, D head size, M branches, C chain steps.
+Shape letters: B batch, T tokens fed per row, H query heads, G key/value heads (H is a multiple of
+G), R = H / G, Q = T * R query rows that share a key/value head, S cache slots, D head size, M
+branches, C chain steps.
 """
 
 import functools
@@ -27,7 +30,8 @@ try:
     import triton
     import triton.language as tl
     from triton.language import constexpr
-except ImportError:  # the twin serves everything, and the kernels below stay plain functions that nobody calls
+# The twin serves everything, and the kernels below stay plain functions that nobody calls.
+except ImportError:
     triton, constexpr = None, object
 
 
@@ -75,26 +79,31 @@ def tree_attention(
     window: int = 0,
     mask: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """Attention of every query over its part of the trunk and, for branches, over its own chain: (B, T, H, D).
+    """Attention of every query over its part of the trunk and, for branches, over its own chain:
+    (B, T, H, D).
 
     limit_BT   trunk slots [first, limit) are visible; first_BT None means 0. 1 <= limit <= extent.
-    extent     no query sees a trunk slot at or past this host-known bound, so nothing there is read.
-    tight      the caller knows that extent is the largest limit and, for a chain, that every step_B is steps - 1.
-    chain      (base, steps, step_B): query m of a (B, M) chain step owns scratch slots base + m + c * M for c in
-               0..steps-1 and sees those with c <= step_B[b] (its own token included). None: the trunk only.
-    window     with a sliding window, a chain token sees chain tokens less than `window` places back; the trunk's
+    extent     no query sees a trunk slot at or past this host-known bound, so nothing there is
+    read. tight      the caller knows that extent is the largest limit and, for a chain, that every
+    step_B is steps - 1. chain      (base, steps, step_B): query m of a (B, M) chain step owns
+    scratch slots base + m + c * M for c in
+               0..steps-1 and sees those with c <= step_B[b] (its own token included). None: the
+               trunk only.
+    window     with a sliding window, a chain token sees chain tokens less than `window` places
+    back; the trunk's
                lower bound comes in first_BT.
     mask       trunk_mask() of the same limits, where layers share one. Only the twin reads it.
 
-    What the query does not see is never mixed in, not even if it holds NaN. float64 inputs are computed in float64,
-    everything else in float32.
+    What the query does not see is never mixed in, not even if it holds NaN. float64 inputs are
+    computed in float64, everything else in float32.
     """
     if not torch.jit.is_scripting():  # which is for the CPU
         on_gpu = query_BTHD.device.type == "cuda" and query_BTHD.dtype != torch.float64
         if on_gpu and triton is not None:
             base, steps, step_B = chain or (0, 0, None)
             return _fused(
-                query_BTHD, k_BGSD, v_BGSD, limit_BT, first_BT, step_B, scale, extent, base, steps, window
+                query_BTHD, k_BGSD, v_BGSD, limit_BT, first_BT, step_B, scale, extent, base, steps,
+                window,
             )  # fmt: skip
         if on_gpu:
             _warn_of_missing_triton()
@@ -105,14 +114,17 @@ def tree_attention(
 
 @functools.cache
 def _warn_of_missing_triton() -> None:
-    said = "Triton is not installed: attention on this GPU runs in plain PyTorch, several times slower"
+    said = (
+        "Triton is not installed: attention on this GPU runs in plain PyTorch, several times slower"
+    )
     warnings.warn(said, stacklevel=3)
 
 
 def trunk_mask(
     limit_BT: torch.Tensor, first_BT: torch.Tensor | None, extent: int, R: int, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What each query sees of the trunk, as numbers to add to its scores: 0 or -inf, (B, 1, Q, extent).
+    """What each query sees of the trunk, as numbers to add to its scores: 0 or -inf, (B, 1, Q,
+    extent).
 
     With it, the slots that no query of a row sees: (B, 1, extent, 1).
     """
@@ -135,12 +147,24 @@ def _own_chain(
     tight: bool,
     window: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scores (B, G, T, R, C) of every branch over its own chain, and the chain's values (B, G, T, C, D)."""
+    """Scores (B, G, T, R, C) of every branch over its own chain, and the chain's values (B, G, T,
+    C, D).
+    """
     B, G, T, _, D = query_BGTRD.shape
     base, steps, step_B = chain
     # A small matrix for each branch.
-    chain_k = k_BGSD.narrow(2, base, steps * T).view(B, G, steps, T, D).transpose(2, 3).to(query_BGTRD.dtype)
-    chain_v = v_BGSD.narrow(2, base, steps * T).view(B, G, steps, T, D).transpose(2, 3).to(query_BGTRD.dtype)
+    chain_k = (
+        k_BGSD.narrow(2, base, steps * T)
+        .view(B, G, steps, T, D)
+        .transpose(2, 3)
+        .to(query_BGTRD.dtype)
+    )
+    chain_v = (
+        v_BGSD.narrow(2, base, steps * T)
+        .view(B, G, steps, T, D)
+        .transpose(2, 3)
+        .to(query_BGTRD.dtype)
+    )
     own_BGTRC = torch.matmul(query_BGTRD, chain_k.mT).mul_(scale)
     if window > 0 or not tight:
         step_C = torch.arange(steps, device=step_B.device)
@@ -165,11 +189,14 @@ def tree_attention_reference(
     window: int = 0,
     mask: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """The twin of the kernel in plain PyTorch, and the engine's attention on the CPU. Same contract, same numbers."""
+    """The twin of the kernel in plain PyTorch, and the engine's attention on the CPU. Same
+    contract, same numbers.
+    """
     B, T, H, D = query_BTHD.shape
     G = k_BGSD.shape[1]
     R = H // G
-    # The query heads that share a key/value head become extra query rows: one pass over K and V serves them all.
+    # The query heads that share a key/value head become extra query rows: one pass over K and V
+    # serves them all.
     query_BGQD = query_BTHD.reshape(B, T, G, R, D).transpose(1, 2).reshape(B, G, T * R, D)
     trunk_k, trunk_v = k_BGSD.narrow(2, 0, extent), v_BGSD.narrow(2, 0, extent)
     dtype = query_BTHD.dtype
@@ -183,10 +210,16 @@ def tree_attention_reference(
             mask = trunk_mask(limit_BT, first_BT, extent, R, query_BGQD.dtype)
         bias_B1QS, dead_B1S1 = mask
         if not (one_sees_all and B == 1):
-            # Zero times NaN is NaN, and so is NaN - inf: weight 0 is not enough for slots that no query may see.
-            trunk_k, trunk_v = trunk_k.masked_fill(dead_B1S1, 0.0), trunk_v.masked_fill(dead_B1S1, 0.0)
+            # Zero times NaN is NaN, and so is NaN - inf: weight 0 is not enough for slots that no
+            # query may see.
+            trunk_k, trunk_v = (
+                trunk_k.masked_fill(dead_B1S1, 0.0),
+                trunk_v.masked_fill(dead_B1S1, 0.0),
+            )
     if chain is None:
-        mixed_BGQD = F.scaled_dot_product_attention(query_BGQD, trunk_k, trunk_v, bias_B1QS, scale=scale)
+        mixed_BGQD = F.scaled_dot_product_attention(
+            query_BGQD, trunk_k, trunk_v, bias_B1QS, scale=scale
+        )
     else:
         scores_BGQS = torch.matmul(query_BGQD, trunk_k.mT).mul_(scale)
         if bias_B1QS is not None:
@@ -195,7 +228,9 @@ def tree_attention_reference(
         own_BGTRC, chain_v = _own_chain(query_BGTRD, k_BGSD, v_BGSD, chain, scale, tight, window)
         weights = torch.softmax(torch.cat((scores_BGQS, own_BGTRC.flatten(2, 3)), -1), -1)
         mixed_BGQD = torch.matmul(weights[..., :extent], trunk_v)
-        mixed_BGQD += torch.matmul(weights[..., extent:].view(own_BGTRC.shape), chain_v).flatten(2, 3)
+        mixed_BGQD += torch.matmul(weights[..., extent:].view(own_BGTRC.shape), chain_v).flatten(
+            2, 3
+        )
     return mixed_BGQD.view(B, G, T, R, D).transpose(1, 2).reshape(B, T, H, D).to(dtype)
 
 
@@ -247,9 +282,7 @@ class _Plan(NamedTuple):
 
 
 @functools.cache
-def _plan(
-    Q: int, heads: int, D: int, itemsize: int, extent: int, steps: int, card: _Card
-) -> _Plan:
+def _plan(Q: int, heads: int, D: int, itemsize: int, extent: int, steps: int, card: _Card) -> _Plan:
     """A plan from static shapes only: a captured graph stays right as its texts grow.
 
     heads is B * G.

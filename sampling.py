@@ -18,7 +18,7 @@ from typing import NamedTuple, Optional  # TorchScript reads Optional
 
 import torch
 
-from unlocked import unlocked
+from kernels import scripted
 
 TOKEN, ACCEPT, RESIDUAL = (
     1,
@@ -112,7 +112,7 @@ def hash_words(
     return _hash(params.key_B2, positions_BT, purpose, words_V)
 
 
-@unlocked
+@scripted
 def _hash(
     key_B2: torch.Tensor, positions_BT: torch.Tensor, purpose: int, words_V: Optional[torch.Tensor]
 ) -> torch.Tensor:
@@ -130,7 +130,7 @@ def uniform(params, positions_BT, purpose, words_V=None, dtype=torch.float32) ->
     return _to_unit(hash_words(params, positions_BT, purpose, words_V), dtype)
 
 
-@unlocked
+@scripted
 def _to_unit(words: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     # In float32 the largest words would round to 1 exactly; the nearest number below it keeps the
     # interval open.
@@ -149,7 +149,7 @@ def gumbel(
     return noise * (params.temperature_B > 0).to(dtype)[:, None, None]
 
 
-@unlocked
+@scripted
 def _double_log(u: torch.Tensor) -> torch.Tensor:
     return u.neg_().log1p_().neg_().log_().neg_()
 
@@ -243,7 +243,7 @@ class Foresight:
         self.hold = min(max(self.hold, 0.02), 0.98)
 
 
-@unlocked
+@scripted
 def outcomes(
     scores_BTV: torch.Tensor,
     drafted_BT: torch.Tensor,
@@ -289,7 +289,7 @@ def outcomes(
 # ---- acceptance: what a round decides
 
 
-@unlocked
+@scripted
 def accept_shared(draws_BT: torch.Tensor, tokens_BK: torch.Tensor, length_B: torch.Tensor):
     """How many draft tokens hold, and the bonus token, (B,) each, under the coupling `shared`.
 

@@ -50,8 +50,8 @@ NAMES = {
     "ffn": "intermediate_size",
     "vocab": "vocab_size",
 }
-# The published sizes. What a shape does not name stays the checkpoint's own, so 60m and 200m (of
-# the demo target, whose 4,096 words make the embedding small) keep the vocabulary.
+# The published sizes, and two small ones. What a shape does not name stays the checkpoint's own, so
+# 60m and 200m keep the vocabulary.
 SHAPES = {
     "60m": (768, 9, 12, 4, 64, 2048, None),
     "200m": (1024, 17, 16, 4, 64, 2816, None),

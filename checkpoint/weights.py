@@ -140,7 +140,7 @@ def split_inflate(name: str | Path) -> tuple[str, str] | None:
     if not shape or not source or source.startswith(INFLATE):
         raise ValueError(
             f"got {shorten(str(name))}, wanted inflate:SHAPE:FOLDER: write for example "
-            "inflate:60m:assets/demo/target"
+            "inflate:60m:FOLDER"
         )
     return shape, source
 

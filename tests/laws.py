@@ -1,4 +1,6 @@
-"""Slow truths about sampling for the tests: laws by naive loops, and what counts of draws say about them."""
+"""Slow truths about sampling for the tests: laws by naive loops, and what counts of draws say about
+them.
+"""
 
 import numpy as np
 import pytest
@@ -10,9 +12,15 @@ from sampling import Params
 MANY = 200_000
 INF = float("inf")
 WAYS = {  # temperature, top_k, top_p
-    "plain": (1.0, 0, 1.0), "cool": (0.4, 0, 1.0), "hot": (3.0, 0, 1.0), "top-k": (1.0, 3, 1.0),
-    "top-p": (0.8, 0, 0.7), "both": (1.3, 4, 0.85), "greedy": (0.0, 0, 1.0), "greedy, filtered": (0.0, 2, 0.5),
-}  # fmt: skip
+    "plain": (1.0, 0, 1.0),
+    "cool": (0.4, 0, 1.0),
+    "hot": (3.0, 0, 1.0),
+    "top-k": (1.0, 3, 1.0),
+    "top-p": (0.8, 0, 0.7),
+    "both": (1.3, 4, 0.85),
+    "greedy": (0.0, 0, 1.0),
+    "greedy, filtered": (0.0, 2, 0.5),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -35,13 +43,17 @@ def pick(params: Params, rows) -> Params:
 
 
 def chi_square(counts, law) -> float:
-    """The p-value of counts under a law, 0 if the impossible happened; cells expected less than 5 times are one."""
+    """The p-value of counts under a law, 0 if the impossible happened; cells expected less than 5
+    times are one.
+    """
     counts, law = np.asarray(counts, float).ravel(), np.asarray(law, float).ravel()
     if counts[law == 0].any():
         return 0.0
     expected = law / law.sum() * counts.sum()
     rare = (expected < 5) & (law > 0)
-    groups = [np.append(x[expected >= 5], x[rare].sum() if rare.any() else []) for x in (counts, expected)]
+    groups = [
+        np.append(x[expected >= 5], x[rare].sum() if rare.any() else []) for x in (counts, expected)
+    ]
     return scipy.stats.chisquare(*groups).pvalue
 
 
@@ -67,4 +79,6 @@ def naive_warp(logits: list[float], temperature: float, top_k: int, top_p: float
 def law_of(logits, way) -> torch.Tensor:
     """The distribution of a draw, in 64 bits."""
     x = torch.tensor(naive_warp(logits.tolist(), *way), dtype=torch.float64)
-    return torch.nn.functional.one_hot(x.argmax(), len(x)).double() if way[0] == 0 else x.softmax(-1)
+    return (
+        torch.nn.functional.one_hot(x.argmax(), len(x)).double() if way[0] == 0 else x.softmax(-1)
+    )

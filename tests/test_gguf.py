@@ -795,7 +795,7 @@ def test_a_draft_of_another_target_is_refused(draft):
 
     other = tiny_model(seed=2, dtype=torch.float32)
     refuses(
-        "trained for another target: .*wanted 0.98: use the target",
+        "trained for another target: .*wanted 0.98: use its own target",
         folder,
         lambda name: load_model(name, target=other),
     )

@@ -226,7 +226,10 @@ def words(values):
 @pytest.mark.parametrize(
     ("function", "arguments"),
     [
-        (sampling._hash, (words([[3, -7], [2**31 - 1, -(2**31)]]), torch.tensor([[5], [9]]), 1, None)),
+        (
+            sampling._hash,
+            (words([[3, -7], [2**31 - 1, -(2**31)]]), torch.tensor([[5], [9]]), 1, None),
+        ),
         (sampling._hash, (words([[3, -7]]), torch.tensor([[5, 6, 2**33]]), 3, words(range(100)))),
         (sampling._to_unit, (words([0, 1, 2**31 - 1]), torch.float32)),
         (sampling._double_log, (torch.linspace(0.01, 0.99, 50),)),
@@ -258,17 +261,21 @@ def test_without_torchscript_the_plain_function_runs(monkeypatch):
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float16, torch.bfloat16))
 def test_twin_in_other_dtypes(dtype):
-    """All are computed in float32: two bytes a number lose nothing but the rounding of the result."""
+    """All are computed in float32: two bytes a number lose only the rounding of the result."""
     for seed in range(100, 110):
         case = random_case(seed)
         assert error(case, dtype, kernels.tree_attention) <= 1, case
         (query, k, v, *limits), options = build(case, dtype)
         wide = kernels.tree_attention(query.float(), k.float(), v.float(), *limits, **options)
-        assert torch.equal(kernels.tree_attention(query, k, v, *limits, **options), wide.to(dtype)), case
+        assert torch.equal(
+            kernels.tree_attention(query, k, v, *limits, **options), wide.to(dtype)
+        ), case
 
 
 def test_rows_are_independent():
-    """Bit for bit: a row's numbers do not depend on what another row, or another branch's chain, holds."""
+    """Bit for bit: a row's numbers do not depend on what another row, or another branch's chain,
+    holds.
+    """
     case = Case("chain", 2, 5, 2, 2, 32, 60, steps=3)
     (query, k, v, limit, first), options = build(case, torch.float32)
     base, _, step = options["chain"]
@@ -279,7 +286,9 @@ def test_rows_are_independent():
     k[0, :, base + 4 : base + 5] = v[0, :, base + 4 : base + 5] = math.nan
     after = kernels.tree_attention(query, k, v, limit, first, **options)
     assert torch.equal(before[0, :4], after[0, :4])
-    assert after[0, 4].isnan().all() and after[1].isnan().all(), "a NaN that is seen must not be hidden"
+    assert after[0, 4].isnan().all() and after[1].isnan().all(), (
+        "a NaN that is seen must not be hidden"
+    )
 
 
 @pytest.mark.parametrize("case", [CASES[4], CASES[9], CASES[12]], ids=str)

@@ -1,4 +1,6 @@
-"""The model computes what transformers computes, for every family; and its cache never changes what it computes."""
+"""The model computes what transformers computes, for every family; and its cache never changes what
+it computes.
+"""
 
 import copy
 import json
@@ -20,7 +22,7 @@ from families import (
     tiny_model,
     to_old_layout,
     whole,
-)  # fmt: skip
+)
 
 import engine
 from checkpoint.config import Config
@@ -132,7 +134,8 @@ def test_half_precision_stays_close():
     for dtype in (torch.bfloat16, torch.float16):
         got = whole(ready(copy.deepcopy(model).to(dtype)), text)
         assert got.dtype == dtype
-        # Rounding errors of a dozen operations in a row; a wrong one would be of the size of the logits.
+        # Rounding errors of a dozen operations in a row; a wrong one would be of the size of the
+        # logits.
         assert (got.float() - wanted).norm() / wanted.norm() < 12 * torch.finfo(dtype).eps
 
 
@@ -199,9 +202,19 @@ def test_config_that_is_not_understood_is_refused(match):
 
 
 def test_what_config_leaves_out_is_as_in_transformers():
-    bare = {key: value for key, value in LLAMA.items() if key in (
-        "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-    )}  # fmt: skip
+    bare = {
+        key: value
+        for key, value in LLAMA.items()
+        if key
+        in (
+            "model_type",
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+        )
+    }
     config = Config.from_dict(bare)
     assert (config.num_kv_heads, config.head_dim, config.norm_eps, config.rope_theta) == (
         4,
@@ -325,7 +338,7 @@ def test_nan_in_dead_slots_changes_nothing(model, tight):
 @pytest.mark.parametrize("tight", [False, True])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_each_branch_equals_the_branch_run_alone(model, batch, tight, poisoned):
-    """Chains off different trunk positions, step by step, against each branch as an ordinary text."""
+    """Chains off different trunk positions, step by step, against each branch as a text."""
     steps, K, rows = 4, 3, [random_text(length, seed=length) for length in (11, 6, 16)[:batch]]
     drafts = [
         random_text(K, seed=100 + b) for b in range(batch)
@@ -343,9 +356,14 @@ def test_each_branch_equals_the_branch_run_alone(model, batch, tight, poisoned):
             poison(cache, [len(text) for text in texts], {40 + s for s in range(step * M)})
         tokens_BM = torch.tensor([[chain[step] for chain in row] for row in chains])
         place = cache.place_chain(
-            start_B, depth_BM, torch.full((batch,), step), live_B,
-            extent=longest if tight else 40, tight=tight, steps=step + 1 if tight else None,
-        )  # fmt: skip
+            start_B,
+            depth_BM,
+            torch.full((batch,), step),
+            live_B,
+            extent=longest if tight else 40,
+            tight=tight,
+            steps=step + 1 if tight else None,
+        )
         got = model(tokens_BM, place, cache)
         for b in range(batch):
             for m, depth in enumerate(depths[b]):
@@ -354,7 +372,9 @@ def test_each_branch_equals_the_branch_run_alone(model, batch, tight, poisoned):
 
 
 def test_rows_at_different_chain_steps_and_ended_rows(model):
-    """Rows need not be at the same step; a row that has ended writes to the dead slot and disturbs nobody."""
+    """Rows need not be at the same step; a row that has ended writes to the dead slot and disturbs
+    nobody.
+    """
     rows, M = [random_text(7, seed=1), random_text(12, seed=2), random_text(9, seed=3)], 2
     chains = [[random_text(3, seed=50 + 2 * b + m) for m in range(M)] for b in range(3)]
     cache = new_cache(model, 3, 20, M, 3)

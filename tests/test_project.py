@@ -291,8 +291,7 @@ def test_a_top_level_name_lives_in_one_module():
 
 
 def test_the_loop_knows_no_modes():
-    """AR is k = 0 and SD is m = 0: a plan says how a round is played, and no name of a mode does.
-    """
+    """AR is k = 0 and SD is m = 0: a plan says how a round is played, and no mode's name does."""
     for node in ast.walk(tree_of(ROOT / "ssd.py")):
         named = (
             getattr(node, "id", None) or getattr(node, "attr", None) or getattr(node, "arg", None)
