@@ -20,7 +20,7 @@ from figures import run_stats
 from model import Transformer
 from rows import AUTO, Row, Settings, make_rows, sampling_params
 from runtime import Devices, Policy, one_thread, pack, peak_memory_gb
-from ssd import Decoding, Fixed, Plan
+from ssd import Decoding, SamePlan, Plan
 from steps import Runner
 
 DEFAULT_DRAFT = str(Path(__file__).resolve().parent / "assets" / "draft")
@@ -273,7 +273,7 @@ class Engine:
             min(m.transformer.head.out_features for m in (self.target, *drafts)),
         )
         if mode == "ar":
-            return Fixed(Plan(0, 0)), (0,), (0,)
+            return SamePlan(Plan(0, 0)), (0,), (0,)
         if mode == "ssd" and settings.fan_out != AUTO and settings.fan_out >= common:
             raise ValueError(
                 f"fan_out is {settings.fan_out}, wanted less than the vocabulary, {common} tokens"
@@ -282,7 +282,7 @@ class Engine:
         choosable = [settings.k] + [settings.fan_out] * (mode == "ssd")
         if AUTO not in choosable:
             k, m = settings.k, settings.fan_out if mode == "ssd" else 0
-            return Fixed(Plan(k, m, fallback, settings.cut)), (k,), (m,)
+            return SamePlan(Plan(k, m, fallback, settings.cut)), (k,), (m,)
         import auto
 
         static = any(m.policy.static for m in (self.target, *drafts))

@@ -52,7 +52,7 @@ class Plan:
     cut: bool = True
 
 
-class Fixed:
+class SamePlan:
     """A planner that never changes its mind. auto.Auto is one that learns from every round."""
 
     def __init__(self, plan: Plan):
@@ -303,7 +303,7 @@ class Decoding:
         self.warn(f"the draft failed ({lost}): the target goes on alone, the text stays right")
         # What may hang keeps the old thread; the target may share this lane.
         self.draft_lane.leave()
-        self.draft, self.lost, self.planner = None, True, Fixed(Plan(0, 0))
+        self.draft, self.lost, self.planner = None, True, SamePlan(Plan(0, 0))
         return Proposal(len(self.rows)), self.planner.first()
 
 

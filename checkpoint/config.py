@@ -48,7 +48,7 @@ ROPE_KEYS = (
 )
 # What config.json may say about computing that this file does not implement unless it has exactly
 # this value.
-FIXED = {"hidden_act": "silu", "partial_rotary_factor": 1.0}
+IMPLEMENTED = {"hidden_act": "silu", "partial_rotary_factor": 1.0}
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ def _refuse(raw: dict, kind) -> None:
         raise ValueError(
             f"model_type is {kind!r}, wanted one of {', '.join(MODEL_TYPES)}: use such a checkpoint"
         )
-    for key, wanted in FIXED.items():
+    for key, wanted in IMPLEMENTED.items():
         if raw.get(key, wanted) not in (wanted, None):
             raise ValueError(
                 f"{key} is {raw[key]!r}, but only {wanted!r} is implemented: use another checkpoint"

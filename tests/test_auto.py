@@ -17,7 +17,7 @@ import runtime
 from auto import Auto, Seen, Times
 from figures import Round
 from sampling import CHAIN
-from ssd import Fixed, Plan
+from ssd import SamePlan, Plan
 from steps import Runner
 
 # ---- the simulated machine
@@ -107,8 +107,8 @@ class Machine:
         """The highest rate of a plan that never changes, and the plan. The best few play much
         longer.
         """
-        order = sorted(plans, key=lambda plan: -self.play(Fixed(plan), seconds).rate)
-        long = [(self.play(Fixed(plan), 10 * seconds, 1).rate, plan) for plan in order[:4]]
+        order = sorted(plans, key=lambda plan: -self.play(SamePlan(plan), seconds).rate)
+        long = [(self.play(SamePlan(plan), 10 * seconds, 1).rate, plan) for plan in order[:4]]
         return max(long, key=lambda found: found[0])
 
 
@@ -339,6 +339,6 @@ def test_a_draft_that_fails_is_forgotten_by_the_planner_too(monkeypatch, where):
     monkeypatch.setattr(Runner, where, fail)
     result, decoding = play(one, PROMPTS, mode="ssd", **ROWS)
     assert result.token_ids == truth.token_ids and decoding.lost
-    assert isinstance(decoding.planner, Fixed) and decoding.planner.first() == Plan(0, 0)
+    assert isinstance(decoding.planner, SamePlan) and decoding.planner.first() == Plan(0, 0)
     lost = "the draft failed (the device is lost): the target goes on alone, the text stays right"
     assert said == [lost]
