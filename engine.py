@@ -20,7 +20,7 @@ from figures import run_stats
 from model import Transformer
 from rows import AUTO, Row, Settings, make_rows, sampling_params
 from runtime import Devices, Policy, one_thread, pack, peak_memory_gb
-from ssd import Decoding, SamePlan, Plan
+from ssd import Decoding, Plan, SamePlan
 from steps import Runner
 
 DEFAULT_DRAFT = str(Path(__file__).resolve().parent / "assets" / "draft")

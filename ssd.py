@@ -98,12 +98,8 @@ class Decoding:
     ):
         """shapes: the lengths and the budgets that static steps are compiled for."""
         self.rows, self.planner, self.shapes, self.warn = rows, planner, shapes, warn
-        self.target, self.draft, self.target_lane, self.draft_lane = (
-            target,
-            draft,
-            target_lane,
-            draft_lane,
-        )
+        self.target, self.target_lane = target, target_lane
+        self.draft, self.draft_lane = draft, draft_lane
         self.figures, self.foresight, self.lost = Figures(rows), Foresight(), False
 
     # ---- the method
@@ -117,8 +113,8 @@ class Decoding:
             verdict = self.target_lane.start(self.target.verify, feed, proposal.kind, proposal.logq)
             chains = SpeculationCache(self.draft_lane, plan.cut)
             if plan.m > 0:  # with m = 0 the draft waits for the verdict, too
-                work = self.prepare, chains, feed, self.unread(feed), plan, verdict
-                chains.filled_by(self.draft_lane.start(*work))
+                job = self.prepare, chains, feed, self.unread(feed), plan, verdict
+                chains.filled_by(self.draft_lane.start(*job))
             yield  # the caller prints the text of the last round
             next_plan = self.planner.next(last) if last else plan
             accepted, bonus = verdict.result()  # the loop waits here for the target

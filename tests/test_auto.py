@@ -17,7 +17,7 @@ import runtime
 from auto import Auto, Seen, Times
 from figures import Round
 from sampling import CHAIN
-from ssd import SamePlan, Plan
+from ssd import Plan, SamePlan
 from steps import Runner
 
 # ---- the simulated machine
