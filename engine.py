@@ -15,11 +15,17 @@ import torch
 
 from checkpoint.config import Config
 from checkpoint.tokenizer import Tokenizer, load_tokenizer, read_eos_ids, vocabulary_difference
-from checkpoint.weights import available_bytes, default_target, load_model, resolve
+from checkpoint.weights import (
+    available_bytes,
+    default_target,
+    load_model,
+    resolve,
+    weight_bytes,
+)
 from figures import run_stats
 from model import Transformer
 from rows import AUTO, Row, Settings, make_rows, sampling_params
-from runtime import Devices, Policy, one_thread, pack, peak_memory_gb
+from runtime import Devices, Policy, one_thread, pack, packed, peak_memory_gb
 from ssd import Decoding, Plan, SamePlan
 from steps import Runner
 
@@ -66,9 +72,15 @@ class Model:
             raise ValueError(f"dtype is {dtype!r}, wanted one of {', '.join(DTYPES)}")
         usual = torch.bfloat16 if device.type == "cuda" else torch.float32
         where = resolve(name)
+        plain = compile or (compile is None and device.type == "cuda")
         with one_thread():
             transformer = load_model(
-                name, device, DTYPES.get(dtype, usual), Transformer, target and target.transformer
+                name,
+                device,
+                DTYPES.get(dtype, usual),
+                Transformer,
+                target and target.transformer,
+                None if plain else packed,
             )
         tokenizer, eos = load_tokenizer(where), frozenset(read_eos_ids(where))
         return cls.of(transformer, str(name), tokenizer, eos, compile)
@@ -87,8 +99,9 @@ class Model:
                     f"only {config.vocab_size}: use the tokenizer files of this checkpoint"
                 )
         compile = weight.device.type == "cuda" if compile is None else compile
-        read = sum(w.nbytes for name, w in transformer.named_parameters() if name != "embed.weight")
-        read += weight.nbytes * config.tied  # read whole as the head; else one row of it a token
+        read = weight_bytes(config, weight.dtype)
+        if not config.tied and not config.head_tokens:
+            read -= weight.nbytes  # of the embedding one row a token
         policy = Policy(weight.device, compile)
         if compile:
             policy.compile(transformer)

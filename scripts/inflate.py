@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from checkpoint.inflation import NAMES, SHAPES, grown  # noqa: E402
 from checkpoint.weights import TEXT_FILES, pieces, resolve, save_model, weight_bytes  # noqa: E402
+from model import Transformer  # noqa: E402
 
 
 def inflate(
@@ -30,7 +31,7 @@ def inflate(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists and is not an empty folder: give the name of a new one")
     folder = resolve(source)
-    raw, config, fill = grown(shape, folder, device, dtype, seed)
+    raw, config, fill = grown(shape, folder, device, dtype, Transformer, seed)
     parent = next(path for path in out.absolute().parents if path.exists())
     needed, free = weight_bytes(config, dtype), shutil.disk_usage(parent).free
     if needed > free:
