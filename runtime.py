@@ -341,14 +341,14 @@ class PackedLinear(nn.Module):
 
 
 def packed(linear: nn.Linear) -> nn.Module:
-    """The layer in the form that is fastest where it is: packed if it is float32 on a CPU, or itself."""
+    """The layer in its fastest form: packed if it is float32 on a CPU, else itself."""
     weight = linear.weight
     fits = weight.dtype == torch.float32 and weight.device.type == "cpu"
     return PackedLinear(linear) if fits and torch.backends.mkldnn.is_available() else linear
 
 
 def pack(model: nn.Module) -> None:
-    """Pack the linear layers of a model, one after the other. Each plain weight is freed at once."""
+    """Pack the linear layers of a model one by one, freeing each plain weight at once."""
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if type(child) is nn.Linear:
