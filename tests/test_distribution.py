@@ -24,7 +24,7 @@ from sampling import CHAIN, FIXED, NONE
 from ssd import Decoding, Plan
 
 V, WINDOWS, B = 4, 8, 25_200
-FEW = 7_200  # rows of a case in which a mistake would be a large one
+FEW = 3_600  # rows of a case in which a mistake would be a large one
 NEW = 3 * WINDOWS
 SHAPE = {
     "model_type": "mistral",
@@ -119,7 +119,7 @@ def p_values(pair, decoding) -> tuple[float, float]:
         cells = np.bincount((pairs * V**3 + windows).ravel(), minlength=V**5)
         joint_sum += excess(cells.reshape(V * V, V**3), joint)
         samples += windows.size
-    assert samples == rows * WINDOWS > (200_000 if rows == B else 50_000)
+    assert samples == rows * WINDOWS > (200_000 if rows == B else 25_000)
     return chi2.sf(*joint_sum), chi2.sf(*single_sum)
 
 

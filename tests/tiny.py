@@ -13,10 +13,6 @@ from model import Transformer
 from runtime import Devices, available_cores, one_thread
 from ssd import Decoding, Plan
 
-if not hasattr(Transformer, "rope"):  # until model.py and config.py have them
-    Transformer.rope = property(lambda self: (self.cos_PD, self.sin_PD))
-    Transformer.token_ids_V = None
-
 SHAPE = {
     "model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 2,
