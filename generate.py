@@ -18,7 +18,6 @@ from pathlib import Path
 
 from figures import MODES, compare, explain, figures_line, table, write_trace
 
-AUTO = "auto"  # rows.AUTO; torch is imported later, inside main, so that Ctrl-C ends quietly
 QUESTION = "Why is the sky blue?"
 FILE_LIMIT = 1 << 26  # bytes of a prompt file
 FAILED, MISTAKE, INTERRUPTED, NOBODY_READS = (
@@ -50,10 +49,10 @@ def whole(text: str) -> int:
 
 def whole_or_auto(text: str) -> int | str:
     try:
-        return AUTO if text == AUTO else int(text)
+        return text if text == "auto" else int(text)
     except ValueError:
         raise argparse.ArgumentTypeError(
-            f"got {text[:40]!r}, wanted a whole number or {AUTO}"
+            f"got {text[:40]!r}, wanted a whole number or auto"
         ) from None
 
 
@@ -64,155 +63,80 @@ def number(text: str) -> float:
         raise argparse.ArgumentTypeError(f"got {text[:40]!r}, wanted a number") from None
 
 
+SWITCH = argparse.BooleanOptionalAction
+
+
 def parser() -> argparse.ArgumentParser:
     p = Parser(
         prog="generate.py",
         description="Complete text with a Llama-family model, and let a draft model speed it up.",
         epilog="Text goes to stdout, figures to stderr. Exit codes: 0 done, 1 a device failed, 2 a "
-        "mistake in what was given, 130 Ctrl-C. "
-        "A text that begins with a dash is given as --prompt=-TEXT.", allow_abbrev=False,
-    )  # fmt: skip
-    add, switch = p.add_argument, argparse.BooleanOptionalAction
-    mode = p.add_mutually_exclusive_group()
-    mode.add_argument(
-        "--sd", action="store_true", help="speculative decoding: draft and target take turns"
+        "mistake in what was given, 130 Ctrl-C. A text that begins with a dash is given as "
+        "--prompt=-TEXT.",
+        allow_abbrev=False,
     )
-    mode.add_argument(
-        "--ssd", action="store_true", help="SSD: the draft prepares while the target verifies"
-    )
-    mode.add_argument(
-        "--compare",
-        action="store_true",
-        help="plain decoding, SD and SSD on one prompt, side by side",
-    )
-    text = p.add_mutually_exclusive_group()
-    text.add_argument(
-        "--prompt",
-        nargs="+",
-        action="extend",
-        metavar="TEXT",
-        help="a prompt, or several (a batch)",
-    )
-    text.add_argument(
-        "--prompt-file",
-        metavar="FILE",
-        help='a text (one prompt), or .jsonl with a "prompt" a line',
-    )
-    text.add_argument(
-        "--chat", action="store_true", help="talk with a chat model, a line of stdin a turn"
-    )
-    add(
-        "--target",
-        metavar="DIR|FILE|HUB_ID",
-        help="the model whose text you want (SmolLM2-135M-Instruct)",
-    )
-    add(
-        "--draft",
-        metavar="DIR|FILE|HUB_ID",
-        help="the small model that drafts (the default target has one); "
-        "--sd also knows ngram: no model",
-    )
-    add("--system", metavar="TEXT", help="chat: the instructions before the first turn")
-    add(
-        "--thinking",
-        action=switch,
-        default=None,
-        help="chat: let a model that can think aloud do so, or not",
-    )
-    add(
-        "--device",
-        help="where the target runs: cpu, cpu:0-1 (cores), cuda:0 (default: what suits the mode)",
-    )
-    add("--draft-device", help="where the draft runs (default: what suits the mode)")
-    add(
-        "--dtype",
-        help="float32, bfloat16, float16, float64 (default: float32 on a CPU, bfloat16 on CUDA)",
-    )
-    add(
-        "--max-new-tokens",
-        type=whole,
-        default=128,
-        metavar="N",
-        help="most new tokens per prompt (128)",
-    )
-    add("--temperature", type=number, default=0.0, metavar="T", help="0, the default, is greedy")
-    add(
-        "--top-k",
-        type=whole,
-        default=0,
-        metavar="N",
-        help="keep the N likeliest tokens; 0, the default, is off",
-    )
-    add(
-        "--top-p",
-        type=number,
-        default=1.0,
-        metavar="P",
-        help="keep the likeliest tokens that sum to P; 1 is off",
-    )
-    add(
-        "--seed",
-        type=whole,
-        default=0,
-        metavar="S",
-        help="same seed, same text, in every mode under shared (0)",
-    )
-    add(
-        "--stop",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="TEXT",
-        help="texts that end the output",
-    )
-    add("--ignore-eos", action="store_true", help="go on after the end of the text")
-    add(
-        "--k",
-        type=whole_or_auto,
-        default=AUTO,
-        metavar="K|auto",
-        help="SD, SSD: most draft tokens a round (auto)",
-    )
-    add(
-        "--fan-out",
-        type=whole_or_auto,
-        default=AUTO,
-        metavar="M|auto",
-        help="SSD: outcomes prepared a round (auto)",
-    )
-    add(
-        "--cut",
-        action=switch,
-        default=True,
-        help="SSD: use what is ready when the verdict is in, or wait for all",
-    )
-    add(
-        "--fallback",
-        default="auto",
-        metavar="auto|jit|fast",
-        help="SSD, on a miss: draft now, guess, or the faster",
-    )
-    add(
-        "--coupling",
-        default="shared",
-        metavar="shared|maximal|independent",
-        help="how the models share randomness",
-    )
-    add(
-        "--saguaro-c",
-        type=number,
-        default=1.0,
-        metavar="C",
-        help="independent: weigh down the draft's top tokens",
-    )
-    add("--compile", action=switch, default=None, help="torch.compile (default: on CUDA only)")
-    add(
-        "--json",
-        metavar="FILE|-",
-        help="write the figures as one JSON object; -: to stdout, and nothing else there",
-    )
-    add("--trace", metavar="FILE", help="write a Chrome/Perfetto trace of both lanes")
+    add_modes_and_texts(p)
+    add_models(p.add_argument)
+    add_sampling(p.add_argument)
+    add_method(p.add_argument)
+    p.add_argument("--json", metavar="FILE|-", help="write the figures as JSON; -: to stdout only")
+    p.add_argument("--trace", metavar="FILE", help="write a Chrome/Perfetto trace of both lanes")
     return p
+
+
+def add_modes_and_texts(p: argparse.ArgumentParser) -> None:
+    mode, text = p.add_mutually_exclusive_group(), p.add_mutually_exclusive_group()
+    flag = {"action": "store_true"}
+    mode.add_argument("--sd", **flag, help="speculative decoding: draft and target take turns")
+    mode.add_argument("--ssd", **flag, help="SSD: the draft prepares while the target verifies")
+    mode.add_argument("--compare", **flag, help="plain decoding, SD and SSD side by side")
+    several = {"nargs": "+", "action": "extend", "metavar": "TEXT"}
+    text.add_argument("--prompt", **several, help="a text to complete, or several (a batch)")
+    said = 'a text (one prompt), or .jsonl with a "prompt" a line'
+    text.add_argument("--prompt-file", metavar="FILE", help=said)
+    text.add_argument("--chat", **flag, help="talk with a chat model, a line of stdin a turn")
+    p.add_argument("--system", metavar="TEXT", help="chat: instructions before the first turn")
+    said = "chat: let a model that can think aloud do so, or not"
+    p.add_argument("--thinking", action=SWITCH, default=None, help=said)
+
+
+def add_models(add) -> None:
+    model = {"metavar": "DIR|FILE|HUB_ID"}
+    add("--target", **model, help="the model whose text you want (SmolLM2-135M-Instruct)")
+    add("--draft", **model, help="the small model that drafts (the default target has one); "
+        "--sd also knows ngram: not a model")  # fmt: skip
+    add("--device", help="where the target runs: cpu, cpu:0-1 (cores), cuda:0 (suits the mode)")
+    add("--draft-device", help="where the draft runs (suits the mode)")
+    add("--dtype", help="float32, bfloat16, float16, float64 (float32 on a CPU, else bfloat16)")
+    add("--compile", action=SWITCH, default=None, help="torch.compile (on CUDA only)")
+
+
+def add_sampling(add) -> None:
+    count = {"type": whole, "metavar": "N"}
+    add("--max-new-tokens", **count, default=128, help="most new tokens per prompt (128)")
+    add("--temperature", type=number, default=0.0, metavar="T", help="0, the default, is greedy")
+    add("--top-k", **count, default=0, help="keep the N likeliest tokens; 0, the default, is off")
+    said = "keep the likeliest tokens that sum to P; 1, the default, is off"
+    add("--top-p", type=number, default=1.0, metavar="P", help=said)
+    said = "same seed, same text, in every mode under shared (0)"
+    add("--seed", type=whole, default=0, metavar="S", help=said)
+    several = {"nargs": "+", "action": "extend", "metavar": "TEXT"}
+    add("--stop", **several, default=[], help="texts that end the output")
+    add("--ignore-eos", action="store_true", help="go on after the end of the text")
+
+
+def add_method(add) -> None:
+    chosen = {"type": whole_or_auto, "default": "auto"}
+    add("--k", **chosen, metavar="K|auto", help="SD, SSD: most draft tokens a round (auto)")
+    add("--fan-out", **chosen, metavar="M|auto", help="SSD: outcomes prepared a round (auto)")
+    said = "SSD: use what is ready when the verdict is in, or wait for all"
+    add("--cut", action=SWITCH, default=True, help=said)
+    said = "SSD, on a miss: draft now, guess, or draft if no row that hit has to wait (auto)"
+    add("--fallback", default="auto", metavar="auto|jit|fast", help=said)
+    said = "how the models share randomness (shared)"
+    add("--coupling", default="shared", metavar="shared|maximal|independent", help=said)
+    said = "independent: weigh down the draft's top tokens"
+    add("--saguaro-c", type=number, default=1.0, metavar="C", help=said)
 
 
 def read_prompts(args) -> list[str]:
@@ -298,13 +222,15 @@ def chat_ids(engine, args, messages: list[dict]) -> list[int]:
     return engine.tokenizer.encode_chat(first + messages, thinking=args.thinking)
 
 
-def complete(engine, prompts: list, settings: dict, quiet: bool, keep: bool = False):
-    """Run one generation; a single one streams to stdout as it comes. Returns result, run,
-    interrupted or not.
+def complete(engine, prompts: list, settings: dict, quiet: bool, keep=False, opening=""):
+    """The result of one generation, the run, and whether it was interrupted.
 
-    Whatever ends it, the text so far has been printed.
+    A single text streams to stdout as it comes, after `opening`. Whatever ends the generation, the
+    text so far has been printed.
     """
     decoding, interrupted, error = engine.start(prompts, keep, **settings), False, None
+    if not quiet:
+        print(opening, end="", flush=True)
     try:
         for _ in decoding.rounds():
             if len(prompts) == 1 and not quiet and (piece := decoding.rows[0].piece()):
@@ -404,7 +330,7 @@ def load_pair(args, mode: str):
         )
     began = time.perf_counter()
     draft = (args.draft or DEFAULT_DRAFT) if mode != "ar" else None
-    target = args.target or default_target()
+    target = default_target() if args.target is None else args.target
     engine = load(target, draft, args.device, args.draft_device, args.dtype, args.compile)
     print(f"loaded in {time.perf_counter() - began:.1f} s", file=sys.stderr)
     return engine
@@ -422,9 +348,8 @@ def run(args) -> int:
         )
     check_outputs(args)
     mode = "ssd" if args.ssd or args.compare else "sd" if args.sd else "ar"
-    warnings.filterwarnings(
-        "ignore", "Failed to initialize NumPy"
-    )  # torch misses it at each start; nobody here does
+    # torch misses NumPy at each start; nobody here does.
+    warnings.filterwarnings("ignore", "Failed to initialize NumPy")
     from rows import Settings  # before the models: a wrong flag should not wait for them
 
     Settings(**settings_of(args, mode))
@@ -433,13 +358,14 @@ def run(args) -> int:
     if args.chat:
         return chat(engine, args, settings_of(args, mode))
     quiet = args.json == "-"
+    opening = "" if prompts else f"> {QUESTION}\n"
     if not prompts:  # nothing to complete: the built-in question, asked as a user would
-        if not quiet:
-            print(f"> {QUESTION}")
         prompts = [chat_ids(engine, args, [{"role": "user", "content": QUESTION}])]
     if args.compare:
         return compare_modes(engine, prompts, args)
-    result, decoding, interrupted = complete(engine, prompts, settings_of(args, mode), quiet)
+    result, decoding, interrupted = complete(
+        engine, prompts, settings_of(args, mode), quiet, opening=opening
+    )
     print(figures_line(result.stats), file=sys.stderr)
     save(args, result.stats, decoding)
     return INTERRUPTED if interrupted else 0

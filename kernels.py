@@ -195,8 +195,7 @@ def tree_attention_reference(
     B, T, H, D = query_BTHD.shape
     G = k_BGSD.shape[1]
     R = H // G
-    # The query heads that share a key/value head become extra query rows: one pass over K and V
-    # serves them all.
+    # Query heads that share a key/value head become rows: one pass over K and V serves them all.
     query_BGQD = query_BTHD.reshape(B, T, G, R, D).transpose(1, 2).reshape(B, G, T * R, D)
     trunk_k, trunk_v = k_BGSD.narrow(2, 0, extent), v_BGSD.narrow(2, 0, extent)
     dtype = query_BTHD.dtype
@@ -212,10 +211,8 @@ def tree_attention_reference(
         if not (one_sees_all and B == 1):
             # Zero times NaN is NaN, and so is NaN - inf: weight 0 is not enough for slots that no
             # query may see.
-            trunk_k, trunk_v = (
-                trunk_k.masked_fill(dead_B1S1, 0.0),
-                trunk_v.masked_fill(dead_B1S1, 0.0),
-            )
+            trunk_k = trunk_k.masked_fill(dead_B1S1, 0.0)
+            trunk_v = trunk_v.masked_fill(dead_B1S1, 0.0)
     if chain is None:
         mixed_BGQD = F.scaled_dot_product_attention(
             query_BGQD, trunk_k, trunk_v, bias_B1QS, scale=scale
@@ -228,9 +225,8 @@ def tree_attention_reference(
         own_BGTRC, chain_v = _own_chain(query_BGTRD, k_BGSD, v_BGSD, chain, scale, tight, window)
         weights = torch.softmax(torch.cat((scores_BGQS, own_BGTRC.flatten(2, 3)), -1), -1)
         mixed_BGQD = torch.matmul(weights[..., :extent], trunk_v)
-        mixed_BGQD += torch.matmul(weights[..., extent:].view(own_BGTRC.shape), chain_v).flatten(
-            2, 3
-        )
+        own_BGTRC = weights[..., extent:].view(own_BGTRC.shape)
+        mixed_BGQD += torch.matmul(own_BGTRC, chain_v).flatten(2, 3)
     return mixed_BGQD.view(B, G, T, R, D).transpose(1, 2).reshape(B, T, H, D).to(dtype)
 
 

@@ -8,9 +8,9 @@ row's own text. Does not know: models, proposals, other rows. Read next: steps.p
 import math
 from dataclasses import dataclass
 
+from figures import MODES
 from sampling import COUPLINGS, Params
 
-MODES = ("ar", "sd", "ssd")
 AUTO = "auto"
 FALLBACKS = (AUTO, "jit", "fast")
 PER_ROW = ("temperature", "top_k", "top_p", "seed", "max_new_tokens")

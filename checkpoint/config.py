@@ -111,11 +111,11 @@ class Config:
             windows=_windows(raw, kind, layers),
             head_tokens=_whole(raw, "head_tokens", 0, least=0),
         )
-        _check(config)
+        _consistent(config)
         return config
 
 
-def _check(config: Config) -> None:
+def _consistent(config: Config) -> None:
     """ValueError for numbers that are sound one by one and do not fit together."""
     heads, groups, half = config.num_heads, config.num_kv_heads, config.head_dim // 2
     factors = config.rope.get("factors")

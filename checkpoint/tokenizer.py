@@ -408,7 +408,8 @@ def render_chat(template: str, variables: dict) -> str:
 
 def _render_in_child() -> tuple[str, str]:
     """Text and error of the job that render_chat wrote to stdin."""
-    from jinja2 import TemplateError, debug, ext, nodes, sandbox  # noqa: F401  debug: for when a template fails
+    # debug is for when a template fails
+    from jinja2 import TemplateError, debug, ext, nodes, sandbox  # noqa: F401
 
     class Generation(ext.Extension):
         """{% generation %} marks the assistant's words, for those who train on them; it writes what

@@ -80,10 +80,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--new-tokens", type=int, metavar="N", help="(128; 48 with --quick)")
     parser.add_argument("--out", metavar="FILE", help="write what was found, after every cell")
     args = parser.parse_args(argv)
-    count, new = (
-        args.count or (8 if args.quick else 40),
-        args.new_tokens or (48 if args.quick else 128),
-    )
+    few, short = (8, 48) if args.quick else (40, 128)
+    count, new = args.count or few, args.new_tokens or short
     try:
         texts = read_prompts(args)[:count]
         engine = load(args.target, args.draft, "cpu:0", "cpu:1", "float32")
@@ -108,20 +106,15 @@ def main(argv: list[str] | None = None) -> int:
                 at = next(i for i, (a, b) in enumerate(zip(ours, theirs)) if a != b)
                 before, two = prompts[number] + theirs[:at], (ours[at], theirs[at])
                 distance = gap(engine, before, two, settings, number)
-                where = {
-                    "prompt": number,
-                    "position": at,
-                    "gap": distance,
-                    "batch": batch,
-                    **settings,
-                }
+                where = {"prompt": number, "position": at, "gap": distance, "batch": batch}
+                where |= settings
                 (ties if distance < TIE else differences).append(where)
                 print(f"  {'tie' if distance < TIE else 'DIFFERENT'}: {where}", flush=True)
         done.append({"batch": batch, **settings})
         print(f"{len(done):3d}: batch {batch} {settings}", flush=True)
-        result = {"prompts": len(prompts), "new_tokens": new, "cells": len(done),
-                  "texts": len(done) * len(prompts), "differences": len(differences),
-                  "ties": len(ties), "details": differences + ties}  # fmt: skip
+        result = {"prompts": len(prompts), "new_tokens": new, "cells": len(done)}
+        result |= {"texts": len(done) * len(prompts), "differences": len(differences)}
+        result |= {"ties": len(ties), "details": differences + ties}
         if args.out:
             Path(args.out).write_text(json.dumps(result, indent=1) + "\n")
     print(f"{result['texts']} texts of {new} tokens in {len(done)} cells: {len(ties)} ties, "
