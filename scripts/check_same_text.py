@@ -70,8 +70,7 @@ def gap(engine, ids: list[int], tokens: tuple[int, int], settings: dict, number:
 
 
 def main(argv: list[str] | None = None) -> int:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("prompt_file", metavar="PROMPTS", help='.jsonl with a "prompt" a line')
     parser.add_argument("--target", help="folder, .gguf file or hub id (the default model)")
     parser.add_argument("--draft", help="its draft (the default model's)")
