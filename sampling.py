@@ -27,6 +27,7 @@ TOKEN, ACCEPT, RESIDUAL = (
 )  # purposes: the target's or draft's own draw, the accept test, the residual's draw
 NONE, CHAIN, FIXED = 0, 1, 2  # kinds of a proposal: nothing, drawn from q, a fixed token
 COUPLINGS = ("shared", "maximal", "independent")
+DECAY = 0.5  # of the paper's pairs: .54 at temperature 0, .41 at 1
 SPREAD_STEP, HOLD_STEP = 0.05, 0.02
 # With a spread past 2 and 50,000 tokens no drafted token seems likely to hold. All outcomes that
 # are prepared then begin with a rejection, and few of them hit: the spread would stay so high.
@@ -284,6 +285,33 @@ def outcomes(
         )
     before_BT1 = torch.cat((torch.zeros_like(held_BT1[:, :1]), held_BT1[:, :-1].cumsum(1)), 1)
     return torch.where(place_T1 <= length_B[:, None, None], logp_BTV + before_BT1, float("-inf"))
+
+
+def fan_out(hold: float, length: int, m: int) -> list[int]:
+    """F_0..F_L, which sum to m: how many next tokens are prepared for "exactly j accepted".
+
+    The paper's geometric series, the best where F guesses miss with a probability in proportion to
+    F^-DECAY. The couplings other than `shared` need it. There, whether an outcome is prepared for
+    must not hang on the scores of another j: those hang on the very noise that the chain after
+    this outcome will be drawn with, and a hit would say something about its tokens.
+    """
+    power = 1 / (1 + DECAY)
+    weights = [hold ** (j * power) for j in range(length + 1)]
+    weights[-1] *= (1 - hold) ** -power
+    shares = [m * weight / sum(weights) for weight in weights]
+    out = [int(share) for share in shares]
+    by_remainder = sorted(range(length + 1), key=lambda j: out[j] - shares[j])
+    for j in by_remainder[: m - sum(out)]:
+        out[j] += 1
+    return out
+
+
+def within(joint_BTV: torch.Tensor, fan_out_BT: torch.Tensor, m: int) -> torch.Tensor:
+    """The outcomes that are among the fan_out_BT[:, j] likeliest of their j, the others at -inf."""
+    best_BTM = joint_BTV.topk(m, -1)
+    kept_BTM = torch.arange(m, device=joint_BTV.device) < fan_out_BT[..., None]
+    values_BTM = best_BTM.values.masked_fill(~kept_BTM, float("-inf"))
+    return torch.full_like(joint_BTV, float("-inf")).scatter(-1, best_BTM.indices, values_BTM)
 
 
 # ---- acceptance: what a round decides

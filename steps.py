@@ -30,12 +30,14 @@ from sampling import (
     Params,
     accept_exact,
     accept_shared,
+    fan_out,
     gumbel,
     log_probs,
     noisy,
     outcomes,
     saguaro,
     warp,
+    within,
 )
 
 # Noise lies between -3 and 23. A token that the draft's top-k or top-p leaves out is forked after
@@ -219,13 +221,19 @@ class Runner:
         return self._pass(self._extend, feed)[0]
 
     def fork(self, scores_BTV, feed: Feed, m: int, foresight: Foresight) -> Fork:
-        """The m likeliest outcomes of the round, for each row."""
-        B = self.batch
+        """The m likeliest outcomes of the round, for each row.
+
+        Under `shared` they are the likeliest of all; otherwise each j has its fan-out, since there
+        the look-up must not depend on how a later position was drawn.
+        """
+        B, T = self.batch, len(feed.tokens[0])
+        shares = [fan_out(foresight.hold, max(count - 1, 0), m) for count in feed.count]
         columns = dict(
             tokens=feed.tokens,
             count=feed.count,
             spread=[foresight.spread] * B,
             hold=[foresight.hold] * B,
+            fan_out=[row + [0] * (T - len(row)) for row in shares],
         )
         packed = self._step(self._fork, columns, scores_BTV, m=m)[0]
         read = self._read(packed, tokens=m, depths=m, chance=float)
@@ -293,6 +301,8 @@ class Runner:
         drafted_BT = self.index_of[x.tokens.roll(-1, 1)]
         length_B, spread_B = (x.count - 1).clamp(min=0), x.spread.to(scores_BTV.dtype)
         joint_BTV = outcomes(scores_BTV, drafted_BT, length_B, spread_B, hold_B)
+        if hold_B is not None:
+            joint_BTV = within(joint_BTV, x.fan_out, m)
         top = joint_BTV.flatten(1).topk(m, -1)
         chance_B = top.values.exp().sum(-1)
         return (_join(top.values[:, :1], self.ids_V[top.indices % V], top.indices // V, chance_B),)

@@ -15,8 +15,9 @@ from laws import make, one_thread  # noqa: F401
 from tiny import cut_head, log_probs, transformer
 
 from runtime import Policy
-from sampling import COUPLINGS, RESIDUAL, TOKEN, Foresight, gumbel, outcomes, warp
+from sampling import COUPLINGS, DECAY, RESIDUAL, TOKEN, Foresight, fan_out, gumbel, outcomes, warp
 from steps import LEFT_OUT, Feed, Runner
+from studies.speed import geometric
 
 # ---- the probabilities
 
@@ -183,7 +184,55 @@ def test_the_likeliest_outcomes_are_forked(coupling, way, cut):
             before *= holds
         assert sum(chance.values()) == pytest.approx(1)
         forked = list(zip(fork.depths[b], fork.tokens[b]))
+        if coupling != "shared":  # the best of each j, as many as its fan-out
+            kept = {}
+            for j, F in enumerate(fan_out(foresight.hold, L, M)):
+                mine = [outcome for outcome in chance if outcome[0] == j]
+                for outcome in sorted(mine, key=chance.get, reverse=True)[:F]:
+                    kept[outcome] = chance[outcome]
+            chance = kept
         best = sorted(chance.values(), reverse=True)[:M]
         assert len(set(forked)) == M
         assert [chance[outcome] for outcome in forked] == pytest.approx(best, rel=1e-6, abs=0)
         assert fork.chance[b] == pytest.approx(sum(best))
+
+
+# ---- fan-out, where a hit must say nothing about the chain's noise
+
+
+@pytest.mark.parametrize("coupling", ["maximal", "independent"])
+def test_other_places_do_not_decide_whether_an_outcome_is_prepared(coupling):
+    """A chain for (j, t) is drawn with the noise of the positions after j, and so are the scores of
+    the places after j. If these decided whether (j, t) is prepared, a hit would tell something
+    about the chain, and its tokens would not be drawn from q any more.
+    """
+    T, V, M = 4, 30, 8
+    whole = transformer(1, vocab=V)
+    runner = Runner("draft", whole, 1, 64, T - 1, M, Policy(torch.device("cpu"), False), V)
+    runner.set_rows(make(1, 1.0, 0, 1.0, seed=9, row=[0]), coupling, 1.0)
+    feed, foresight = Feed([[1, 2, 3, 4]], [0], [T]), Foresight(hold=0.6)
+    for seed in range(20):
+        scores_BTV = torch.randn(1, T, V, generator=torch.Generator().manual_seed(seed)).double()
+        with torch.inference_mode():
+            before = runner.fork(scores_BTV, feed, M, foresight)
+            for j in range(T):
+                rng = torch.Generator().manual_seed(99)
+                other = 9 * torch.randn(1, T, V, generator=rng).double()
+                other[0, j] = scores_BTV[0, j]
+                after = runner.fork(other, feed, M, foresight)
+                mine, theirs = (
+                    {t for d, t in zip(fork.depths[0], fork.tokens[0]) if d == j}
+                    for fork in (before, after)
+                )
+                assert mine == theirs and len(mine) == fan_out(0.6, T - 1, M)[j]
+
+
+def test_the_fan_out_is_the_papers_series():
+    """Every budget is spent, earlier places get more, the last one is raised; against studies/."""
+    for hold in (0.1, 0.5, 0.9):
+        for length in range(5):
+            for m in (1, 4, 24):
+                shares = fan_out(hold, length, m)
+                wanted = geometric(hold, DECAY, length, m)
+                assert sum(shares) == m and len(shares) == length + 1
+                assert all(abs(F - share) < 1 for F, share in zip(shares, wanted))
