@@ -5,8 +5,8 @@ caches, devices' queues, texts. Read next: cache.py.
 
 A draw from a distribution d is argmax over tokens of log d + G, where the Gumbel noise G is a pure
 function of (seed, row, position, purpose, token). It needs no generator and no state, so the draft
-can ask for the very noise that the target will draw with. That makes outcomes predictable, and the
-text the same in every mode.
+can ask for the very noise that the target will draw with. That makes outcomes predictable and,
+under `shared`, the text the same in every mode.
 
 Shape letters: B rows, T positions, K draft tokens, M branches, V vocabulary. p is the target, q the
 draft.
@@ -26,6 +26,9 @@ TOKEN, ACCEPT, RESIDUAL = (
     3,
 )  # purposes: the target's or draft's own draw, the accept test, the residual's draw
 NONE, CHAIN, FIXED = 0, 1, 2  # kinds of a proposal: nothing, drawn from q, a fixed token
+# How the two models' randomness is joined. shared: a token is accepted if it is the target's own
+# draw. maximal: by the ratio p / q, as often as can be; the draft knows the noise of what follows a
+# rejection. independent: the same rule, and the draft does not know that noise (the paper's).
 COUPLINGS = ("shared", "maximal", "independent")
 DECAY = 0.5  # of the paper's pairs: .54 at temperature 0, .41 at 1
 SPREAD_STEP, HOLD_STEP = 0.05, 0.02
@@ -200,7 +203,7 @@ def log_probs(warped_BTV: torch.Tensor, params: Params) -> torch.Tensor:
 
 
 def noisy(warped_BTV, params: Params, positions_BT, words_V) -> torch.Tensor:
-    """Scores: their argmax is the draw, and the draft ranks likely draws by its own."""
+    """Scores: their argmax is the draw, and the draft ranks likely draws by its own scores."""
     if params.greedy:
         return warped_BTV
     return warped_BTV + gumbel(params, positions_BT, TOKEN, words_V, warped_BTV.dtype)

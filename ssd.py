@@ -37,13 +37,13 @@ Chain = tuple[list[int], list]
 
 @dataclass(frozen=True)
 class Plan:
-    """What a round is played with. AR is k = 0, SD is m = 0, SSD is the rest.
+    """What a round is played with. AR is k = 0 (then m = 0), SD is m = 0, SSD is the rest.
 
     k is the most draft tokens of a proposal. m is how many outcomes the draft prepares for while
     the target verifies; with 0 it prepares nothing, and every row misses. fallback is for a row
-    that misses: "jit" drafts now, "fast" guesses from the row's own text, "auto" drafts now if no
-    row has hit, which would have to wait. cut: use the chain steps that are ready when the verdict
-    is in; without it wait for all of them.
+    that misses: "jit" drafts now, "fast" guesses from the row's own text, "auto" drafts now only
+    if every row missed (a row that hit would have to wait for it), and else guesses. cut: begin no
+    step that would not be ready by the verdict, and look up what is ready; without it wait for all.
     """
 
     k: int
@@ -61,7 +61,7 @@ class SamePlan:
     def first(self) -> Plan:
         return self.plan
 
-    def next(self, done: Round) -> Plan:
+    def next(self, last: Round) -> Plan:
         return self.plan
 
 
@@ -81,8 +81,9 @@ class Decoding:
     """One generation: its rows, the target and the draft on their lanes, and the rounds that
     advance them.
 
-    A subclass may prepare for other outcomes (predict), draft in another way (chains in prepare,
-    while the target waits in decode), or not draft at all after a miss (draft_now): examples/.
+    A subclass may prepare for other outcomes (override predict), draft in another way (override
+    prepare for the chains, and decode for what is drafted while the target waits), or not draft at
+    all after a miss (override draft_now): examples/.
     """
 
     def __init__(
@@ -116,8 +117,11 @@ class Decoding:
                 job = self.prepare, chains, feed, self.unread(feed), plan, verdict
                 chains.filled_by(self.draft_lane.start(*job))
             yield  # the caller prints the text of the last round
+            # Planned while the target verifies: it knows the rounds before this one.
             next_plan = self.planner.next(last) if last else plan
-            accepted, bonus = verdict.result()  # the loop waits here for the target
+            accepted, bonus = (
+                verdict.result()
+            )  # waits for the target; propose may wait for the draft
             self.emit(proposal, accepted, bonus)
             done = self.figures.verified(plan, proposal, live, accepted, verdict)
             try:
@@ -143,7 +147,7 @@ class Decoding:
             if b in found:
                 proposal.put(b, CHAIN, *self.checked(*found[b], room))
             else:
-                proposal.put(b, FIXED, self.rows[b].guess(room))
+                proposal.put(b, FIXED, self.rows[b].guess(room))  # not drawn from any q
         return proposal
 
     def prepare(self, chains, feed: Feed, unread, plan: Plan, verdict: Work) -> None:
@@ -157,7 +161,7 @@ class Decoding:
             chains.fork(tokens, depths, chance)
         for step in range(plan.k):
             if step > 0 and plan.cut and not lane.has_time(verdict):
-                break  # by the clock alone: no token decides whether it is drawn
+                break  # by the clock alone: no token has a say in whether one is drawn
             with lane.span("chain step"):
                 tokens, logq = draft.chain_step(feed, tokens, depths, step, saguaro_top(plan))
                 chains.append(tokens, logq)
@@ -169,7 +173,7 @@ class Decoding:
         return [b for b, row in enumerate(self.rows) if row.finish is None]
 
     def feed(self, proposal: Proposal) -> Feed:
-        """[r, d_1 .. d_L] of each live row, padded to one length (compiled steps know few)."""
+        """[r, d_1 .. d_L] of each live row, padded to one T; compiled steps exist for a few T."""
         fed = [[row.ids[-1], *d] for row, d in zip(self.rows, proposal.tokens)]
         fed = [[] if row.finish else tokens for row, tokens in zip(self.rows, fed)]
         start = [len(row.ids) - 1 if tokens else 0 for row, tokens in zip(self.rows, fed)]
@@ -181,8 +185,8 @@ class Decoding:
     def unread(self, feed: Feed) -> tuple[list[list[int]], list[int]]:
         """The ids that the draft must read before `feed`, and the position of the first, by row.
 
-        Called once for every feed that the draft is given. A proposal that was accepted whole
-        leaves its last token unread.
+        Called once for every feed that the draft is given. A proposal that was drafted while the
+        target waited, and accepted whole, leaves its last token unread: it was never fed.
         """
         ids, begins = [], []
         for row, start, count in zip(self.rows, feed.start, feed.count):
@@ -297,7 +301,7 @@ class Decoding:
         The text stays right: the target alone decides what is emitted, whoever proposed it.
         """
         self.warn(f"the draft failed ({lost}): the target goes on alone, the text stays right")
-        # What may hang keeps the old thread; the target may share this lane.
+        # Work that hangs keeps the old thread. The lane gets a new one: the target may share it.
         self.draft_lane.leave()
         self.draft, self.lost, self.planner = None, True, SamePlan(Plan(0, 0))
         return Proposal(len(self.rows)), self.planner.first()
