@@ -30,7 +30,7 @@ NONE, CHAIN, FIXED = 0, 1, 2  # kinds of a proposal: nothing, drawn from q, a fi
 # draw. maximal: by the ratio p / q, as often as can be; the draft knows the noise of what follows a
 # rejection. independent: the same rule, and the draft does not know that noise (the paper's).
 COUPLINGS = ("shared", "maximal", "independent")
-DECAY = 0.5  # of the paper's pairs: .54 at temperature 0, .41 at 1
+MISS_POWER = 0.5  # of the paper's pairs: .54 at temperature 0, .41 at 1
 SPREAD_STEP, HOLD_STEP = 0.05, 0.02
 # With a spread past 2 and 50,000 tokens no drafted token seems likely to hold. All outcomes that
 # are prepared then begin with a rejection, and few of them hit: the spread would stay so high.
@@ -294,11 +294,11 @@ def fan_out(hold: float, length: int, m: int) -> list[int]:
     """F_0..F_L, which sum to m: how many next tokens are prepared for "exactly j accepted".
 
     The paper's geometric series, the best where F guesses miss with a probability in proportion to
-    F^-DECAY. The couplings other than `shared` need it. There, whether an outcome is prepared for
+    F^-MISS_POWER. The couplings other than `shared` need it. There, whether an outcome is prepared for
     must not hang on the scores of another j: those hang on the very noise that the chain after
     this outcome will be drawn with, and a hit would say something about its tokens.
     """
-    power = 1 / (1 + DECAY)
+    power = 1 / (1 + MISS_POWER)
     weights = [hold ** (j * power) for j in range(length + 1)]
     weights[-1] *= (1 - hold) ** -power
     shares = [m * weight / sum(weights) for weight in weights]

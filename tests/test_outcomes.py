@@ -15,7 +15,17 @@ from laws import make, one_thread  # noqa: F401
 from tiny import cut_head, log_probs, transformer
 
 from runtime import Policy
-from sampling import COUPLINGS, DECAY, RESIDUAL, TOKEN, Foresight, fan_out, gumbel, outcomes, warp
+from sampling import (
+    COUPLINGS,
+    MISS_POWER,
+    RESIDUAL,
+    TOKEN,
+    Foresight,
+    fan_out,
+    gumbel,
+    outcomes,
+    warp,
+)
 from steps import LEFT_OUT, Feed, Runner
 from studies.speed import geometric
 
@@ -233,6 +243,6 @@ def test_the_fan_out_is_the_papers_series():
         for length in range(5):
             for m in (1, 4, 24):
                 shares = fan_out(hold, length, m)
-                wanted = geometric(hold, DECAY, length, m)
+                wanted = geometric(hold, MISS_POWER, length, m)
                 assert sum(shares) == m and len(shares) == length + 1
                 assert all(abs(F - share) < 1 for F, share in zip(shares, wanted))
