@@ -294,8 +294,8 @@ def fan_out(hold: float, length: int, m: int) -> list[int]:
     """F_0..F_L, which sum to m: how many next tokens are prepared for "exactly j accepted".
 
     The paper's geometric series, the best where F guesses miss with a probability in proportion to
-    F^-MISS_POWER. The couplings other than `shared` need it. There, whether an outcome is prepared for
-    must not hang on the scores of another j: those hang on the very noise that the chain after
+    F^-MISS_POWER. The couplings other than `shared` need it. There, whether an outcome is prepared
+    for must not hang on the scores of another j: those hang on the very noise that the chain after
     this outcome will be drawn with, and a hit would say something about its tokens.
     """
     power = 1 / (1 + MISS_POWER)
