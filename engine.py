@@ -108,9 +108,9 @@ class Model:
         else:
             with one_thread():
                 pack(transformer)
-        if (
-            weight.device.type == "cuda"
-        ):  # the lanes' streams do not wait for the one that filled the weights
+            if weight.device.type == "cpu":
+                transformer.script()
+        if weight.device.type == "cuda":  # the lanes' streams do not wait for the filling one
             torch.cuda.synchronize(weight.device)
         return cls(name, transformer, config, tokenizer, eos, weight.dtype, policy, read)
 

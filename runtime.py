@@ -334,10 +334,9 @@ class PackedLinear(nn.Module):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), None)
         self.bias = None if linear.bias is None else linear.bias.detach()
-        self._multiply = torch.ops.mkldnn._linear_pointwise.default
 
     def forward(self, x):
-        return self._multiply(x, self.weight, self.bias, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
 
 
 def packed(linear: nn.Linear) -> nn.Module:
