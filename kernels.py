@@ -83,15 +83,15 @@ def tree_attention(
     (B, T, H, D).
 
     limit_BT   trunk slots [first, limit) are visible; first_BT None means 0. 1 <= limit <= extent.
-    extent     no query sees a trunk slot at or past this host-known bound, so nothing there is
-    read. tight      the caller knows that extent is the largest limit and, for a chain, that every
-    step_B is steps - 1. chain      (base, steps, step_B): query m of a (B, M) chain step owns
-    scratch slots base + m + c * M for c in
-               0..steps-1 and sees those with c <= step_B[b] (its own token included). None: the
-               trunk only.
+    extent     no query sees a trunk slot at or past this bound, which the host knows: nothing there
+               is read.
+    tight      the caller knows that extent is the largest limit and, for a chain, that every step_B
+               is steps - 1.
+    chain      (base, steps, step_B): query m of a (B, M) chain step owns the scratch slots
+               base + m + c * M for c in 0..steps-1. It sees those with c <= step_B[b], its own
+               token among them. None: the trunk only.
     window     with a sliding window, a chain token sees chain tokens less than `window` places
-    back; the trunk's
-               lower bound comes in first_BT.
+               back; the trunk's lower bound comes in first_BT.
     mask       trunk_mask() of the same limits, where layers share one. Only the twin reads it.
 
     What the query does not see is never mixed in, not even if it holds NaN. float64 inputs are

@@ -57,7 +57,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config, window) for window in config.windows)
+        self.layers = Layers(Block(config, window) for window in config.windows)
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         V = config.head_tokens or config.vocab_size
         self.head = nn.Linear(config.hidden_size, V, bias=False)
@@ -66,22 +66,21 @@ class Transformer(nn.Module):
         self.register_buffer("token_ids_V", None, persistent=False)
 
     def forward(self, tokens_BT, place: Placement | None = None, cache=None, logits: bool = True):
-        """cache[layer] has the layer's keys and values. Without `logits` it returns None."""
+        """Logits, or None without `logits`. cache is a KVCache."""
         at_BT = torch.arange(tokens_BT.shape[1])[None] if place is None else place.positions_BT
         rope = tuple(table_PD[at_BT][:, :, None] for table_PD in self.rope)  # (B, T, 1, D) each
-        x_BTE = self.embed(tokens_BT)
-        change_BTE = torch.zeros_like(x_BTE)
-        for layer, block in enumerate(self.layers):
-            x_BTE, change_BTE = block(x_BTE, change_BTE, rope, place, cache and cache[layer])
-        return self.head(self.norm(x_BTE + change_BTE)) if logits else None
+        kv = None if cache is None else cache.layers
+        with torch.jit.optimized_execution(False):  # a script gains nothing; it would take seconds
+            x_BTE = self.layers(self.embed(tokens_BT), rope, place, kv)
+        return self.head(self.norm(x_BTE)) if logits else None
 
     def script(self) -> None:
-        """Make each block one call without Python's lock, for a CPU where nothing is learnt."""
+        """Make the layers one call without Python's lock, for a CPU where nothing is learnt."""
         # TorchScript keeps what it made of a class. Whoever edits a method between two loads in one
         # process must not get the old one.
         jit = torch.jit._recursive
         jit.concrete_type_store = jit.ConcreteTypeStore()
-        self.layers = nn.ModuleList(map(script, self.layers))
+        self.layers = script(self.layers)
 
     def set_positions(self, positions: int) -> None:
         """Make RoPE tables for positions 0..positions-1, in the weights' dtype and on their device.
@@ -98,6 +97,20 @@ class Transformer(nn.Module):
             self.rope = tuple(table.to(weight.device, weight.dtype) for table in tables)
 
 
+class Layers(nn.ModuleList):
+    """The blocks in order: (B, T, E) -> (B, T, E).
+
+    kv: each layer's keys and values, (B, G, S, D), which are written as well as read.
+    """
+
+    def forward(self, x_BTE, rope: Pair, place: Placement | None, kv: list[Pair] | None):
+        change_BTE = torch.zeros_like(x_BTE)
+        for layer, block in enumerate(self):
+            kv_BGSD = None if kv is None else kv[layer]
+            x_BTE, change_BTE = block(x_BTE, change_BTE, rope, place, kv_BGSD)
+        return x_BTE + change_BTE
+
+
 class Block(nn.Module):
     """One layer: the residual stream, and what the layer before adds to it -> the same two.
 
@@ -111,9 +124,9 @@ class Block(nn.Module):
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x_BTE, change_BTE, rope: Pair, place: Placement | None, cache: Pair | None):
+    def forward(self, x_BTE, change_BTE, rope: Pair, place: Placement | None, kv_BGSD: Pair | None):
         x_BTE = x_BTE + change_BTE
-        x_BTE = x_BTE + self.attention(self.attention_norm(x_BTE), rope, place, cache)
+        x_BTE = x_BTE + self.attention(self.attention_norm(x_BTE), rope, place, kv_BGSD)
         return x_BTE, self.mlp(self.mlp_norm(x_BTE))
 
 
@@ -129,7 +142,7 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(D, config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(D, config.norm_eps) if config.qk_norm else None
 
-    def forward(self, x_BTE, rope: Pair, place: Placement | None, cache: Pair | None):
+    def forward(self, x_BTE, rope: Pair, place: Placement | None, kv_BGSD: Pair | None):
         H, G, D = self.heads, self.kv_heads, self.head_dim
         qkv = self.qkv(x_BTE).unflatten(-1, (H + 2 * G, D))
         qk_BTHD, value_BTGD = qkv.split((H + G, G), 2)
@@ -137,7 +150,7 @@ class Attention(nn.Module):
             query, key = qk_BTHD.split((H, G), 2)
             qk_BTHD = torch.cat((self.q_norm(query), self.k_norm(key)), 2)
         query_BTHD, key_BTGD = rotate(qk_BTHD, rope[0], rope[1]).split((H, G), 2)
-        if place is None or cache is None:  # whole texts, for training: plain causal attention
+        if place is None or kv_BGSD is None:  # whole texts, for training: plain causal attention
             mixed_BHTD = F.scaled_dot_product_attention(
                 query_BTHD.transpose(1, 2),
                 key_BTGD.transpose(1, 2),
@@ -146,13 +159,14 @@ class Attention(nn.Module):
                 enable_gqa=True,
             )
             return self.out(mixed_BHTD.transpose(1, 2).flatten(2))
-        write(cache[0], cache[1], place.slots_BT, key_BTGD, value_BTGD)
+        k_BGSD, v_BGSD = kv_BGSD
+        write(k_BGSD, v_BGSD, place.slots_BT, key_BTGD, value_BTGD)
         # A window counts positions; on the trunk a token's slot is its position.
         first_BT = (place.positions_BT + 1 - self.window).clamp(min=0) if self.window else None
         mixed_BTHD = tree_attention(
             query_BTHD,
-            cache[0],
-            cache[1],
+            k_BGSD,
+            v_BGSD,
             place.limit_BT,
             first_BT,
             scale=D**-0.5,
