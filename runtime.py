@@ -445,6 +445,9 @@ class Policy:
     def __init__(self, device: torch.device, compile: bool):
         self.device, self.static = device, compile
         self.graphs = compile and device.type == "cuda"
+        self.how = {"fullgraph": True, "dynamic": False}  # for torch.compile
+        if self.graphs:  # small operations that do not need each other share a kernel
+            self.how["options"] = {"combo_kernels": True}
 
     def enter_thread(self) -> None:
         """Call this before anything compiles on a thread: from torch 2.13 on the limit is a
@@ -457,12 +460,12 @@ class Policy:
 
     def fuse(self, work: Callable) -> Callable:
         """`work` compiled into few kernels where steps are captured, else as it is."""
-        return torch.compile(work, fullgraph=True, dynamic=False) if self.graphs else work
+        return torch.compile(work, **self.how) if self.graphs else work
 
     def compile(self, model) -> None:
         """Compile a transformer's block, which serves all layers, and on CUDA its head as well."""
         for block in model.layers:
-            block.compile(fullgraph=True, dynamic=False)
+            block.compile(**self.how)
         if self.graphs:
             # torch.compile skips modules of torch.nn that stand alone. The function holds the
             # weight only: through the model it would keep itself alive.
