@@ -145,7 +145,7 @@ class Model:
         params = sampling_params(rows, settings, runner.device)
         runner.set_rows(params, settings.coupling, settings.saguaro_c)
         if before is not None:
-            runner.cache.copy_trunk(before.cache, rows[0].kept)
+            runner.cache.copy_trunk(before.cache, rows[0].reused)
         return runner
 
 
@@ -210,7 +210,7 @@ class Engine:
         self.tokenizer, self.eos = target.tokenizer, target.eos
         self.warn = warn or (lambda text: print(f"warning: {text}", file=sys.stderr))
         self.seen: dict[tuple, object] = {}  # for --k auto: what runs of a kind have shown
-        self.kept: tuple | None = None  # of the last generation, for the next turn of a chat
+        self.previous: tuple | None = None  # of the last generation, for the next turn of a chat
         if draft is not None:
             check_pair(target, draft)
 
@@ -312,28 +312,29 @@ class Engine:
         return auto.Auto(ks, ms, Plan(0, 0, fallback, settings.cut), batch, seen), ks, ms
 
     def reuse(self, row: Row, models: int) -> list[Runner | None]:
-        """The runners of the previous call, if their KV holds a beginning of this prompt: row.kept
-        tokens of it.
+        """The runners of the previous call, if their KV holds a beginning of this prompt.
+
+        row.reused is how many tokens of it they hold.
         """
-        if self.kept is None or len(self.kept[0]) != models:
+        if self.previous is None or len(self.previous[0]) != models:
             return [None] * models
-        old, ids, read = self.kept
+        old, ids, read = self.previous
         same = min(len(ids) - 1, len(row.ids) - 1)  # the last token has no KV
-        row.kept = next((i for i in range(same) if ids[i] != row.ids[i]), same)
-        row.read = min(read, row.kept)
+        row.reused = next((i for i in range(same) if ids[i] != row.ids[i]), same)
+        row.read = min(read, row.reused)
         return old
 
     def finish(self, decoding: Decoding) -> Result:
         """The result of a generation, complete or interrupted."""
         rows, figures = decoding.rows, decoding.figures
-        self.kept, figures.end = None, figures.end or time.perf_counter()
+        self.previous, figures.end = None, figures.end or time.perf_counter()
         if decoding.lost:
             self.draft.runners.clear()  # what hangs may still write to their buffers
         elif (
             len(rows) == 1 and figures.rounds
         ):  # a prompt that was not read whole leaves no KV worth keeping
             runners = [decoding.target, *([decoding.draft] if decoding.draft else [])]
-            self.kept = runners, list(rows[0].ids), rows[0].read
+            self.previous = runners, list(rows[0].ids), rows[0].read
         draft = NGRAM if self.ngram else self.draft.name if self.draft else None
         stats = {"target": self.target.name, "draft": draft if self.settings.mode != "ar" else None}
         stats |= {"dtype": str(self.target.dtype).split(".")[1]}

@@ -46,7 +46,7 @@ class Round:
     """One round: what was tried, what held, what was foreseen, and how long it took.
 
     kind, length and accepted have an entry for each row; live, hit and missed are numbers of rows.
-    steps is how many chain steps were ready at the look-up, prepare_s the seconds of extend and
+    chain_steps is how many of them were ready at the look-up, prepare_s the seconds of extend and
     fork, step_s those of a chain step. drafted is the work that drafted while the target waited,
     None where there was none.
     """
@@ -61,7 +61,7 @@ class Round:
     hit: list[int] = field(default_factory=list)
     missed: list[int] = field(default_factory=list)
     look_up: tuple[float, float] | None = None  # begin and end; None where nothing was prepared
-    steps: int = 0
+    chain_steps: int = 0
     prepare_s: float | None = None
     step_s: float | None = None
     drafted: object = None
@@ -72,7 +72,7 @@ class Round:
 
     def looked_up(self, chains, hit: list[int], missed: list[int]) -> None:
         """Note what was found in the speculation cache."""
-        self.hit, self.missed, self.steps = hit, missed, len(chains.steps)
+        self.hit, self.missed, self.chain_steps = hit, missed, len(chains.steps)
         if chains.work is not None:
             self.look_up = (self.end, time.perf_counter())
             moments = [chains.work.begin, *chains.moments]
@@ -185,7 +185,7 @@ class Figures:
         if hits and steps and plan.k:
             tested = sum(r.accepted[b] + r.rejected(b) for r in rounds for b in r.live)
             a = sum(r.accepted[b] for r in rounds for b in r.live) / max(tested, 1)
-            length = median(min(r.steps, r.plan.k) for r in rounds if r.look_up)
+            length = median(min(r.chain_steps, r.plan.k) for r in rounds if r.look_up)
             gain = expected_tokens(a, length) / expected_tokens(a, plan.k)
             out["speedup_ceiling"] = (1 + plan.k * median(steps) * 1e3 / out["verify_ms"]) * gain
         return out
@@ -332,7 +332,7 @@ def write_trace(path: str, lanes, rounds: list[Round]) -> None:
                 "round": number,
                 "rows": len(r.live),
                 "missed": r.missed,
-                "chain_steps": r.steps,
+                "chain_steps": r.chain_steps,
             }
             events.append(_span(0, "look-up: " + ("miss" if r.missed else "hit"), *r.look_up, args))
     Path(path).write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))

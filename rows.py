@@ -126,7 +126,7 @@ class Row:
         self.finish: str | None = None
         # How many tokens the target's KV cache holds already, from an earlier turn of a chat; and
         # how many the draft has read, those of the proposal in flight included.
-        self.kept = self.read = 0
+        self.reused = self.read = 0
         self.last_seen: dict[tuple[int, ...], int] = {}
         self.indexed = 0
 

@@ -114,7 +114,7 @@ class Decoding:
             verdict = self.target_lane.start(self.target.verify, feed, proposal.kind, proposal.logq)
             chains = SpeculationCache(self.draft_lane, plan.cut)
             if plan.m > 0:  # with m = 0 the draft waits for the verdict, too
-                job = self.prepare, chains, feed, self.unread(feed), plan, verdict
+                job = self.prepare, chains, feed, self.take_unread(feed), plan, verdict
                 chains.filled_by(self.draft_lane.start(*job))
             yield  # the caller prints the text of the last round
             # Planned while the target verifies: it knows the rounds before this one.
@@ -182,7 +182,7 @@ class Decoding:
             [tokens + [0] * (T - len(tokens)) for tokens in fed], start, list(map(len, fed))
         )
 
-    def unread(self, feed: Feed) -> tuple[list[list[int]], list[int]]:
+    def take_unread(self, feed: Feed) -> tuple[list[list[int]], list[int]]:
         """The ids that the draft must read before `feed`, and the position of the first, by row.
 
         Called once for every feed that the draft is given. A proposal that was drafted while the
@@ -219,10 +219,11 @@ class Decoding:
         """A Chain for each row that missed, by ordinary decoding, while the target waits."""
         if self.draft is None or (most := max(self.rows[b].room(plan.k) for b in missed)) == 0:
             return {}
-        count = [int(b in missed) for b in range(len(self.rows))]
+        asked = set(missed)
+        count = [int(b in asked) for b in range(len(self.rows))]
         start = [len(row.ids) - 1 if c else 0 for row, c in zip(self.rows, count)]
         feed = Feed([row.ids[-1:] for row in self.rows], start, count)
-        unread = self.unread(feed)
+        unread = self.take_unread(feed)
         for b in missed:
             self.rows[b].read += most - 1  # the last token that it drafts is never fed
         done.drafted = self.draft_lane.start(self.decode, feed, unread, most, saguaro_top(plan))
@@ -263,12 +264,12 @@ class Decoding:
         """Both models read the prompts, all but their last token, at the same time."""
         self.warm_up()
         self.figures.begin = time.perf_counter()
-        kept = [row.kept for row in self.rows]
-        ids = [row.ids[k:-1] for row, k in zip(self.rows, kept)]
-        reading = self.target_lane.start(self.target.prefill, ids, kept)
+        reused = [row.reused for row in self.rows]
+        ids = [row.ids[k:-1] for row, k in zip(self.rows, reused)]
+        reading = self.target_lane.start(self.target.prefill, ids, reused)
         if self.draft is not None:
             last = Feed([], [len(row.ids) - 1 for row in self.rows], [0] * len(self.rows))
-            drafting = self.draft_lane.start(self.draft.prefill, *self.unread(last))
+            drafting = self.draft_lane.start(self.draft.prefill, *self.take_unread(last))
             for row in self.rows:
                 row.read = len(row.ids) - 1
         reading.result()

@@ -106,7 +106,7 @@ class Runner:
         self.params: Params | None = None
         self.coupling, self.saguaro_c = "shared", 1.0
         self.lengths: list[int] = []  # of verifications and extends, where steps are static
-        self.steps: dict = {}
+        self.step_of: dict = {}
         self.warm: tuple | None = None  # what the compiled and captured steps were made for
         self.pool = policy.new_pool()
         self.noisy, self.gumbel = policy.fuse(noisy), policy.fuse(gumbel)
@@ -121,7 +121,7 @@ class Runner:
                 old.copy_(new)
             return
         self.params, self.coupling, self.saguaro_c = params, coupling, saguaro_c
-        self.steps, self.warm, self.pool = {}, None, self.policy.new_pool()
+        self.step_of, self.warm, self.pool = {}, None, self.policy.new_pool()
 
     def warm_up(self, lengths: list[int], budgets: list[int]) -> bool:
         """Whether anything was compiled or captured: every static step is, before the run is timed.
@@ -267,16 +267,15 @@ class Runner:
             top=[top] * B,
         )
         packed, *logq = self._step(self._chain_step, columns, **limits)
-        kept = self._kept(
-            logq
-        )  # before _read waits: the other lane uses it without waiting for this one
-        return self._read(packed, tokens=m).tokens, kept
+        # Before _read waits: the other lane uses it without waiting for this one.
+        own = self._own(logq)
+        return self._read(packed, tokens=m).tokens, own
 
     def decode(self, feed: Feed, top: int):
         """The next token of each row [B] and their LogQ of (B, 1, V), or None: an ordinary step."""
         packed, *logq = self._pass(self._decode, feed, top=[top] * self.batch)
-        kept = self._kept(logq)
-        return self._read(packed, token=int).token, kept
+        own = self._own(logq)
+        return self._read(packed, token=int).token, own
 
     def _extend(self, x, *, extent, tight):
         T = x.tokens.shape[1]
@@ -379,7 +378,7 @@ class Runner:
             at += kind if wide else 1
         return out
 
-    def _kept(self, logq: list[torch.Tensor]) -> "LogQ | None":
+    def _own(self, logq: list[torch.Tensor]) -> "LogQ | None":
         """log q in a form that outlives the next step, which would overwrite a graph's output."""
         if not logq:
             return None
@@ -410,14 +409,14 @@ class Runner:
         if not self.policy.static:
             return work(_views(packed, layout), *tensors, **static)
         key = (work.__name__, layout, *(x.shape for x in tensors), *static.values())
-        if key not in self.steps:
+        if key not in self.step_of:
             self.policy.enter_thread()
 
             def fixed(packed, *tensors):
                 return work(_views(packed, layout), *tensors, **static)
 
-            self.steps[key] = self.policy.step(fixed, self.pool)
-        return self.steps[key](packed, *tensors)
+            self.step_of[key] = self.policy.step(fixed, self.pool)
+        return self.step_of[key](packed, *tensors)
 
 
 class LogQ(NamedTuple):

@@ -85,7 +85,7 @@ def counts(pair: Engine) -> dict[tuple, tuple[int, int]]:
     out = {}
     for model in (pair.target, pair.draft):
         for runner in model.runners.values():
-            for (name, layout, *_), graph in runner.steps.items():
+            for (name, layout, *_), graph in runner.step_of.items():
                 width = dict(layout)["tokens"]
                 out[runner.role, name.strip("_"), width] = graph.counts
     return out

@@ -382,7 +382,7 @@ def replays(check: Check, runner: Runner, name: str) -> list[float] | None:
     """Seconds of a captured step alone, by events: what the host adds is the difference from wall
     time.
     """
-    graphs = [graph for key, graph in runner.steps.items() if key[0] == name]
+    graphs = [graph for key, graph in runner.step_of.items() if key[0] == name]
     return check.timed(graphs[-1].graph.replay) if graphs else None
 
 

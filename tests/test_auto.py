@@ -83,10 +83,10 @@ class Machine:
             if plan.m:
                 t = max(t, moments[0]) if hit else t
                 done.look_up, done.hit, done.missed = (end, t), [0] * hit, [0] * (not hit)
-                done.steps = length = sum(m <= t for m in moments)
-                done.prepare_s, steps = prepared - start, [prepared, *moments[: done.steps]]
+                done.chain_steps = length = sum(m <= t for m in moments)
+                done.prepare_s, steps = prepared - start, [prepared, *moments[: done.chain_steps]]
                 done.step_s = (
-                    median(b - a for a, b in zip(steps, steps[1:])) if done.steps else None
+                    median(b - a for a, b in zip(steps, steps[1:])) if done.chain_steps else None
                 )
             plan, length = next_plan, min(length, next_plan.k) if hit else 0
             if not hit and next_plan.k and next_plan.fallback != "fast":

@@ -206,7 +206,7 @@ def test_ssd_maximal_whole_and_cut_chains_and_every_fallback(pair, monkeypatch):
     rounds = decoding.figures.rounds
     assert min(tried.values()) > 20_000 and 0.2 < stats["hit_rate"] < 0.8
     assert sum(done.drafted is not None for done in rounds) > 3
-    assert {done.steps for done in rounds if done.look_up} == {1, 2}
+    assert {done.chain_steps for done in rounds if done.look_up} == {1, 2}
     check(pair, decoding)
 
 

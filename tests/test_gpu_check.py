@@ -217,5 +217,5 @@ def test_nothing_is_read_from_a_graph_after_its_pool_replays(coupling, monkeypat
         assert all(
             isinstance(graph, FakeGraph)
             for runner in part.values()
-            for graph in runner.steps.values()
+            for graph in runner.step_of.values()
         )
