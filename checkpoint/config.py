@@ -9,6 +9,7 @@ is not understood is an error that names it: a model that loads must compute wha
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -158,37 +159,27 @@ def _refuse(raw: dict, kind) -> None:
         )
 
 
-def _whole(
-    raw: dict, key: str, default: int | None = None, least: int = 1, most: int = 1 << 24
-) -> int:
+def _value(raw: dict, key: str, default, fits: Callable, wanted: str):
+    """raw[key], or the default where it says nothing (null is nothing, too), if it fits."""
     value = raw.get(key)
     value = default if value is None else value
-    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
-        raise ValueError(
-            f"config.json says {key} = {value!r}, wanted a whole number {least} to {most}: fetch "
-            "it again"
-        )
+    if not fits(value):
+        raise ValueError(f"config.json says {key} = {value!r}, wanted {wanted}: fetch it again")
     return value
+
+
+def _whole(raw: dict, key: str, default=None, least: int = 1, most: int = 1 << 24) -> int:
+    fits = lambda value: type(value) is int and least <= value <= most  # noqa: E731
+    return _value(raw, key, default, fits, f"a whole number {least} to {most}")
 
 
 def _flag(raw: dict, key: str, default: bool = False) -> bool:
-    value = raw.get(key)
-    value = default if value is None else value
-    if not isinstance(value, bool):
-        raise ValueError(
-            f"config.json says {key} = {value!r}, wanted true or false: fetch it again"
-        )
-    return value
+    return _value(raw, key, default, lambda value: type(value) is bool, "true or false")
 
 
 def _real(raw: dict, key: str, default: float | None = None) -> float:
-    value = raw.get(key)
-    value = default if value is None else value
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < 1e300:
-        raise ValueError(
-            f"config.json says {key} = {value!r}, wanted a non-negative number: fetch it again"
-        )
-    return float(value)
+    fits = lambda value: type(value) in (int, float) and 0 <= value < 1e300  # noqa: E731
+    return float(_value(raw, key, default, fits, "a non-negative number"))
 
 
 def _yarn_numbers(rope: dict, positions) -> dict:

@@ -56,26 +56,33 @@ TEXT_FILES = [
     "generation_config.json",
 ]
 
-# Our parameter -> theirs, the letters of its axes, and the Config flag that says whether it has a
-# bias (norms: whether it exists). V vocabulary, E hidden, F feed-forward, Q all query heads, K all
-# key (or value) heads, D one head.
+# Our parameter, theirs, the letters of its axes, and the flag of Config that says whether it is
+# there. V vocabulary, E hidden, F feed-forward, Q all query heads, K all key (or value) heads,
+# D one head.
 TOP = (
-    ("embed", "model.embed_tokens", "VE", ""),
-    ("norm", "model.norm", "E", ""),
-    ("head", "lm_head", "VE", ""),
+    ("embed.weight", "model.embed_tokens.weight", "VE", ""),
+    ("norm.weight", "model.norm.weight", "E", ""),
+    ("head.weight", "lm_head.weight", "VE", ""),
 )
 LAYER = (
-    ("attention_norm", "input_layernorm", "E", ""),
-    ("attention.qkv", "self_attn.q_proj", "QE", "qkv_bias"),
-    ("attention.qkv", "self_attn.k_proj", "KE", "qkv_bias"),
-    ("attention.qkv", "self_attn.v_proj", "KE", "qkv_bias"),
-    ("attention.q_norm", "self_attn.q_norm", "D", "qk_norm"),
-    ("attention.k_norm", "self_attn.k_norm", "D", "qk_norm"),
-    ("attention.out", "self_attn.o_proj", "EQ", "out_bias"),
-    ("mlp_norm", "post_attention_layernorm", "E", ""),
-    ("mlp.gate_up", "mlp.gate_proj", "FE", "mlp_bias"),
-    ("mlp.gate_up", "mlp.up_proj", "FE", "mlp_bias"),
-    ("mlp.down", "mlp.down_proj", "EF", "mlp_bias"),
+    ("attention_norm.weight", "input_layernorm.weight", "E", ""),
+    ("attention.qkv.weight", "self_attn.q_proj.weight", "QE", ""),
+    ("attention.qkv.bias", "self_attn.q_proj.bias", "Q", "qkv_bias"),
+    ("attention.qkv.weight", "self_attn.k_proj.weight", "KE", ""),
+    ("attention.qkv.bias", "self_attn.k_proj.bias", "K", "qkv_bias"),
+    ("attention.qkv.weight", "self_attn.v_proj.weight", "KE", ""),
+    ("attention.qkv.bias", "self_attn.v_proj.bias", "K", "qkv_bias"),
+    ("attention.q_norm.weight", "self_attn.q_norm.weight", "D", "qk_norm"),
+    ("attention.k_norm.weight", "self_attn.k_norm.weight", "D", "qk_norm"),
+    ("attention.out.weight", "self_attn.o_proj.weight", "EQ", ""),
+    ("attention.out.bias", "self_attn.o_proj.bias", "E", "out_bias"),
+    ("mlp_norm.weight", "post_attention_layernorm.weight", "E", ""),
+    ("mlp.gate_up.weight", "mlp.gate_proj.weight", "FE", ""),
+    ("mlp.gate_up.bias", "mlp.gate_proj.bias", "F", "mlp_bias"),
+    ("mlp.gate_up.weight", "mlp.up_proj.weight", "FE", ""),
+    ("mlp.gate_up.bias", "mlp.up_proj.bias", "F", "mlp_bias"),
+    ("mlp.down.weight", "mlp.down_proj.weight", "EF", ""),
+    ("mlp.down.bias", "mlp.down_proj.bias", "E", "mlp_bias"),
 )
 
 
@@ -102,26 +109,28 @@ def pieces(config: Config) -> Iterator[Piece]:
     D = config.head_dim
     sizes = {"V": config.vocab_size, "E": config.hidden_size, "F": config.intermediate_size}
     sizes |= {"Q": config.num_heads * D, "K": config.num_kv_heads * D, "D": D}
-    embed, norm, head = ((ours, theirs, axes, flag, -1) for ours, theirs, axes, flag in TOP)
-    rows = [] if config.head_tokens else [embed]  # such a draft takes both from its target
-    for layer in range(config.num_layers):
-        rows += [
-            (f"layers.{layer}.{o}", f"model.layers.{layer}.{t}", axes, flag, layer)
-            for o, t, axes, flag in LAYER
-        ]
-    rows += [norm] if config.tied or config.head_tokens else [norm, head]
+    embed, norm, head = TOP
+    trained = config.head_tokens > 0  # such a draft takes embedding and head from its target
     filled: dict[str, int] = {}  # rows of our parameter taken so far: q, k and v are stacked
-    for ours, theirs, axes, flag, layer in rows:
-        on = not flag or getattr(config, flag)
-        if axes == "D":
-            kinds = [("weight", axes)] if on else []
-        else:
-            kinds = [("weight", axes), ("bias", axes[:1])] if flag and on else [("weight", axes)]
-        for kind, letters in kinds:
-            shape = tuple(sizes[letter] for letter in letters)
-            start = filled.get(f"{ours}.{kind}", 0)
-            filled[f"{ours}.{kind}"] = start + shape[0]
-            yield Piece(f"{theirs}.{kind}", f"{ours}.{kind}", start, shape, letters, layer)
+
+    def place(row: tuple, layer: int) -> Iterator[Piece]:
+        ours, theirs, axes, flag = row
+        if flag and not getattr(config, flag):
+            return
+        if layer >= 0:
+            ours, theirs = f"layers.{layer}.{ours}", f"model.layers.{layer}.{theirs}"
+        shape, start = tuple(sizes[letter] for letter in axes), filled.get(ours, 0)
+        filled[ours] = start + shape[0]
+        yield Piece(theirs, ours, start, shape, axes, layer)
+
+    if not trained:
+        yield from place(embed, -1)
+    for layer in range(config.num_layers):
+        for row in LAYER:
+            yield from place(row, layer)
+    yield from place(norm, -1)
+    if not (config.tied or trained):
+        yield from place(head, -1)
 
 
 def by_module(config: Config) -> dict[str, list[Piece]]:

