@@ -18,6 +18,7 @@ Shape letters: L layers, B batch, T tokens fed per row, G key/value heads, S slo
 branches.
 """
 
+import copy
 import threading
 import time
 
@@ -49,6 +50,14 @@ class KVCache:
         if self is not other:
             self.k_LBGSD[:, :, :, :length] = other.k_LBGSD[:, :, :, :length]
             self.v_LBGSD[:, :, :, :length] = other.v_LBGSD[:, :, :, :length]
+
+    def narrow(self, part: range) -> "KVCache":
+        """The rows of these places alone, as a cache that is a view of this one."""
+        view = copy.copy(self)
+        view.k_LBGSD = self.k_LBGSD[:, part.start : part.stop]
+        view.v_LBGSD = self.v_LBGSD[:, part.start : part.stop]
+        view.layers = list(zip(view.k_LBGSD.unbind(), view.v_LBGSD.unbind()))
+        return view
 
     def __getitem__(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values (B, G, S, D) of one layer, to read and to write."""
@@ -121,8 +130,9 @@ class SpeculationCache:
         self, tokens_BM: list[list[int]], depths_BM: list[list[int]], chance_B: list[float]
     ) -> None:
         for row, branches in enumerate(zip(depths_BM, tokens_BM)):
-            for branch, (depth, token) in enumerate(zip(*branches)):
-                self.branch_of[row, depth, token] = branch
+            if branches[1] is not None:  # the row took part in this round
+                for branch, (depth, token) in enumerate(zip(*branches)):
+                    self.branch_of[row, depth, token] = branch
         self.chance = chance_B
         self.moments.append(time.perf_counter())
         self.forked.set()

@@ -136,16 +136,16 @@ class Model:
         return self.runners[key]
 
     def set_up(
-        self, role, rows, settings, trunk: int, k: int, branches: int, vocab: int, before
+        self, role, rows, batch, settings, trunk: int, k: int, branches: int, vocab: int, before
     ) -> Runner:
-        """A runner that knows how these rows sample, with the KV of the tokens that the runner
-        `before` has read.
+        """A runner that knows how the first `batch` of these rows sample, with the KV of the tokens
+        that the runner `before` has read.
         """
-        runner = self.runner(role, len(rows), trunk, k, branches, vocab)
-        params = sampling_params(rows, settings, runner.device)
+        runner = self.runner(role, batch, trunk, k, branches, vocab)
+        params = sampling_params(rows, runner.device).narrow(range(batch))
         runner.set_rows(params, settings.coupling, settings.saguaro_c)
         if before is not None:
-            runner.cache.copy_trunk(before.cache, rows[0].reused)
+            runner.cache.copy_trunk(before.cache, rows[0].prompt_read)
         return runner
 
 
@@ -168,25 +168,47 @@ def check_pair(target: Model, draft: Model) -> None:
         )
 
 
-def check_memory(models: list[tuple[Model, int]], batch: int, trunk: int, k: int) -> None:
-    """Refuse KV caches that would not fit, before they are allocated. models: each with its number
-    of branches.
+def fit_memory(
+    models: list[tuple[Model, int]], rows: list[Row], batch: int | None, k: int, tell
+) -> tuple[int, int]:
+    """How many rows are decoded at once, and the tokens of the longest: `batch` rows, or as many as
+    memory holds.
+
+    A row with which the KV caches would not fit is refused, before anything is allocated. Raises
+    ValueError where none is left. models: each with its number of branches. tell: is told what is
+    taken.
     """
-    need: dict[torch.device, int] = {}
+    per_slot: dict[torch.device, list[tuple[int, int]]] = {}  # bytes, and slots beside the trunk
     for model, branches in models:
-        c = model.config
-        slots = trunk + branches * k + 1
-        size = 2 * c.num_layers * batch * c.num_kv_heads * slots * c.head_dim * model.dtype.itemsize
-        device = model.transformer.embed.weight.device
-        need[device] = need.get(device, 0) + size
-    for device, size in need.items():
-        free = available_bytes(device)
-        if free is not None and size > free:
-            raise ValueError(
-                f"the KV cache for {batch} rows of {trunk} tokens needs {size / 1e9:.1f} GB, but "
-                f"{device} has {free / 1e9:.1f} GB free: use fewer or shorter prompts or a smaller "
-                "max_new_tokens"
-            )
+        c, device = model.config, model.transformer.embed.weight.device
+        size = 2 * c.num_layers * c.num_kv_heads * c.head_dim * model.dtype.itemsize
+        per_slot.setdefault(device, []).append((size, branches * k + 1))
+    free = {device: available_bytes(device) for device in per_slot}
+    while left := [row for row in rows if row.finish is None]:
+        longest = max(left, key=lambda row: row.limit)
+        trunk, wanted = longest.limit + k + 1, min(batch or 1, len(left))
+        row_bytes = {
+            device: sum(size * (trunk + more) for size, more in of)
+            for device, of in per_slot.items()
+        }
+        known = [device for device in free if free[device] is not None]
+        fits = min((free[device] // row_bytes[device] for device in known), default=len(left))
+        if fits >= wanted:
+            batch = min(batch or fits, len(left), fits)
+            for device in known:
+                tell(
+                    f"KV cache on {device}: {batch} rows of {trunk} tokens, "
+                    f"{batch * row_bytes[device] / 1e9:.2f} of {free[device] / 1e9:.1f} GB free"
+                )
+            return batch, trunk
+        device = min(known, key=lambda device: free[device] / row_bytes[device])
+        longest.refuse(
+            f"the KV cache for {wanted} rows of {trunk} tokens needs "
+            f"{wanted * row_bytes[device] / 1e9:.1f} GB, but {device} has "
+            f"{free[device] / 1e9:.1f} GB free: use fewer or shorter prompts or a smaller "
+            "max_new_tokens"
+        )
+    raise ValueError(rows[0].refused)
 
 
 @dataclass
@@ -209,6 +231,7 @@ class Engine:
         self.draft = draft = None if self.ngram else draft
         self.tokenizer, self.eos = target.tokenizer, target.eos
         self.warn = warn or (lambda text: print(f"warning: {text}", file=sys.stderr))
+        self.tell = lambda text: None  # how much memory a run is about to take
         self.seen: dict[tuple, object] = {}  # for --k auto: what runs of a kind have shown
         self.previous: tuple | None = None  # of the last generation, for the next turn of a chat
         if draft is not None:
@@ -239,40 +262,45 @@ class Engine:
         self.finish(decoding)
 
     def start(
-        self, prompts: list, keep: bool = False, decoding=Decoding, planner=None, **settings
+        self, prompts: list, keep=False, decoding=Decoding, planner=None, numbers=None, **settings
     ) -> Decoding:
         """A generation that is set up and has not begun. Everything that a user can get wrong is
         checked here.
 
         decoding: a subclass that drafts or predicts in another way (examples/). planner: an object
-        with first() and next(done), whose plans stay within the numbers k and fan_out.
+        with first() and next(done), whose plans stay within the numbers k and fan_out. numbers: the
+        rows' own, which name their noise; by default their places in the list.
         """
         self.settings = settings = check_settings(settings)
-        rows = make_rows(prompts, settings, self.tokenizer, self.eos, self.target.config)
+        config = self.target.config
+        rows = make_rows(prompts, settings, self.tokenizer, self.eos, config, numbers)
         mode, V = settings.mode, self.target.config.vocab_size
         drafts = [self.draft] if self.draft is not None and mode != "ar" else []
         if mode != "ar" and not drafts and (mode == "ssd" or not self.ngram):
             raise ValueError(
                 f"mode {mode} needs a draft model: load one with draft=..., or use mode ar"
             )
-        usual, ks, ms = self.planner(settings, len(rows), drafts)
+        most = min(settings.batch or len(rows), len(rows))
+        usual, ks, ms = self.planner(settings, most, drafts)
         k, branches = max(ks), max(ms)
         target_lane, draft_lane = self.devices.lanes(mode)
-        longest = max(row.limit for row in rows) + k + 1
         models = [("target", self.target, 0)] + [("draft", draft, branches) for draft in drafts]
-        check_memory([(model, m) for _, model, m in models], len(rows), longest, k)
+        sizes = [(model, m) for _, model, m in models]
+        batch, trunk = fit_memory(sizes, rows, settings.batch, k, self.tell)
         before = (
             self.reuse(rows[0], len(models)) if keep and len(rows) == 1 else [None] * len(models)
         )
+        left = [row for row in rows if row.finish is None]
         # On the lanes themselves: a GPU's streams would not wait for what another stream allocates.
         lanes = zip((target_lane, draft_lane), models, before)
         runners = [
-            lane.start(model.set_up, role, rows, settings, longest, k, m, V, old).result()
+            lane.start(model.set_up, role, left, batch, settings, trunk, k, m, V, old).result()
             for lane, (role, model, m), old in lanes
         ]
         runners += [None]  # where there is no draft model
         lengths = sorted({1, *(1 + k for k in ks)})
-        shapes = lengths, [m for m in ms if m]
+        parts = [range(batch)] + [range(b, b + 1) for b in range(batch) if len(left) > batch > 1]
+        shapes = lengths, [m for m in ms if m], parts
         played = planner or usual
         lanes = runners[0], target_lane, runners[1], draft_lane
         return decoding(rows, played, *lanes, shapes, self.warn)
@@ -314,19 +342,19 @@ class Engine:
     def reuse(self, row: Row, models: int) -> list[Runner | None]:
         """The runners of the previous call, if their KV holds a beginning of this prompt.
 
-        row.reused is how many tokens of it they hold.
+        row.prompt_read is how many tokens of it they hold.
         """
         if self.previous is None or len(self.previous[0]) != models:
             return [None] * models
         old, ids, read = self.previous
         same = min(len(ids) - 1, len(row.ids) - 1)  # the last token has no KV
-        row.reused = next((i for i in range(same) if ids[i] != row.ids[i]), same)
-        row.read = min(read, row.reused)
+        row.prompt_read = next((i for i in range(same) if ids[i] != row.ids[i]), same)
+        row.read = min(read, row.prompt_read)
         return old
 
     def finish(self, decoding: Decoding) -> Result:
         """The result of a generation, complete or interrupted."""
-        rows, figures = decoding.rows, decoding.figures
+        rows, figures = decoding.every, decoding.figures
         self.previous, figures.end = None, figures.end or time.perf_counter()
         if decoding.lost:
             self.draft.runners.clear()  # what hangs may still write to their buffers

@@ -128,7 +128,8 @@ class Figures:
         new = [len(row.new_ids) for row in self.rows]
         first_token = self.rounds[0].end if self.rounds else self.end
         decode_s = max(self.end - first_token, 1e-9)
-        rounds, after_first = self.rounds[1:], max(sum(new) - len(new), 0)
+        first = len(self.rounds[0].live) if self.rounds else 0  # each of them emitted one token
+        rounds, after_first = self.rounds[1:], sum(new) - first
         tried = [(r, b) for r in self.rounds for b in r.live if r.length[b]]
         accepted, drafted = sum(r.accepted[b] for r, b in tried), sum(r.length[b] for r, b in tried)
         tested = accepted + sum(r.rejected(b) for r, b in tried)
@@ -202,7 +203,7 @@ def run_stats(decoding, settings, floor_s: float | None) -> dict:
 
     floor_s: seconds that reading the target's weights once takes at the speed of a plain read.
     """
-    rows, figures, lane = decoding.rows, decoding.figures, decoding.draft_lane
+    rows, figures, lane = decoding.every, decoding.figures, decoding.draft_lane
     plan, speculates = figures.usual_plan(), settings.mode != "ar"
     stats = {name: getattr(settings, name) for name in SETTINGS_SHOWN}
     stats |= {"k": plan.k if plan else settings.k, "fan_out": plan.m if plan else settings.fan_out}

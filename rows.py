@@ -24,6 +24,7 @@ class Settings:
 
     temperature, top_k, top_p, seed and max_new_tokens are one value, or a list with one per prompt.
 
+    * batch: most rows that are decoded at once; the others wait. None: all that memory holds.
     * mode: "ar" is plain decoding; in "sd" draft and target take turns; in "ssd" the draft prepares
       while the target verifies.
     * max_new_tokens: most new tokens of a row, the end-of-text token included.
@@ -54,6 +55,7 @@ class Settings:
     fallback: str = "auto"
     coupling: str = "shared"
     saguaro_c: float = 1.0
+    batch: int | None = None
 
     def __post_init__(self):
         _one_of("mode", self.mode, MODES)
@@ -68,6 +70,8 @@ class Settings:
         _each(self.top_k, "top_k", int, 0, 1 << 24)
         _each(self.top_p, "top_p", float, 0, 1, above=True)
         _each(self.seed, "seed", int, 0, (1 << 64) - 1)
+        if self.batch is not None:
+            _each(self.batch, "batch", int, 1, 1 << 16, lists=False)
         for name, most in (("k", 64), ("fan_out", 1024)):
             if getattr(self, name) != AUTO:
                 _each(
@@ -102,7 +106,7 @@ class Row:
 
     number is the sequence's stable number, which with its seed names its noise. limit is the most
     ids it may have, by max_new_tokens and the context. finish is None, or why it ended: "eos",
-    "stop", "length", "context".
+    "stop", "length", "context"; "refused" if it cannot be decoded, and then `refused` says why.
     """
 
     def __init__(
@@ -114,7 +118,10 @@ class Row:
         eos: frozenset,
         detokenizer,
         stop,
+        sampling=(0.0, 0, 1.0, 0),
     ):
+        """sampling: temperature, top_k, top_p, seed."""
+        self.sampling = sampling
         self.number, self.ids, self.prompt = number, list(prompt), len(prompt)
         self.max_new, self.context, self.eos = max_new, context, eos
         self.limit = min(self.prompt + max_new, context)
@@ -124,15 +131,24 @@ class Row:
             0,
         )  # all text so far, and how many characters of it were handed out
         self.finish: str | None = None
-        # How many tokens the target's KV cache holds already, from an earlier turn of a chat; and
-        # how many the draft has read, those of the proposal in flight included.
-        self.reused = self.read = 0
+        self.refused: str | None = None
+        # How many tokens of the prompt the target has read, and how many of all the draft, those of
+        # the proposal in flight included. An earlier turn of a chat may have left some.
+        self.prompt_read = self.read = 0
         self.last_seen: dict[tuple[int, ...], int] = {}
         self.indexed = 0
 
     @property
+    def unread(self) -> list[int]:
+        """The prompt's tokens that the target has still to read. The last one is pending."""
+        return self.ids[self.prompt_read : self.prompt - 1]
+
+    @property
     def new_ids(self) -> list[int]:
         return self.ids[self.prompt :]
+
+    def refuse(self, why: str) -> None:
+        self.finish, self.refused = "refused", why
 
     def room(self, k: int) -> int:
         """How many draft tokens the next round can use. The bonus token takes the last place."""
@@ -194,9 +210,11 @@ class Row:
         return []
 
 
-def make_rows(prompts: list, settings, tokenizer, eos: frozenset, config) -> list[Row]:
+def make_rows(
+    prompts: list, settings, tokenizer, eos: frozenset, config, numbers: list[int] | None = None
+) -> list[Row]:
     """One Row per prompt, a text or token ids. ValueError with one sentence for a prompt that
-    cannot be completed.
+    cannot be completed. One that is too long for the context is refused by itself.
     """
     if not isinstance(prompts, (list, tuple)) or not prompts:
         got = "no prompts" if isinstance(prompts, (list, tuple)) else f"a {type(prompts).__name__}"
@@ -206,21 +224,21 @@ def make_rows(prompts: list, settings, tokenizer, eos: frozenset, config) -> lis
             "stop texts were given, but the checkpoint has no tokenizer files: leave them out"
         )
     seeds_are_own = isinstance(settings.seed, (list, tuple))
-    limits = settings.per_row("max_new_tokens", len(prompts))
+    each = [settings.per_row(name, len(prompts)) for name in PER_ROW]
     rows = []
-    for b, (prompt, max_new) in enumerate(zip(prompts, limits)):
+    for b, (prompt, *sampling, max_new) in enumerate(zip(prompts, *each)):
         ids = _encode(prompt, b + 1, tokenizer, config.vocab_size)
-        if len(ids) >= config.max_positions:
-            raise ValueError(
-                f"prompt {b + 1} has {len(ids)} tokens, but the context of the target is "
-                f"{config.max_positions} and must hold at least one more: shorten it"
-            )
         detokenizer = tokenizer.stream() if tokenizer is not None else None
         ends = frozenset() if settings.ignore_eos else eos
-        number = 0 if seeds_are_own else b
-        rows.append(
-            Row(number, ids, max_new, config.max_positions, ends, detokenizer, settings.stop)
-        )
+        number = 0 if seeds_are_own else b if numbers is None else numbers[b]
+        most = config.max_positions
+        row = Row(number, ids, max_new, most, ends, detokenizer, settings.stop, tuple(sampling))
+        if len(ids) >= most:
+            row.refuse(
+                f"prompt {b + 1} has {len(ids)} tokens, but the context of the target is "
+                f"{most} and must hold at least one more: shorten it"
+            )
+        rows.append(row)
     return rows
 
 
@@ -252,10 +270,9 @@ def _encode(prompt, number: int, tokenizer, vocab_size: int) -> list[int]:
     return list(prompt)
 
 
-def sampling_params(rows: list[Row], settings, device) -> Params:
+def sampling_params(rows: list[Row], device) -> Params:
     """The rows' sampling parameters as tensors on a device."""
-    each = (settings.per_row(name, len(rows)) for name in ("temperature", "top_k", "top_p", "seed"))
-    return Params.make(*each, [row.number for row in rows], device)
+    return Params.make(*zip(*(row.sampling for row in rows)), [row.number for row in rows], device)
 
 
 def _one_of(name: str, value, choices) -> None:

@@ -76,6 +76,10 @@ class Params(NamedTuple):
             filtered=any(top_k) or any(p < 1 for p in top_p),
         )
 
+    def narrow(self, part: range) -> "Params":
+        """Views of these rows alone."""
+        return Params(*(x_B[part.start : part.stop] for x_B in self[:6]), *self[6:])
+
 
 # ---- noise
 

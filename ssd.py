@@ -18,6 +18,7 @@ Source: Kumar, Dao, May, "Speculative Speculative Decoding", ICLR 2026 (arXiv 26
 """
 
 import time
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -31,6 +32,7 @@ from steps import Feed, Fork, Runner
 # How long the target waits for the draft's first passes, in seconds: they may still fetch weights
 # from memory or disk, or compile. Later the lane is as patient as its slowest work tells it to be.
 PREFILL_PATIENCE_S, WARM_UP_PATIENCE_S = 10.0, 600.0
+CHUNK = 256  # prompt tokens that are read between two rounds, of rows that join a running batch
 # Draft tokens, and the LogQ that each was drawn from (None under `shared`).
 Chain = tuple[list[int], list]
 
@@ -97,8 +99,14 @@ class Decoding:
         shapes: tuple,
         warn,
     ):
-        """shapes: the lengths and the budgets that static steps are compiled for."""
-        self.rows, self.planner, self.shapes, self.warn = rows, planner, shapes, warn
+        """rows: in the order of their prompts. As many as the target has places are decoded at
+        once, the others wait; one that has ended, since it was refused, never begins. shapes: the
+        lengths, budgets and parts of the batch that static steps are compiled for.
+        """
+        self.every, self.waiting = rows, deque(row for row in rows if row.finish is None)
+        self.rows = [self.waiting.popleft() for _ in range(target.batch)]
+        self.reading: list[Work] = []
+        self.planner, self.shapes, self.warn = planner, shapes, warn
         self.target, self.target_lane = target, target_lane
         self.draft, self.draft_lane = draft, draft_lane
         self.figures, self.foresight, self.lost = Figures(rows), Foresight(), False
@@ -109,8 +117,8 @@ class Decoding:
         """Play rounds until every row has ended. Yields once a round, while the target verifies."""
         self.prefill()
         plan, proposal = self.planner.first(), Proposal(len(self.rows))
-        while live := self.live():
-            feed, last = self.feed(proposal), self.figures.last
+        while live := self.seated():
+            feed, last = self.feed(live, proposal), self.figures.last
             verdict = self.target_lane.start(self.target.verify, feed, proposal.kind, proposal.logq)
             chains = SpeculationCache(self.draft_lane, plan.cut)
             if plan.m > 0:  # with m = 0 the draft waits for the verdict, too
@@ -119,10 +127,9 @@ class Decoding:
             yield  # the caller prints the text of the last round
             # Planned while the target verifies: it knows the rounds before this one.
             next_plan = self.planner.next(last) if last else plan
-            accepted, bonus = (
-                verdict.result()
-            )  # waits for the target; propose may wait for the draft
-            self.emit(proposal, accepted, bonus)
+            # Waits for the target; propose may wait for the draft.
+            accepted, bonus = verdict.result()
+            self.emit(live, proposal, accepted, bonus)
             done = self.figures.verified(plan, proposal, live, accepted, verdict)
             try:
                 proposal, plan = self.propose(chains, accepted, bonus, next_plan, done), next_plan
@@ -136,7 +143,7 @@ class Decoding:
 
         The key of `chains` is (row, accepted, bonus), the value is a Chain.
         """
-        proposal, live = Proposal(len(self.rows)), self.live()
+        proposal, live = Proposal(len(self.rows)), self.live(done.live)
         found = chains.look_up(live, accepted, bonus)  # waits for fork and first step, if need be
         missed = [b for b in live if b not in found]
         self.learn(done, chains, found, missed)
@@ -168,14 +175,43 @@ class Decoding:
 
     # ---- the steps of a round
 
-    def live(self) -> list[int]:
-        """The rows that have not ended."""
-        return [b for b, row in enumerate(self.rows) if row.finish is None]
+    def live(self, places=None) -> list[int]:
+        """The places, all by default, whose row is read by the target and has not ended."""
+        places = range(len(self.rows)) if places is None else places
+        return [b for b in places if self.rows[b].finish is None and not self.rows[b].unread]
 
-    def feed(self, proposal: Proposal) -> Feed:
+    def seated(self) -> list[int]:
+        """The live places, after rows that wait took the places of rows that have ended.
+
+        Both models read the prompt of such a row: CHUNK tokens a round, so that the others do not
+        wait for long; more only where nobody else could play.
+        """
+        for work in self.reading:
+            work.result()  # is done; raises what went wrong
+        self.reading, left = [], CHUNK
+        for b in range(len(self.rows)):
+            if self.rows[b].finish and self.waiting:
+                self.rows[b] = row = self.waiting.popleft()
+                self.on_both("seat", b, row.sampling, row.number)
+            row = self.rows[b]
+            while (chunk := row.unread[:CHUNK]) and (left > 0 or not self.live()):
+                ids, start = ([[]] * len(self.rows), [0] * len(self.rows))
+                ids[b], start[b] = chunk, row.prompt_read
+                self.on_both("prefill", ids, start)
+                left -= len(chunk)
+                row.prompt_read = row.read = row.prompt_read + len(chunk)
+        return self.live()
+
+    def on_both(self, work: str, *args) -> None:
+        """Start a method of both runners. What goes wrong is raised before the next round."""
+        self.reading.append(self.target_lane.start(getattr(self.target, work), *args))
+        if self.draft is not None:
+            self.draft_lane.start(getattr(self.draft, work), *args)
+
+    def feed(self, live: list[int], proposal: Proposal) -> Feed:
         """[r, d_1 .. d_L] of each live row, padded to one T; compiled steps exist for a few T."""
         fed = [[row.ids[-1], *d] for row, d in zip(self.rows, proposal.tokens)]
-        fed = [[] if row.finish else tokens for row, tokens in zip(self.rows, fed)]
+        fed = [tokens if b in live else [] for b, tokens in enumerate(fed)]
         start = [len(row.ids) - 1 if tokens else 0 for row, tokens in zip(self.rows, fed)]
         T = self.target.fits(max(map(len, fed)))
         return Feed(
@@ -196,9 +232,9 @@ class Decoding:
             row.read = start + count if count else row.read
         return ids, begins
 
-    def emit(self, proposal: Proposal, accepted: list[int], bonus: list[int]) -> None:
+    def emit(self, live, proposal: Proposal, accepted: list[int], bonus: list[int]) -> None:
         """Append d_1 .. d_j and the bonus token to each row. A row that ends drops the rest."""
-        for b in self.live():
+        for b in live:
             row = self.rows[b]
             for token in (*proposal.tokens[b][: accepted[b]], bonus[b]):
                 if row.finish is None:
@@ -264,14 +300,16 @@ class Decoding:
         """Both models read the prompts, all but their last token, at the same time."""
         self.warm_up()
         self.figures.begin = time.perf_counter()
-        reused = [row.reused for row in self.rows]
-        ids = [row.ids[k:-1] for row, k in zip(self.rows, reused)]
-        reading = self.target_lane.start(self.target.prefill, ids, reused)
+        start = [row.prompt_read for row in self.rows]
+        ids = [row.unread for row in self.rows]
+        reading = self.target_lane.start(self.target.prefill, ids, start)
         if self.draft is not None:
             last = Feed([], [len(row.ids) - 1 for row in self.rows], [0] * len(self.rows))
             drafting = self.draft_lane.start(self.draft.prefill, *self.take_unread(last))
             for row in self.rows:
                 row.read = len(row.ids) - 1
+        for row in self.rows:
+            row.prompt_read = len(row.ids) - 1
         reading.result()
         if self.draft is not None:
             took = reading.end - reading.begin

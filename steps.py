@@ -51,16 +51,22 @@ PREFILL_CHUNKS = (32, 256)
 class Feed:
     """What a model is fed in a round: [r, d_1 .. d_L] of each row, padded to T.
 
-    start is the position of r; count is L + 1, and 0 for a row that has ended.
+    start is the position of r; count is L + 1, and 0 for a row that takes no part. Lists have an
+    entry for every place of the batch. A pass runs on the places in `part`, by default from the
+    first to the last that is fed.
     """
 
     tokens: list[list[int]]
     start: list[int]
     count: list[int]
+    part: range | None = None
 
 
 class Fork(NamedTuple):
-    """Each row's branches, likeliest first, and the chance that the outcome is among them."""
+    """Each row's branches, likeliest first, and the chance that the outcome is among them.
+
+    None for rows that took no part.
+    """
 
     tokens: list[list[int]]  # [B][M]
     depths: list[list[int]]  # [B][M], the j of each branch
@@ -68,8 +74,9 @@ class Fork(NamedTuple):
 
 
 class Runner:
-    """A model, its KV cache and B rows, on one lane. Methods run on that lane's thread and take and
-    return lists.
+    """A model, its KV cache and B places for rows, on one lane. Methods run on that lane's thread,
+    and take and return lists with an entry for every place. A pass runs on the places that are fed
+    and those between them, as views of the cache, and leaves None for the others.
 
     role names the model in errors. k is the most draft tokens of a round, branches the most
     branches (0 for a model that only verifies), vocab the size of the target's vocabulary.
@@ -103,6 +110,8 @@ class Runner:
         self.index_of = torch.full((vocab,), len(ids_V), device=weight.device)
         self.index_of[ids_V] = torch.arange(len(ids_V), device=weight.device)
         self.noise_dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        self.parts = [range(batch)]  # that static steps exist for, the smallest first
+        self.views: dict[range, tuple] = {}  # the cache and params of a part
         self.params: Params | None = None
         self.coupling, self.saguaro_c = "shared", 1.0
         self.lengths: list[int] = []  # of verifications and extends, where steps are static
@@ -121,22 +130,40 @@ class Runner:
                 old.copy_(new)
             return
         self.params, self.coupling, self.saguaro_c = params, coupling, saguaro_c
-        self.step_of, self.warm, self.pool = {}, None, self.policy.new_pool()
+        self.views, self.step_of, self.warm, self.pool = {}, {}, None, self.policy.new_pool()
 
-    def warm_up(self, lengths: list[int], budgets: list[int]) -> bool:
+    def seat(self, place: int, sampling: tuple, number: int) -> None:
+        """Let another row, of this number, sample in this place: its temperature, top-k, top-p and
+        seed. The tensors stay, since views and graphs read them.
+        """
+        new = Params.make(*([value] for value in sampling), [number], self.device)
+        for mine, its in zip(self.params[:6], new[:6]):
+            mine[place] = its[0]
+
+    def warm_up(self, lengths: list[int], budgets: list[int], parts: list[range]) -> bool:
         """Whether anything was compiled or captured: every static step is, before the run is timed.
 
         It runs on rows that leave no trace. lengths: how many tokens a verification or extend may
-        be fed; budgets: how many branches there may be.
+        be fed; budgets: how many branches there may be; parts: the places that rounds are played
+        with. Of a part of one place only the prefill is needed: a prompt is read there.
         """
-        self.lengths, shapes = sorted(lengths), (*lengths, -1, *budgets)
+        self.lengths, shapes = sorted(lengths), (*lengths, -1, *budgets, *parts)
+        self.parts = sorted(parts, key=len)
         if not self.policy.static or self.warm == shapes:
             return False
+        for part in parts:
+            self._warm_up(part, lengths, budgets, len(part) > 1 or self.batch == 1)
+        self.warm = shapes
+        return True
+
+    def _warm_up(self, part: range, lengths, budgets, rounds: bool) -> None:
         B, feeds = self.batch, {}
         for T in (1, 2, *lengths, *PREFILL_CHUNKS):
-            feeds[T] = Feed([[0] * T] * B, [0] * B, [0] * B)
+            feeds[T] = Feed([[0] * T] * B, [0] * B, [0] * B, part)
         for T in PREFILL_CHUNKS:
             self._pass(self._prefill, feeds[T])
+        if not rounds:
+            return
         for T in lengths if self.role == "target" else ():
             self.verify(feeds[T], [0] * B, [None] * B)
         for T in (2, 1) if self.role == "draft" else ():
@@ -145,8 +172,26 @@ class Runner:
             for m in budgets:
                 fork = self.fork(self.extend(feeds[T]), feeds[T], m, Foresight())
                 self.chain_step(feeds[T], fork.tokens, fork.depths, 0, 0)
-        self.warm = shapes
-        return True
+
+    def part_of(self, feed: Feed) -> range:
+        """The places that a pass runs on: from the first to the last that is fed, or the smallest
+        part around them that is compiled.
+        """
+        if feed.part is not None:
+            return feed.part
+        fed = [b for b, count in enumerate(feed.count) if count]
+        part = range(fed[0], fed[-1] + 1) if fed else range(self.batch)
+        if not self.policy.static:
+            return part
+        holds = (p for p in self.parts if p.start <= part.start and part.stop <= p.stop)
+        return next(holds)
+
+    def placed(self, values: list, feed: Feed) -> list:
+        """What a pass over `feed` gave, one value for each place of the batch: None for those that
+        took no part.
+        """
+        part = self.part_of(feed)
+        return [None] * part.start + values + [None] * (self.batch - part.stop)
 
     def fits(self, T: int) -> int:
         """The length to which a feed of T tokens is padded: T, or the next that is compiled."""
@@ -171,25 +216,23 @@ class Runner:
 
         logq[b]: for a CHAIN each token's `LogQ`, unless the coupling is `shared`.
         """
-        K, tensors = len(feed.tokens[0]) - 1, ()
+        K, tensors, part = len(feed.tokens[0]) - 1, (), self.part_of(feed)
         if self.coupling != "shared" and K:
-            logq_BKV = torch.full(
-                (self.batch, K, self.vocab), float("-inf"), dtype=self.noise_dtype
-            )
+            logq_BKV = torch.full((len(part), K, self.vocab), float("-inf"), dtype=self.noise_dtype)
             logq_BKV = logq_BKV.to(self.device)
-            for b, chain in enumerate(logq):
-                for i, q in enumerate((chain or ())[: feed.count[b] - 1]):
-                    logq_BKV[b, i, q.ids_V.to(self.device)] = q.logq_V.to(
+            for at, b in enumerate(part):
+                for i, q in enumerate((logq[b] or ())[: feed.count[b] - 1]):
+                    logq_BKV[at, i, q.ids_V.to(self.device)] = q.logq_V.to(
                         self.device, self.noise_dtype
                     )
             tensors = (logq_BKV,)
         (packed,) = self._pass(self._verify, feed, *tensors, kind=kind)
-        read = self._read(packed, accepted=int, bonus=int)
+        read = self._read(packed, feed, accepted=int, bonus=int)
         return read.accepted, read.bonus
 
     def _prefill(self, x, *, extent, tight):
-        place = self.cache.place(x.start, x.count, x.tokens.shape[1], extent, tight)
-        self.model(self._known(x.tokens), place, self.cache, False)
+        place = x.cache.place(x.start, x.count, x.tokens.shape[1], extent, tight)
+        self.model(self._known(x.tokens), place, x.cache, False)
         return ()
 
     def _verify(self, x, logq_BKV=None, *, extent, tight):
@@ -197,17 +240,17 @@ class Runner:
         length_B, first_B = (x.count - 1).clamp(min=0), x.start + 1
         if self.coupling == "shared":
             at_BT = self._predicted(x.start, x.tokens.shape[1])
-            draws_BT = self.noisy(warped_BTV, self.params, at_BT, self.words_V).argmax(-1)
+            draws_BT = self.noisy(warped_BTV, x.params, at_BT, self.words_V).argmax(-1)
             return (
                 _join(warped_BTV.amax(-1), *accept_shared(draws_BT, x.tokens[:, 1:], length_B)),
             )
         if logq_BKV is None:  # nothing was drafted: an ordinary draw
             draws_B1 = self.noisy(
-                warped_BTV[:, :1], self.params, first_B[:, None], self.words_V
+                warped_BTV[:, :1], x.params, first_B[:, None], self.words_V
             ).argmax(-1)
             return (_join(warped_BTV.amax(-1), torch.zeros_like(draws_B1), draws_B1),)
         decided = accept_exact(
-            warped_BTV, logq_BKV, x.tokens[:, 1:], length_B, x.kind, self.params, first_B
+            warped_BTV, logq_BKV, x.tokens[:, 1:], length_B, x.kind, x.params, first_B
         )
         return (_join(warped_BTV.amax(-1), *decided),)
 
@@ -235,8 +278,8 @@ class Runner:
             hold=[foresight.hold] * B,
             fan_out=[row + [0] * (T - len(row)) for row in shares],
         )
-        packed = self._step(self._fork, columns, scores_BTV, m=m)[0]
-        read = self._read(packed, tokens=m, depths=m, chance=float)
+        packed = self._step(self._fork, columns, scores_BTV, feed=feed, m=m)[0]
+        read = self._read(packed, feed, tokens=m, depths=m, chance=float)
         return Fork(read.tokens, read.depths, read.chance)
 
     def chain_step(self, feed: Feed, tokens, depths, step: int, top: int):
@@ -246,7 +289,8 @@ class Runner:
         the depths[b][i]-th draft token and its own chain, whose keys lie in the cache's scratch.
         top: for Saguaro, how many of the likeliest tokens are weighed down.
         """
-        B, length, m = self.batch, [s + 1 for s in feed.start], len(tokens[0])
+        B, length, part = self.batch, [s + 1 for s in feed.start], self.part_of(feed)
+        m = len(tokens[part.start])
         if self.policy.static:
             limits = {
                 "extent": self.cache.trunk,
@@ -255,8 +299,8 @@ class Runner:
                 "places": self.k + 1,
             }
         else:
-            deepest = max(map(max, depths))
-            extent = max(n + max(d) for n, d in zip(length, depths))
+            deepest = max(max(depths[b]) for b in part)
+            extent = max(length[b] + max(depths[b]) for b in part)
             limits = {"extent": extent, "tight": True, "steps": step + 1, "places": 1 + deepest}
         columns = dict(
             tokens=tokens,
@@ -266,28 +310,28 @@ class Runner:
             step=[step] * B,
             top=[top] * B,
         )
-        packed, *logq = self._step(self._chain_step, columns, **limits)
+        packed, *logq = self._step(self._chain_step, columns, feed=feed, **limits)
         # Before _read waits: the other lane uses it without waiting for this one.
-        own = self._own(logq)
-        return self._read(packed, tokens=m).tokens, own
+        own = self._own(logq, feed)
+        return self._read(packed, feed, tokens=m).tokens, own
 
     def decode(self, feed: Feed, top: int):
         """The next token of each row [B] and their LogQ of (B, 1, V), or None: an ordinary step."""
         packed, *logq = self._pass(self._decode, feed, top=[top] * self.batch)
-        own = self._own(logq)
-        return self._read(packed, token=int).token, own
+        own = self._own(logq, feed)
+        return self._read(packed, feed, token=int).token, own
 
     def _extend(self, x, *, extent, tight):
         T = x.tokens.shape[1]
         scores_BTV = self._warped(x, extent, tight, LEFT_OUT)
         at_BT = self._predicted(x.start, T)
         if self.coupling == "shared":
-            scores_BTV = self.noisy(scores_BTV, self.params, at_BT, self.words_V)
-        elif self.coupling == "maximal" and not self.params.greedy:
+            scores_BTV = self.noisy(scores_BTV, x.params, at_BT, self.words_V)
+        elif self.coupling == "maximal" and not x.params.greedy:
             # A rejected place draws with the residual's noise, the token after a whole proposal
             # with the usual one.
             token, residual = (
-                self.gumbel(self.params, at_BT, use, self.words_V, scores_BTV.dtype)
+                self.gumbel(x.params, at_BT, use, self.words_V, scores_BTV.dtype)
                 for use in (TOKEN, RESIDUAL)
             )
             last_BT1 = torch.arange(T, device=self.device)[:, None] >= (x.count - 1)[:, None, None]
@@ -307,39 +351,37 @@ class Runner:
         return (_join(top.values[:, :1], self.ids_V[top.indices % V], top.indices // V, chance_B),)
 
     def _chain_step(self, x, *, extent, tight, steps, places):
-        place = self.cache.place_chain(
-            x.length, x.depths, x.step, x.count > 0, extent, tight, steps
-        )
-        warped_BMV = warp(self._logits(x.tokens, place), self.params)
+        place = x.cache.place_chain(x.length, x.depths, x.step, x.count > 0, extent, tight, steps)
+        warped_BMV = warp(self._logits(x, place), x.params)
         noise_BMV = None
-        if not self.params.greedy:  # many branches share few positions: hash each position once
+        if not x.params.greedy:  # many branches share few positions: hash each position once
             at_BT = self._predicted(x.length + x.step, places)
-            noise_BTV = self.gumbel(self.params, at_BT, TOKEN, self.words_V, warped_BMV.dtype)
+            noise_BTV = self.gumbel(x.params, at_BT, TOKEN, self.words_V, warped_BMV.dtype)
             noise_BMV = noise_BTV.gather(
                 1, x.depths[..., None].expand(-1, -1, warped_BMV.shape[-1])
             )
-        return self._draft_draw(warped_BMV, noise_BMV, x.top)
+        return self._draft_draw(warped_BMV, noise_BMV, x.top, x.params)
 
     def _decode(self, x, *, extent, tight):
         warped_BTV = self._warped(x, extent, tight)
         last_B11 = (x.count - 1).clamp(min=0)[:, None, None].expand(-1, 1, warped_BTV.shape[-1])
         warped_B1V, at_B1 = warped_BTV.gather(1, last_B11), (x.start + x.count)[:, None]
         noise = None
-        if not self.params.greedy:
-            noise = self.gumbel(self.params, at_B1, TOKEN, self.words_V, warped_B1V.dtype)
-        return self._draft_draw(warped_B1V, noise, x.top)
+        if not x.params.greedy:
+            noise = self.gumbel(x.params, at_B1, TOKEN, self.words_V, warped_B1V.dtype)
+        return self._draft_draw(warped_B1V, noise, x.top, x.params)
 
-    def _draft_draw(self, warped, noise, top_B):
+    def _draft_draw(self, warped, noise, top_B, params):
         """Tokens drawn from q, or Saguaro's q', with this noise; unless `shared`, their log q."""
         loudest, logq = (
             warped.amax(-1),
             None,
         )  # a greedy row's log q is finite whatever the logits are
         if self.coupling != "shared":
-            warped = logq = log_probs(warped, self.params)
+            warped = logq = log_probs(warped, params)
             if self.saguaro_c < 1:
                 warped = logq = saguaro(
-                    logq, self.params, top_B[:, None].expand(logq.shape[:2]), self.saguaro_c
+                    logq, params, top_B[:, None].expand(logq.shape[:2]), self.saguaro_c
                 )
         drawn = self.ids_V[(warped if noise is None else warped + noise).argmax(-1)]
         return (_join(loudest, drawn),) if logq is None else (_join(loudest, drawn), logq)
@@ -347,11 +389,11 @@ class Runner:
     # ---- helpers
 
     def _warped(self, x, extent, tight, penalty=float("-inf")):
-        place = self.cache.place(x.start, x.count, x.tokens.shape[1], extent, tight)
-        return warp(self._logits(x.tokens, place), self.params, penalty)
+        place = x.cache.place(x.start, x.count, x.tokens.shape[1], extent, tight)
+        return warp(self._logits(x, place), x.params, penalty)
 
-    def _logits(self, tokens_BT, place):
-        return self.model(self._known(tokens_BT), place, self.cache)[..., : len(self.ids_V)]
+    def _logits(self, x, place):
+        return self.model(self._known(x.tokens), place, x.cache)[..., : len(self.ids_V)]
 
     def _known(self, tokens_BT):
         """The tokens, but one that the draft's embedding does not have becomes its last one."""
@@ -362,9 +404,9 @@ class Runner:
         """The positions (B, T) that are predicted when T tokens are fed from start_B on."""
         return start_B[:, None] + 1 + torch.arange(T, device=start_B.device)
 
-    def _read(self, packed: torch.Tensor, **kinds) -> SimpleNamespace:
-        """The numbers of _join by name. kinds: int or float for one number a row, a width for so
-        many whole ones.
+    def _read(self, packed: torch.Tensor, feed: Feed, **kinds) -> SimpleNamespace:
+        """The numbers of _join by name, None for rows that took no part. kinds: int or float for
+        one number a row, a width for so many whole ones.
         """
         rows, out, at = self.policy.read(packed), SimpleNamespace(), 1
         if not all(row[0] for row in rows):
@@ -374,15 +416,17 @@ class Runner:
         for name, kind in kinds.items():
             wide = kind not in (int, float)
             values = [row[at : at + kind] if wide else row[at] for row in rows]
-            setattr(out, name, values if kind is not float else list(map(_as_float, values)))
+            values = values if kind is not float else list(map(_as_float, values))
+            setattr(out, name, self.placed(values, feed))
             at += kind if wide else 1
         return out
 
-    def _own(self, logq: list[torch.Tensor]) -> "LogQ | None":
+    def _own(self, logq: list[torch.Tensor], feed: Feed) -> "LogQ | None":
         """log q in a form that outlives the next step, which would overwrite a graph's output."""
         if not logq:
             return None
-        return LogQ(self.ids_V, logq[0].clone() if self.policy.graphs else logq[0])
+        logq_BTV = logq[0].clone() if self.policy.graphs else logq[0]
+        return LogQ(self.ids_V, dict(zip(self.part_of(feed), logq_BTV)))
 
     def _pass(self, work, feed: Feed, *tensors, **columns):
         """What `work` returns for a pass over trunk tokens.
@@ -397,37 +441,51 @@ class Runner:
                 "tight": True,
             }
         columns = dict(tokens=feed.tokens, start=feed.start, count=feed.count) | columns
-        return self._step(work, columns, *tensors, **limits)
+        return self._step(work, columns, *tensors, feed=feed, **limits)
 
-    def _step(self, work, columns: dict[str, list], *tensors, **static):
-        """What work(named numbers, *tensors, **static) returns.
+    def _step(self, work, columns: dict[str, list], *tensors, feed: Feed, **static):
+        """What work(named numbers, *tensors, **static) returns, for the places of the feed.
 
-        On CUDA each combination of shapes and `static` is one graph.
+        The named numbers have views of the cache and of the params beside them. On CUDA each
+        combination of part, shapes and `static` is one graph; only a single place's prompt is read
+        without one, since there are many places.
         """
-        numbers, layout = _pack(columns)
-        packed = self.policy.send(numbers)
+        part = self.part_of(feed)
+        numbers, layout = _pack(
+            {name: values[part.start : part.stop] for name, values in columns.items()}
+        )
+        packed, beside = self.policy.send(numbers), self._views_of(part)
         if not self.policy.static:
-            return work(_views(packed, layout), *tensors, **static)
-        key = (work.__name__, layout, *(x.shape for x in tensors), *static.values())
+            return work(_views(packed, layout, *beside), *tensors, **static)
+        if len(part) == 1 < self.batch:
+            self.policy.enter_thread()
+            return work(_views(packed.to(self.device), layout, *beside), *tensors, **static)
+        key = (work.__name__, part, layout, *(x.shape for x in tensors), *static.values())
         if key not in self.step_of:
             self.policy.enter_thread()
 
             def fixed(packed, *tensors):
-                return work(_views(packed, layout), *tensors, **static)
+                return work(_views(packed, layout, *beside), *tensors, **static)
 
             self.step_of[key] = self.policy.step(fixed, self.pool)
         return self.step_of[key](packed, *tensors)
+
+    def _views_of(self, part: range) -> tuple[KVCache, Params]:
+        """The cache and the params of these places alone, in the memory of all."""
+        if part not in self.views:
+            self.views[part] = self.cache.narrow(part), self.params.narrow(part)
+        return self.views[part]
 
 
 class LogQ(NamedTuple):
     """The log q that tokens were drawn from, over the tokens ids_V of the model that drew them."""
 
     ids_V: torch.Tensor
-    logq_V: torch.Tensor  # (V,), or with the axes of many draws before it
+    logq_V: torch.Tensor | dict[int, torch.Tensor]  # (V,); or by row, of many draws each
 
-    def of(self, *place: int) -> "LogQ":
+    def of(self, row: int, draw: int) -> "LogQ":
         """One draw of many."""
-        return LogQ(self.ids_V, self.logq_V[place])
+        return LogQ(self.ids_V, self.logq_V[row][draw])
 
 
 # All numbers of a step travel in one int64 tensor with a row for each row of the batch: one copy to
@@ -446,9 +504,9 @@ def _pack(columns: dict[str, list]) -> tuple[list[list[int]], tuple]:
     return [sum(row, []) for row in zip(*parts)], tuple(layout)
 
 
-def _views(packed: torch.Tensor, layout: tuple) -> SimpleNamespace:
+def _views(packed: torch.Tensor, layout: tuple, cache: KVCache, params: Params) -> SimpleNamespace:
     """The columns of _pack again, as views: (B, width), or (B,) for one number a row."""
-    out, at = SimpleNamespace(), 0
+    out, at = SimpleNamespace(cache=cache, params=params), 0
     for name, kind in layout:
         width = 1 if kind in (int, float) else kind
         column = packed[:, at : at + width] if kind not in (int, float) else packed[:, at]

@@ -63,8 +63,9 @@ class Hierarchical(ssd.Decoding):
         """The token that the draft draws after each that it is fed, in one pass."""
         T = self.draft.fits(max(map(len, fed)))
         padded = [tokens + [0] * (T - len(tokens)) for tokens in fed]
-        scores_BTV = self.draft.extend(Feed(padded, start, list(map(len, fed))))
-        return self.draft.ids_V[scores_BTV.argmax(-1)].tolist()
+        feed = Feed(padded, start, list(map(len, fed)))
+        scores_BTV = self.draft.extend(feed)
+        return self.draft.placed(self.draft.ids_V[scores_BTV.argmax(-1)].tolist(), feed)
 
 
 def guess(ids: list[int], most: int) -> list[int]:
