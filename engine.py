@@ -290,6 +290,9 @@ class Engine:
         before = (
             self.reuse(rows[0], len(models)) if keep and len(rows) == 1 else [None] * len(models)
         )
+        for row in rows:
+            if row.refused:
+                self.warn(row.refused)
         left = [row for row in rows if row.finish is None]
         # On the lanes themselves: a GPU's streams would not wait for what another stream allocates.
         lanes = zip((target_lane, draft_lane), models, before)

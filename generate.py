@@ -122,6 +122,8 @@ def add_sampling(add) -> None:
     add("--seed", type=whole, default=0, metavar="S", help=said)
     several = {"nargs": "+", "action": "extend", "metavar": "TEXT"}
     add("--stop", **several, default=[], help="texts that end the output")
+    said = "most prompts decoded at once, the others wait (all that memory holds)"
+    add("--batch", type=whole, metavar="N", help=said)
     add("--ignore-eos", action="store_true", help="go on after the end of the text")
 
 
@@ -210,7 +212,7 @@ def note_idle_flags(args, mode: str) -> None:
 
 def settings_of(args, mode: str) -> dict:
     names = "max_new_tokens temperature top_k top_p seed ignore_eos k fan_out cut fallback coupling"
-    names = [*names.split(), "saguaro_c"]
+    names = [*names.split(), "saguaro_c", "batch"]
     return {name: getattr(args, name) for name in names} | {"mode": mode, "stop": tuple(args.stop)}
 
 
@@ -368,7 +370,12 @@ def run(args) -> int:
     )
     print(figures_line(result.stats), file=sys.stderr)
     save(args, result.stats, decoding)
-    return INTERRUPTED if interrupted else 0
+    refused = [n for n, row in enumerate(decoding.every, 1) if row.refused]
+    if refused:
+        was = "was" if len(refused) == 1 else "were"
+        numbers = ", ".join(map(str, refused))
+        print(f"{len(refused)} of {len(prompts)} prompts {was} refused: {numbers}", file=sys.stderr)
+    return INTERRUPTED if interrupted else FAILED if refused else 0
 
 
 def main() -> int:

@@ -32,7 +32,9 @@ from steps import Feed, Fork, Runner
 # How long the target waits for the draft's first passes, in seconds: they may still fetch weights
 # from memory or disk, or compile. Later the lane is as patient as its slowest work tells it to be.
 PREFILL_PATIENCE_S, WARM_UP_PATIENCE_S = 10.0, 600.0
-CHUNK = 256  # prompt tokens that are read between two rounds, of rows that join a running batch
+JOIN_CHUNK = (
+    256  # prompt tokens that are read between two rounds, of rows that join a running batch
+)
 # Draft tokens, and the LogQ that each was drawn from (None under `shared`).
 Chain = tuple[list[int], list]
 
@@ -183,18 +185,18 @@ class Decoding:
     def seated(self) -> list[int]:
         """The live places, after rows that wait took the places of rows that have ended.
 
-        Both models read the prompt of such a row: CHUNK tokens a round, so that the others do not
-        wait for long; more only where nobody else could play.
+        Both models read the prompt of such a row: JOIN_CHUNK tokens a round, so that the others do
+        not wait for long; more only where nobody else could play.
         """
         for work in self.reading:
             work.result()  # is done; raises what went wrong
-        self.reading, left = [], CHUNK
+        self.reading, left = [], JOIN_CHUNK
         for b in range(len(self.rows)):
             if self.rows[b].finish and self.waiting:
                 self.rows[b] = row = self.waiting.popleft()
                 self.on_both("seat", b, row.sampling, row.number)
             row = self.rows[b]
-            while (chunk := row.unread[:CHUNK]) and (left > 0 or not self.live()):
+            while (chunk := row.unread[:JOIN_CHUNK]) and (left > 0 or not self.live()):
                 ids, start = ([[]] * len(self.rows), [0] * len(self.rows))
                 ids[b], start[b] = chunk, row.prompt_read
                 self.on_both("prefill", ids, start)

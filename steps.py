@@ -183,8 +183,8 @@ class Runner:
         part = range(fed[0], fed[-1] + 1) if fed else range(self.batch)
         if not self.policy.static:
             return part
-        holds = (p for p in self.parts if p.start <= part.start and part.stop <= p.stop)
-        return next(holds)
+        rounds = [p for p in self.parts if len(p) > 1 or self.batch == 1]
+        return next(p for p in rounds if p.start <= part.start and part.stop <= p.stop)
 
     def placed(self, values: list, feed: Feed) -> list:
         """What a pass over `feed` gave, one value for each place of the batch: None for those that
@@ -202,13 +202,16 @@ class Runner:
     def prefill(self, ids: list[list[int]], start: list[int]) -> None:
         """Read ids[b] into row b's trunk from position start[b] on; no logits."""
         done, longest = 0, max(map(len, ids))
+        asked = [range(b, b + 1) for b, row in enumerate(ids) if row]
+        part = asked[0] if len(asked) == 1 and asked[0] in self.parts else None
         while done < longest:
             left = longest - done
             T = next((c for c in PREFILL_CHUNKS if c >= left), PREFILL_CHUNKS[-1])
             T = T if self.policy.static else min(T, left)
             fed = [row[done : done + T] for row in ids]
             tokens = [row + [0] * (T - len(row)) for row in fed]
-            self._pass(self._prefill, Feed(tokens, [b + done for b in start], list(map(len, fed))))
+            at = [b + done for b in start]
+            self._pass(self._prefill, Feed(tokens, at, list(map(len, fed)), part))
             done += T
 
     def verify(self, feed: Feed, kind: list[int], logq: list) -> tuple[list[int], list[int]]:

@@ -2,6 +2,7 @@
 Tiny random models in float64."""
 
 import pytest
+from test_runtime import eager_backend, static_pair  # noqa: F401
 from test_ssd import check, models, pair, part, patient, some, truth  # noqa: F401
 from tiny import Restless, engine, play, transformer
 
@@ -32,7 +33,7 @@ def test_rows_join_whatever_plan_is_played(pair, truth, seed):  # noqa: F811
 @pytest.mark.parametrize("chunk", [1, 7, 256])
 @pytest.mark.parametrize("mode", ["ar", "sd", "ssd"])
 def test_prompts_are_read_in_chunks_between_rounds(pair, monkeypatch, mode, chunk):  # noqa: F811
-    monkeypatch.setattr(ssd, "CHUNK", chunk)
+    monkeypatch.setattr(ssd, "JOIN_CHUNK", chunk)
     settings = {"max_new_tokens": [3 + 5 * b % 11 for b in range(18)], "temperature": 0.8}
     expected = pair.generate(LONG, mode="ar", **settings)
     got = pair.generate(LONG, mode=mode, batch=4, fan_out=5, **settings)
@@ -69,7 +70,8 @@ def test_one_seed_names_rows_by_their_number(pair):  # noqa: F811
 @pytest.mark.parametrize("mode", ["ar", "ssd"])
 def test_a_prompt_that_cannot_fit_is_refused_by_itself(mode):
     target = transformer(0, positions=40)
-    small = engine(target, transformer(1, base=target, noise=0.03), warn=pytest.fail)
+    said = []
+    small = engine(target, transformer(1, base=target, noise=0.03), warn=said.append)
     prompts = [[1, 2], [5] * 40, [7] * 39, [3], [8] * 77]
     got = small.generate(prompts, mode=mode, batch=2, max_new_tokens=9)
     assert got.finish_reason == ["length", "refused", "context", "length", "refused"]
@@ -77,6 +79,7 @@ def test_a_prompt_that_cannot_fit_is_refused_by_itself(mode):
         alone = small.generate([prompts[b]], mode=mode, max_new_tokens=9)
         assert got.token_ids[b] == alone.token_ids[0]
     assert got.token_ids[1] == got.token_ids[4] == []
+    assert [text[:8] for text in said] == ["prompt 2", "prompt 5"]
     with pytest.raises(ValueError, match="prompt 1 has 40 tokens, but the context"):
         small.generate(prompts[1:2], mode=mode)
 
@@ -87,6 +90,7 @@ def test_as_many_rows_as_memory_holds_are_decoded_at_once(pair, monkeypatch):  #
 
     slot, said = 2 * 2 * 2 * 8 * 8, []
     monkeypatch.setattr(pair, "tell", said.append)
+    monkeypatch.setattr(pair, "warn", lambda text: None)
     prompts, settings = [[1]] * 6 + [[2] * 60], {"max_new_tokens": 20, "ignore_eos": True}
     whole = pair.generate(prompts, **settings)
     monkeypatch.setattr(module, "available_bytes", lambda device: 3 * 83 * slot)
@@ -96,3 +100,18 @@ def test_as_many_rows_as_memory_holds_are_decoded_at_once(pair, monkeypatch):  #
     got = pair.generate(prompts, batch=4, **settings)  # not so many with the long one
     assert got.finish_reason == ["length"] * 6 + ["refused"]
     assert got.token_ids[:6] == whole.token_ids[:6] and "4 rows of 22 tokens" in said[1]
+
+
+def test_static_steps_are_not_compiled_again_by_rows_that_join(eager_backend):  # noqa: F811
+    from torch._dynamo.utils import counters
+
+    static, eager = static_pair([])
+    prompts = [[1, 2, 3], [4] * 40, [3], [5, 9], [7] * 9, [2]]
+    for options in ({"mode": "ar"}, {"mode": "ssd", "k": 2, "fan_out": 6, "temperature": 1.0}):
+        options |= {"batch": 2, "max_new_tokens": [5, 9, 3, 12, 7, 4]}
+        for number, texts in enumerate((prompts, prompts[::-1])):
+            got = static.generate(texts, **options)
+            graphs = counters["stats"]["unique_graphs"]
+            assert number == 0 or graphs == before, "compiled again"  # noqa: F821
+            before = graphs  # noqa: F841
+            assert got.token_ids == eager.generate(texts, **options).token_ids

@@ -313,8 +313,12 @@ def test_a_prompt_file_without_end(program, monkeypatch):
 
 
 def test_a_prompt_longer_than_the_context_names_both_lengths(program):
-    said = program("--prompt", "fine", "☕" * 200)
-    check_mistake(said, f"prompt 2 has 601 tokens, but the context of the target is {CONTEXT}")
+    said = program("--prompt", "☕" * 200)
+    check_mistake(said, f"prompt 1 has 601 tokens, but the context of the target is {CONTEXT}")
+    code, out, err = program("--prompt", "fine", "☕" * 200, "--max-new-tokens", 3)
+    assert code == 1 and out.startswith("--- 1 ---\n") and "Traceback" not in err
+    assert f"prompt 2 has 601 tokens, but the context of the target is {CONTEXT}" in err
+    assert "1 of 2 prompts was refused: 2" in err
 
 
 @pytest.mark.parametrize("mode", FLAG)
