@@ -463,7 +463,7 @@ class Runner:
         if len(part) == 1 < self.batch:
             self.policy.enter_thread()
             return work(_views(packed.to(self.device), layout, *beside), *tensors, **static)
-        key = (work.__name__, part, layout, *(x.shape for x in tensors), *static.values())
+        key = (work.__name__, layout, part, *(x.shape for x in tensors), *static.values())
         if key not in self.step_of:
             self.policy.enter_thread()
 
