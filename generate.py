@@ -9,6 +9,7 @@ ssd.py.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import sys
@@ -79,6 +80,8 @@ def parser() -> argparse.ArgumentParser:
     add_models(p.add_argument)
     add_sampling(p.add_argument)
     add_method(p.add_argument)
+    said = "write each text as a JSON line once it is done; started again, go on where it ended"
+    p.add_argument("--out", metavar="FILE.jsonl", help=said)
     p.add_argument("--json", metavar="FILE|-", help="write the figures as JSON; -: to stdout only")
     p.add_argument("--trace", metavar="FILE", help="write a Chrome/Perfetto trace of both lanes")
     return p
@@ -182,9 +185,101 @@ def read_prompts(args) -> list[str]:
     return prompts
 
 
+class Answers:
+    """The file of --out: a JSON line for each row that has ended, on disk at once. What it holds
+    already is not decoded again.
+    """
+
+    def __init__(self, args, prompts: list[str]):
+        self.path, self.prompts = Path(args.out), prompts
+        named = "target dtype max_new_tokens temperature top_k top_p seed stop ignore_eos coupling"
+        asked = json.dumps([getattr(args, name) for name in named.split()])
+        self.settings = hashlib.sha256(asked.encode()).hexdigest()[:12]  # the texts hang on these
+        data = self.path.read_bytes() if self.path.exists() else b""
+        whole = data.rfind(b"\n") + 1  # a program that was killed may have left part of a line
+        self.known = {self.checked(*line) for line in enumerate(data[:whole].splitlines(), 1)}
+        self.file = self.path.open("ab")
+        self.file.truncate(whole)
+        self.left = [n for n in range(len(prompts)) if n not in self.known]
+
+    def checked(self, at: int, line: bytes) -> int:
+        """The number of the prompt that a line answers, from 0."""
+        try:
+            told = json.loads(line)
+            number, known = told["number"] - 1, (told["prompt"], told["settings"])
+            same = known == (self.prompts[number], self.settings) and number >= 0
+        except (ValueError, KeyError, TypeError, IndexError):
+            same = False
+        if not same:
+            raise ValueError(
+                f"line {at} of {self.path} does not answer one of these prompts with these "
+                "settings: give those that it was written with, or name another file"
+            )
+        return number
+
+    def write(self, rows: list) -> None:
+        """Add the rows that have ended since the last call. rows: of `left`, in that order."""
+        for number, row in zip(self.left, rows):
+            if row.finish and not row.refused and number not in self.known:
+                self.known.add(number)
+                line = {"number": number + 1, "prompt": self.prompts[number], "text": row.text}
+                line |= {"finish_reason": row.finish, "token_ids": row.new_ids}
+                line = json.dumps(line | {"settings": self.settings})
+                self.file.write(line.encode() + b"\n")
+                self.file.flush()
+
+
+class Progress:
+    """A bar over the rows, with tokens a second; none where nobody would see it."""
+
+    def __init__(self, rows: int, quiet: bool):
+        from tqdm import tqdm  # huggingface-hub brings it along
+
+        off = quiet or rows < 2 or not sys.stderr.isatty()
+        self.begin = time.time()
+        self.bar = tqdm(total=rows, unit="row", disable=off)
+
+    def show(self, rows: list) -> None:
+        if not self.bar.disable:
+            ended = sum(row.finish is not None for row in rows)
+            made, took = sum(len(row.ids) - row.prompt for row in rows), time.time() - self.begin
+            self.bar.set_postfix_str(f"{made / took:.0f} tokens/s", refresh=False)
+            self.bar.update(ended - self.bar.n)
+
+    def close(self) -> None:
+        self.bar.close()
+
+
+def answers(args, prompts: list[str] | None) -> Answers | None:
+    """The file of --out, if it was given, and what it holds."""
+    if args.out is None:
+        return None
+    if not prompts or args.compare:
+        raise ValueError(
+            "--out was given with --compare or without a prompt, wanted texts to complete: "
+            "use --prompt or --prompt-file"
+        )
+    out = Answers(args, prompts)
+    if out.known:
+        print(f"{args.out} holds {len(out.known)} of {len(prompts)} texts", file=sys.stderr)
+    return out
+
+
+def tell_refused(numbers, rows: list) -> bool:
+    """Whether any row was refused; says which. numbers: of their prompts, from 0."""
+    refused = [str(n + 1) for n, row in zip(numbers, rows) if row.refused]
+    if refused:
+        was = "was" if len(refused) == 1 else "were"
+        print(
+            f"{len(refused)} of {len(rows)} prompts {was} refused: {', '.join(refused)}",
+            file=sys.stderr,
+        )
+    return bool(refused)
+
+
 def check_outputs(args) -> None:
     """A file that cannot be written should not be found out after the work."""
-    for path in (args.json if args.json != "-" else None, args.trace):
+    for path in (args.json if args.json != "-" else None, args.trace, args.out):
         if path is not None and Path(path).is_dir():
             raise ValueError(
                 f"{path or repr(path)} is a folder, wanted a file to write: name one in it"
@@ -224,17 +319,22 @@ def chat_ids(engine, args, messages: list[dict]) -> list[int]:
     return engine.tokenizer.encode_chat(first + messages, thinking=args.thinking)
 
 
-def complete(engine, prompts: list, settings: dict, quiet: bool, keep=False, opening=""):
+def complete(engine, prompts: list, settings: dict, quiet: bool, keep=False, opening="", out=None):
     """The result of one generation, the run, and whether it was interrupted.
 
     A single text streams to stdout as it comes, after `opening`. Whatever ends the generation, the
-    text so far has been printed.
+    text so far has been printed. out: the Answers that take the texts instead.
     """
-    decoding, interrupted, error = engine.start(prompts, keep, **settings), False, None
+    numbers, quiet = out and out.left, quiet or out is not None
+    decoding = engine.start(prompts, keep, numbers=numbers, **settings)
+    interrupted, error, progress = False, None, Progress(len(prompts), out is None and quiet)
     if not quiet:
         print(opening, end="", flush=True)
     try:
         for _ in decoding.rounds():
+            progress.show(decoding.every)
+            if out is not None:
+                out.write(decoding.every)
             if len(prompts) == 1 and not quiet and (piece := decoding.rows[0].piece()):
                 print(piece, end="", flush=True)
     except KeyboardInterrupt:
@@ -242,6 +342,9 @@ def complete(engine, prompts: list, settings: dict, quiet: bool, keep=False, ope
     except (ValueError, RuntimeError) as raised:
         error = raised
     result = engine.finish(decoding)
+    progress.close()
+    if out is not None:
+        out.write(decoding.every)
     if not quiet and len(prompts) > 1:
         for number, text in enumerate(result.text, 1):
             print(f"--- {number} ---\n{text}")
@@ -349,6 +452,10 @@ def run(args) -> int:
             "--system or --thinking was given with a prompt to complete, wanted a chat: add --chat"
         )
     check_outputs(args)
+    out = answers(args, prompts)
+    if out is not None and not out.left:
+        return 0
+    prompts = prompts if out is None else [prompts[n] for n in out.left]
     mode = "ssd" if args.ssd or args.compare else "sd" if args.sd else "ar"
     # torch misses NumPy at each start; nobody here does.
     warnings.filterwarnings("ignore", "Failed to initialize NumPy")
@@ -365,16 +472,14 @@ def run(args) -> int:
         prompts = [chat_ids(engine, args, [{"role": "user", "content": QUESTION}])]
     if args.compare:
         return compare_modes(engine, prompts, args)
+    if len(prompts) > 1:
+        engine.tell = lambda text: print(text, file=sys.stderr)
     result, decoding, interrupted = complete(
-        engine, prompts, settings_of(args, mode), quiet, opening=opening
+        engine, prompts, settings_of(args, mode), quiet, opening=opening, out=out
     )
     print(figures_line(result.stats), file=sys.stderr)
     save(args, result.stats, decoding)
-    refused = [n for n, row in enumerate(decoding.every, 1) if row.refused]
-    if refused:
-        was = "was" if len(refused) == 1 else "were"
-        numbers = ", ".join(map(str, refused))
-        print(f"{len(refused)} of {len(prompts)} prompts {was} refused: {numbers}", file=sys.stderr)
+    refused = tell_refused(out.left if out else range(len(prompts)), decoding.every)
     return INTERRUPTED if interrupted else FAILED if refused else 0
 
 

@@ -230,12 +230,13 @@ def make_rows(
         ids = _encode(prompt, b + 1, tokenizer, config.vocab_size)
         detokenizer = tokenizer.stream() if tokenizer is not None else None
         ends = frozenset() if settings.ignore_eos else eos
-        number = 0 if seeds_are_own else b if numbers is None else numbers[b]
+        at = b if numbers is None else numbers[b]
+        number = 0 if seeds_are_own else at
         most = config.max_positions
         row = Row(number, ids, max_new, most, ends, detokenizer, settings.stop, tuple(sampling))
         if len(ids) >= most:
             row.refuse(
-                f"prompt {b + 1} has {len(ids)} tokens, but the context of the target is "
+                f"prompt {at + 1} has {len(ids)} tokens, but the context of the target is "
                 f"{most} and must hold at least one more: shorten it"
             )
         rows.append(row)

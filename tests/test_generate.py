@@ -949,3 +949,61 @@ def test_a_reader_that_leaves_early_is_no_error(root):
     run.stdout.close()
     err = run.stderr.read()
     assert run.wait(timeout=100) == 141 and b"Traceback" not in err and b"Error" not in err
+
+
+# ---- many prompts, and a file of their texts
+
+
+def many(folder: Path, count: int) -> tuple[Path, list[str]]:
+    texts = [f"def f{n}(x): return {n}"[: 9 + n % 9] for n in range(count)]
+    (folder / "in.jsonl").write_text("".join(json.dumps({"prompt": t}) + "\n" for t in texts))
+    return folder / "in.jsonl", texts
+
+
+@pytest.mark.parametrize("mode", FLAG)
+def test_texts_go_to_a_file_and_what_is_there_is_not_made_again(mode, program, tmp_path):
+    asked, prompts = many(tmp_path, 9)
+    out = tmp_path / "out.jsonl"
+    flags = [*FLAG[mode], "--prompt-file", asked, "--max-new-tokens", 7, "--temperature", 1]
+    whole = json.loads(program(*flags, "--json", "-")[1])
+    assert program(*flags, "--batch", 2, "--out", out)[:2] == (0, "")
+    lines = out.read_text().splitlines(keepends=True)
+    rows = {row["number"] - 1: row for row in map(json.loads, lines)}
+    assert [rows[n]["token_ids"] for n in range(9)] == whole["token_ids"]
+    assert [rows[n]["text"] for n in range(9)] == whole["text"]
+    assert [rows[n]["prompt"] for n in range(9)] == prompts
+    out.write_text("".join(lines[:4]) + lines[4][:20])  # as a kill may leave it
+    code, _, err = program(*flags, "--batch", 3, "--out", out)
+    assert code == 0 and "holds 4 of 9 texts" in err
+    assert sorted(out.read_text().splitlines()) == sorted("".join(lines).splitlines())
+    assert program(*flags, "--out", out)[0] == 0  # nothing is left to do
+    check_mistake(program(*flags, "--out", out, "--seed", 1), "line 1 of")
+    check_mistake(program("--prompt", "x", "--out", out), "line 1 of")
+
+
+def test_a_program_that_is_killed_loses_no_row_and_makes_none_twice(demo, tmp_path):
+    asked, prompts = many(tmp_path, 60)
+    out = tmp_path / "out.jsonl"
+    command = [sys.executable, generate.__file__, "--target", demo / "target", "--prompt-file"]
+    command += [asked, "--batch", "3", "--max-new-tokens", "30", "--out", out]
+    first = subprocess.Popen(list(map(str, command)), stderr=subprocess.DEVNULL)
+    while not out.exists() or out.read_bytes().count(b"\n") < 10:
+        assert first.poll() is None, "it ended before it could be killed"
+        time.sleep(0.01)
+    first.kill()
+    first.wait()
+    assert out.read_bytes().count(b"\n") < 60
+    assert subprocess.run(list(map(str, command)), stderr=subprocess.DEVNULL).returncode == 0
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert sorted(row["number"] for row in rows) == list(range(1, 61))
+    assert all(row["prompt"] == prompts[row["number"] - 1] for row in rows)
+
+
+def test_a_bar_shows_rows_and_speed_on_a_terminal_only(program, tmp_path, monkeypatch):
+    asked, _ = many(tmp_path, 4)
+    flags = ["--prompt-file", asked, "--max-new-tokens", 3]
+    assert "row" not in program(*flags)[2].replace("rows of", "")
+    monkeypatch.setattr(sys.stderr.__class__, "isatty", lambda self: True, raising=False)
+    err = program(*flags)[2]
+    assert "/4 [" in err and "tokens/s" in err
+    assert "/4 [" not in program(*flags, "--json", "-")[2]
