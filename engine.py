@@ -82,7 +82,8 @@ class Model:
                 target and target.transformer,
                 None if plain else packed,
             )
-        tokenizer, eos = load_tokenizer(where), frozenset(read_eos_ids(where))
+        tokenizer = load_tokenizer(where)
+        eos = frozenset() if tokenizer else frozenset(read_eos_ids(where))
         return cls.of(transformer, str(name), tokenizer, eos, compile)
 
     @classmethod

@@ -89,12 +89,9 @@ def _read_gguf(path: Path):
 
 def read_eos_ids(folder: Path) -> tuple[int, ...]:
     """Ids that end a text: eos_token_id, an id or a list, of generation_config.json, else of
-    config.json, else ().
+    config.json, else (). A GGUF file names them with its tokenizer's tokens only.
     """
     folder = Path(folder)
-    if folder.is_file():
-        files = _read_gguf(folder)
-        return files.eos_ids if files else ()
     for path in (folder / "generation_config.json", folder / "config.json"):
         value = _read_json(path).get("eos_token_id")
         ids = value if isinstance(value, list) else [] if value is None else [value]

@@ -35,9 +35,10 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 import torch  # noqa: E402
 
 from checkpoint.config import Config  # noqa: E402
-from checkpoint.weights import load_config, save_model  # noqa: E402
+from checkpoint.weights import load_config  # noqa: E402
 from model import Transformer  # noqa: E402
 from runtime import parse_device  # noqa: E402
+from scripts.save import save_model  # noqa: E402
 
 # Part -> its limit in seconds; in this order, and together under 8 minutes.
 PARTS = {"kernels": 90, "decode": 110, "ssd": 110, "loop": 90, "linear": 30, "transformers": 45}

@@ -87,8 +87,8 @@ def write_random(folder: Path, noise: float = 0.0) -> Path:
     import torch
 
     from checkpoint.config import Config
-    from checkpoint.weights import save_model
     from model import Transformer
+    from scripts.save import save_model
 
     model = Transformer(Config.from_dict(SHAPE)).requires_grad_(False)
     rng, other = (torch.Generator().manual_seed(seed) for seed in (0, 1))
@@ -109,8 +109,8 @@ def write_scripted(folder: Path, tokenizer: Path) -> Path:
 
     from checkpoint.config import Config
     from checkpoint.tokenizer import load_tokenizer
-    from checkpoint.weights import save_model
     from model import Transformer
+    from scripts.save import save_model
 
     model = Transformer(Config.from_dict(SHAPE)).requires_grad_(False)
     for name, weight in model.named_parameters():

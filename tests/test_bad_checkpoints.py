@@ -16,8 +16,9 @@ from families import refuses as refuses_to
 from safetensors.torch import load_file, save_file
 
 from checkpoint import weights
-from checkpoint.weights import load_config, save_model
+from checkpoint.weights import load_config
 from model import Transformer
+from scripts.save import save_model
 
 
 def load_model(name):

@@ -41,7 +41,7 @@ from test_tokenizer import (  # noqa: F401  fixtures
 from checkpoint import gguf as ours
 from checkpoint import weights
 from checkpoint.config import Config, rope_frequencies
-from checkpoint.tokenizer import load_tokenizer, read_eos_ids
+from checkpoint.tokenizer import load_tokenizer
 from checkpoint.weights import default_target, load_config, resolve
 from model import Transformer
 
@@ -391,7 +391,6 @@ def test_byte_level_tokenizers_are_those_of_tokenizer_json(request, texts, tmp_p
         kind
     ]
     assert list(here.eos_ids) == [reference.convert_tokens_to_ids(name) for name in ends]
-    assert read_eos_ids(tmp_path / "t.gguf") == here.eos_ids
     tokenizer_file(tmp_path / "u.gguf", vocabulary_of(folder, "poro-chat"))
     refuses(
         "splits text as 'poro-chat' does .*wanted one of gpt-2, smollm, qwen2",
@@ -611,7 +610,7 @@ def test_hostile_headers_are_refused_at_once(tmp_path, kind):
     path = tmp_path / "x.gguf"
     path.write_bytes(HOSTILE[kind])
     before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
-    for load in (load_model, load_tokenizer, read_eos_ids):
+    for load in (load_model, load_tokenizer):
         refuses("x.gguf", path, load)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000, "kilobytes"
     assert time.process_time() - began < 2

@@ -15,9 +15,10 @@ from families import LLAMA, LLAMA3_ROPE, greedy, random_text, randomise, refuses
 from checkpoint import weights
 from checkpoint.config import Config
 from checkpoint.inflation import SHAPES, grow_config, parse_shape
-from checkpoint.weights import load_config, pieces, resolve, save_model
+from checkpoint.weights import load_config, pieces, resolve
 from model import Transformer
 from scripts.inflate import inflate, main
+from scripts.save import save_model
 
 
 def load_model(name, device="cpu", dtype=torch.float32):

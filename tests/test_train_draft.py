@@ -9,8 +9,9 @@ import pytest
 import torch
 from tiny import SHAPE, transformer
 
-from checkpoint.weights import load_model, save_model
+from checkpoint.weights import load_model
 from model import Transformer
+from scripts.save import save_model
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = "--tokens 1500 --new-tokens 24 --rows 16 --layers 2 --vocab 40 --batch 256 --every 20"
