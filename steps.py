@@ -273,13 +273,14 @@ class Runner:
         the look-up must not depend on how a later position was drawn.
         """
         B, T = self.batch, len(feed.tokens[0])
-        shares = [fan_out(foresight.hold, max(count - 1, 0), m) for count in feed.count]
+        # Proposals of the same length share their outcomes alike.
+        shares = {n: fan_out(foresight.hold, max(n - 1, 0), m) for n in set(feed.count)}
         columns = dict(
             tokens=feed.tokens,
             count=feed.count,
             spread=[foresight.spread] * B,
             hold=[foresight.hold] * B,
-            fan_out=[row + [0] * (T - len(row)) for row in shares],
+            fan_out=[shares[n] + [0] * (T - len(shares[n])) for n in feed.count],
         )
         packed = self._step(self._fork, columns, scores_BTV, feed=feed, m=m)[0]
         read = self._read(packed, feed, tokens=m, depths=m, chance=float)
