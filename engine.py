@@ -5,6 +5,7 @@ turns. Does not know: rounds (ssd.py), formats of files (checkpoint/). Read next
 """
 
 import difflib
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -20,12 +21,12 @@ from checkpoint.weights import (
     default_target,
     load_model,
     resolve,
-    weight_bytes,
 )
 from figures import run_stats
+from linear import FORMATS, finish_all, finisher, speeds
 from model import Transformer
 from rows import AUTO, Row, Settings, make_rows, sampling_params
-from runtime import Devices, Policy, one_thread, pack, packed, peak_memory_gb
+from runtime import Devices, Policy, one_thread, peak_memory_gb
 from ssd import Decoding, Plan, SamePlan
 from steps import Runner
 
@@ -44,8 +45,8 @@ SHORTEST_TRUNK = (
 
 @dataclass
 class Model:
-    """A transformer that is ready to run. step_bytes: what one decode step reads, without the
-    embedding table.
+    """A transformer that is ready to run. bits: of its weights, as in choose_format. step_bytes:
+    what one decode step reads, without the embedding table.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Model:
     tokenizer: Tokenizer | None
     eos: frozenset[int]
     dtype: torch.dtype
+    bits: str
     policy: Policy
     step_bytes: int
     runners: dict[tuple, Runner] = field(default_factory=dict)
@@ -66,31 +68,26 @@ class Model:
         dtype: str | None = None,
         compile: bool | None = None,
         target: "Model | None" = None,
+        quantize: str | None = None,
     ) -> "Model":
         """target: the loaded target, for a draft that was trained for it and uses its embedding."""
-        if dtype is not None and dtype not in DTYPES:
-            raise ValueError(f"dtype is {dtype!r}, wanted one of {', '.join(DTYPES)}")
-        usual = torch.bfloat16 if device.type == "cuda" else torch.float32
-        where = resolve(name)
-        plain = compile or (compile is None and device.type == "cuda")
+        where, plain = resolve(name), compile or (compile is None and device.type == "cuda")
+        numbers, bits = choose_format(where, device, dtype, quantize, plain)
         with one_thread():
-            transformer = load_model(
-                name,
-                device,
-                DTYPES.get(dtype, usual),
-                Transformer,
-                target and target.transformer,
-                None if plain else packed,
-            )
+            finish, of = finisher(bits, not plain), target and target.transformer
+            transformer = load_model(name, device, numbers, Transformer, of, finish, bits)
         tokenizer = load_tokenizer(where)
         eos = frozenset() if tokenizer else frozenset(read_eos_ids(where))
-        return cls.of(transformer, str(name), tokenizer, eos, compile)
+        return cls.of(transformer, str(name), tokenizer, eos, compile, bits)
 
     @classmethod
     def of(
-        cls, transformer: Transformer, name="model", tokenizer=None, eos=frozenset(), compile=None
-    ) -> "Model":
-        """A model from a transformer that is already in memory."""
+        cls, transformer: Transformer, name="model", tokenizer=None, eos=frozenset(), compile=None,
+        bits="none",
+    ) -> "Model":  # fmt: skip
+        """A model from a transformer that is already in memory. Its linear layers get these bits,
+        those that have not got theirs at load.
+        """
         config, weight = transformer.config, transformer.embed.weight
         if tokenizer is not None:
             eos = eos or frozenset(tokenizer.eos_ids)
@@ -100,20 +97,23 @@ class Model:
                     f"only {config.vocab_size}: use the tokenizer files of this checkpoint"
                 )
         compile = weight.device.type == "cuda" if compile is None else compile
-        read = weight_bytes(config, weight.dtype)
-        if not config.tied and not config.head_tokens:
-            read -= weight.nbytes  # of the embedding one row a token
         policy = Policy(weight.device, compile)
+        with one_thread():
+            finish_all(transformer, finisher(bits, not compile))
+        read = step_bytes(transformer)
         if compile:
             policy.compile(transformer)
-        else:
-            with one_thread():
-                pack(transformer)
-            if weight.device.type == "cpu":
-                transformer.script()
+        elif weight.device.type == "cpu":
+            transformer.script()
         if weight.device.type == "cuda":  # the lanes' streams do not wait for the filling one
             torch.cuda.synchronize(weight.device)
-        return cls(name, transformer, config, tokenizer, eos, weight.dtype, policy, read)
+        return cls(name, transformer, config, tokenizer, eos, weight.dtype, bits, policy, read)
+
+    def numbers(self) -> dict[str, str]:
+        """The dtype and the bits, by the names of the flags. A dtype of weights alone counts."""
+        if self.bits == "bfloat16":
+            return {"dtype": self.bits, "quantize": "none"}
+        return {"dtype": str(self.dtype).split(".")[1], "quantize": self.bits}
 
     def runner(
         self, role: str, batch: int, trunk: int, k: int, branches: int, vocab: int
@@ -148,6 +148,40 @@ class Model:
         if before is not None:
             runner.cache.copy_trunk(before.cache, rows[0].prompt_read)
         return runner
+
+
+def choose_format(
+    where: Path, device: torch.device, dtype: str | None, quantize: str | None, plain: bool
+) -> tuple[torch.dtype, str]:
+    """The dtype between the layers of a model, and the bits of their weights: what was asked for,
+    or what is fastest here.
+
+    Bits are "none", "bfloat16", "int8", "int4", or "stored": the few bits of a GGUF file as they
+    are, the default where this CPU multiplies them faster than floats. plain: weights must stay
+    nn.Linear's.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype!r}, wanted one of {', '.join(DTYPES)}")
+    bits, usual = quantize or "none", torch.bfloat16 if device.type == "cuda" else torch.float32
+    if device.type == "cuda" or plain or bits != "none":
+        return DTYPES.get(dtype, usual), bits
+    here, free = speeds(), dtype is None
+    faster = [name for name in here if here[name] < here.get("float32", math.inf)]
+    if free and quantize is None and where.is_file() and "int4" in faster:
+        return usual, "stored"
+    if "bfloat16" in (faster if free else [dtype] if "bfloat16" in here else []):
+        return torch.float32, "bfloat16"  # a CPU computes the rest in float32 as fast
+    return DTYPES.get(dtype, usual), "none"
+
+
+def step_bytes(transformer: Transformer) -> int:
+    """Bytes of weights that one decode step reads; of an embedding one row, so nothing, unless it
+    is the head as well.
+    """
+    layers = [m for m in transformer.modules() if hasattr(m, "weight_bytes")]
+    floats = {id(w): w.nbytes for name, w in transformer.named_parameters(remove_duplicate=False)
+              if name != "embed.weight"}  # fmt: skip
+    return sum(layer.weight_bytes for layer in layers) + sum(floats.values())
 
 
 def check_pair(target: Model, draft: Model) -> None:
@@ -369,7 +403,9 @@ class Engine:
             self.previous = runners, list(rows[0].ids), rows[0].read
         draft = NGRAM if self.ngram else self.draft.name if self.draft else None
         stats = {"target": self.target.name, "draft": draft if self.settings.mode != "ar" else None}
-        stats |= {"dtype": str(self.target.dtype).split(".")[1]}
+        stats |= self.target.numbers() | {"draft_quantize": None}
+        if self.draft and stats["draft"]:
+            stats["draft_quantize"] = self.draft.numbers()["quantize"]
         peak = peak_memory_gb(decoding.target_lane.device)
         bandwidth = self.devices.bandwidth(decoding.target_lane)
         stats |= run_stats(
@@ -397,6 +433,8 @@ def load(
     draft_device: str | None = None,
     dtype: str | None = None,
     compile: bool | None = None,
+    quantize: str | None = None,
+    draft_quantize: str | None = None,
 ) -> Engine:
     """An engine with a pair of checkpoints (folders, .gguf files, hub ids or inflate:SHAPE:FOLDER)
     on their devices.
@@ -404,14 +442,24 @@ def load(
     target None: the default model and the draft that was trained for it. draft "ngram": not a
     model; mode "sd" proposes what followed the same n-gram earlier in the text. device,
     draft_device: "cpu", "cpu:0-1", "cuda:1"; by default what measures best for the mode on this
-    machine. dtype: "float32", "bfloat16", "float16", "float64"; by default float32 on a CPU and
-    bfloat16 on CUDA. compile: by default only on CUDA. Raises ValueError with one sentence for
-    anything that the user can set right.
+    machine. dtype: "float32", "bfloat16", "float16", "float64"; by default bfloat16 on CUDA, and
+    on a CPU what is faster there, float32 or bfloat16. compile: by default only on CUDA. quantize,
+    draft_quantize: "none", "int8", "int4"; by default a GGUF file's few bits stay as they are where
+    a CPU is fast with them. Raises ValueError with one sentence for anything that the user can set
+    right.
     """
+    for name, bits in (("quantize", quantize), ("draft_quantize", draft_quantize)):
+        if bits is not None and bits not in FORMATS:
+            raise ValueError(f"{name} is {bits!r}, wanted one of {', '.join(FORMATS)}")
     if target is None:
         target, draft = default_target(), draft or DEFAULT_DRAFT
     devices = Devices(device, draft_device)
-    loaded = Model.load(target, devices.target, dtype, compile)
+    loaded = Model.load(target, devices.target, dtype, compile, None, quantize)
     if draft not in (None, NGRAM):
-        draft = Model.load(draft, devices.draft, dtype, compile, target=loaded)
-    return Engine(loaded, draft, devices)
+        draft = Model.load(draft, devices.draft, dtype, compile, loaded, draft_quantize)
+    engine = Engine(loaded, draft, devices)
+    for device, bits in ((devices.target, quantize), (devices.draft, draft_quantize)):
+        slow = device.type == "cpu" and speeds().get(bits, 0.0) > speeds().get("float32", math.inf)
+        if slow:
+            engine.warn(f"this CPU has no instructions for {bits}, which is slower than float32")
+    return engine

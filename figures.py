@@ -239,7 +239,8 @@ def figures_line(stats: dict) -> str:
         if stats[key] is not None:
             show.append(text.format(stats[key] * factor))
     where = stats["device"] + (f" + {stats['draft_device']}" if stats["draft_device"] else "")
-    return " | ".join([*show, f"{stats['dtype']} on {where}"])
+    bits = "" if stats["quantize"] == "none" else f", {stats['quantize']} weights"
+    return " | ".join([*show, f"{stats['dtype']}{bits} on {where}"])
 
 
 # ---- the three modes side by side

@@ -28,7 +28,7 @@ FAILED, MISTAKE, INTERRUPTED, NOBODY_READS = (
     141,
 )  # exit codes; the last two are 128 + a signal
 DRAFT_FLAGS, SSD_FLAGS = (
-    ("draft", "draft_device", "k", "coupling", "saguaro_c"),
+    ("draft", "draft_device", "draft_quantize", "k", "coupling", "saguaro_c"),
     ("fan_out", "cut", "fallback"),
 )
 SAMPLING_FLAGS = ("top_k", "top_p", "seed")  # of no effect at temperature 0
@@ -110,7 +110,12 @@ def add_models(add) -> None:
         "--sd also knows ngram: not a model")  # fmt: skip
     add("--device", help="where the target runs: cpu, cpu:0-1 (cores), cuda:0 (suits the mode)")
     add("--draft-device", help="where the draft runs (suits the mode)")
-    add("--dtype", help="float32, bfloat16, float16, float64 (float32 on a CPU, else bfloat16)")
+    add("--dtype", help="float32, bfloat16, float16, float64 (bfloat16 on CUDA and where a CPU is "
+        "faster with it, else float32)")  # fmt: skip
+    bits = {"metavar": "none|int8|int4"}
+    add("--quantize", **bits, help="bits of the target's weights (a GGUF file's own where this CPU "
+        "is fast with few bits, else none)")  # fmt: skip
+    add("--draft-quantize", **bits, help="of the draft's: they cost hits, never exactness")
     add("--compile", action=SWITCH, default=None, help="torch.compile (on CUDA only)")
 
 
@@ -436,7 +441,8 @@ def load_pair(args, mode: str):
     began = time.perf_counter()
     draft = (args.draft or DEFAULT_DRAFT) if mode != "ar" else None
     target = default_target() if args.target is None else args.target
-    engine = load(target, draft, args.device, args.draft_device, args.dtype, args.compile)
+    bits = args.quantize, args.draft_quantize
+    engine = load(target, draft, args.device, args.draft_device, args.dtype, args.compile, *bits)
     print(f"loaded in {time.perf_counter() - began:.1f} s", file=sys.stderr)
     return engine
 

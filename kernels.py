@@ -2,7 +2,7 @@
 
 Knows: tensors of queries, keys and values, and which slots each query may see. Does not know:
 models, lengths of texts, branches as tokens. cache.py decides the slots and limits,
-and model.py calls this. Read next: runtime.py.
+and model.py calls this. Read next: linear.py.
 
 One function serves prefill, decode, verify, extend and chain steps, because they differ only in
 what a query sees:

@@ -1,4 +1,4 @@
-"""Where and when work runs: lanes, pinned threads, linear layers, compilation, CUDA graphs.
+"""Where and when work runs: lanes, pinned threads, compilation, CUDA graphs.
 
 Knows: devices, threads, streams, torch.compile. Does not know: what the work computes. Read next:
 auto.py.
@@ -321,39 +321,6 @@ def one_thread():
         torch.set_num_threads(threads)
 
 
-# ---- packed linear layers (CPU)
-
-
-class PackedLinear(nn.Module):
-    """nn.Linear with its float32 weight in oneDNN's blocked layout. It is 1.3 to 4 times as fast,
-    most for 2 to 16 rows.
-    """
-
-    def __init__(self, linear: nn.Linear):
-        super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), None)
-        self.bias = None if linear.bias is None else linear.bias.detach()
-
-    def forward(self, x):
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
-
-
-def packed(linear: nn.Linear) -> nn.Module:
-    """The layer in its fastest form: packed if it is float32 on a CPU, else itself."""
-    weight = linear.weight
-    fits = weight.dtype == torch.float32 and weight.device.type == "cpu"
-    return PackedLinear(linear) if fits and torch.backends.mkldnn.is_available() else linear
-
-
-def pack(model: nn.Module) -> None:
-    """Pack the linear layers of a model one by one, freeing each plain weight at once."""
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if type(child) is nn.Linear:
-                setattr(module, name, packed(child))
-
-
 def read_bandwidth(lane: Lane) -> float:
     """Bytes per second that a plain read of memory reaches on a lane: the floor of every decode
     step.
@@ -466,7 +433,9 @@ class Policy:
         """Compile a transformer's block, which serves all layers, and on CUDA its head as well."""
         for block in model.layers:
             block.compile(**self.how)
-        if self.graphs:
+        if self.graphs and type(model.head) is not nn.Linear:
+            model.head.compile(**self.how)
+        elif self.graphs:
             # torch.compile skips modules of torch.nn that stand alone. The function holds the
             # weight only: through the model it would keep itself alive.
             weight = model.head.weight

@@ -29,6 +29,7 @@ ENTRY_LIMIT = 1 << 16  # metadata keys, and tensors; a 405B model has 1,138 tens
 CHUNK = (
     1 << 19
 )  # weights turned into numbers at a time: more leave the cache, fewer pay for the calls
+GROUP = 32  # weights of a row that share a scale and a zero, in every type of four bits
 INSTALL = 'pip install "gguf>=0.19"'
 SCALARS = dict(enumerate("BbHhIif?")) | {
     10: "Q",
@@ -301,13 +302,23 @@ FIFTH_BITS = torch.tensor(  # for each value of a byte, its eight bits as bytes 
 ).view(torch.int64)[:, 0]
 
 
+def affine(parts: Callable) -> Callable:
+    """unpack of a type whose weights are codes 0..15 of groups: code * scale + least."""
+
+    def unpack(blocks):
+        words, scale, least = parts(blocks)
+        return numbers(words, GROUP).mul_(scale).add_(least)
+
+    return unpack
+
+
 def q4_0(blocks):
-    return numbers(nibbles(words(blocks, 2, 18)), 32, 8) * halves(blocks, 0, 1)[:, None]
+    scale = halves(blocks, 0, 1)[:, None]
+    return nibbles(words(blocks, 2, 18)), scale, -8 * scale
 
 
 def q4_1(blocks):
-    scale, least = halves(blocks, 0, 2)[:, None].split(1, 2)
-    return numbers(nibbles(words(blocks, 4, 20)), 32).mul_(scale).add_(least)
+    return nibbles(words(blocks, 4, 20)), *halves(blocks, 0, 2)[:, None].split(1, 2)
 
 
 def q5_0(blocks):
@@ -341,7 +352,7 @@ def scales_and_minima(blocks):
 
 def q4_k(blocks):
     scale, least = scales_and_minima(blocks)
-    return numbers(nibbles(words(blocks, 16, 144).unflatten(1, (4, 8))), 32).mul_(scale).sub_(least)
+    return nibbles(words(blocks, 16, 144).unflatten(1, (4, 8))), scale, -least
 
 
 def q5_k(blocks):
@@ -367,17 +378,31 @@ def q6_k(blocks):
 TYPES = {  # the layouts of blocks are ggml's (ggml-common.h)
     0: Blocks("F32", 1, 4, plain(torch.float32)),
     1: Blocks("F16", 1, 2, plain(torch.float16)),
-    2: Blocks("Q4_0", 32, 18, q4_0),
-    3: Blocks("Q4_1", 32, 20, q4_1),
+    2: Blocks("Q4_0", 32, 18, affine(q4_0)),
+    3: Blocks("Q4_1", 32, 20, affine(q4_1)),
     6: Blocks("Q5_0", 32, 22, q5_0),
     7: Blocks("Q5_1", 32, 24, q5_1),
     8: Blocks("Q8_0", 32, 34, q8_0),
-    12: Blocks("Q4_K", 256, 144, q4_k),
+    12: Blocks("Q4_K", 256, 144, affine(q4_k)),
     13: Blocks("Q5_K", 256, 176, q5_k),
     14: Blocks("Q6_K", 256, 210, q6_k),
     28: Blocks("F64", 1, 8, plain(torch.float64)),
     30: Blocks("BF16", 1, 2, plain(torch.bfloat16)),
 }
+FOUR_BITS = {2: q4_0, 3: q4_1, 12: q4_k}
+
+
+class Groups(NamedTuple):
+    """A weight in four bits: (codes - 8) * scale + zero, a scale and a zero for 32 in a row."""
+
+    codes_NK: torch.Tensor  # uint8, 0..15
+    scale_NG: torch.Tensor
+    zero_NG: torch.Tensor
+
+    def dense(self) -> torch.Tensor:
+        """The numbers that are meant, (N, K) in the scales' dtype."""
+        codes = self.codes_NK.to(self.scale_NG.dtype).unflatten(1, (-1, GROUP)) - 8
+        return (codes * self.scale_NG[..., None] + self.zero_NG[..., None]).flatten(1)
 
 
 class Quantised:
@@ -408,22 +433,47 @@ class Quantised:
         """Write the weights into `out`, a part at a time, so that no second copy of them is ever in
         memory.
         """
-        shape, kind, offset, nbytes = self.entry
+        shape, kind, _, _ = self.entry
         blocks = blocks_of(kind, self.name)
-        raw = torch.frombuffer(self.file.data, dtype=torch.uint8, count=nbytes, offset=offset)
         rows = shape[0] if len(shape) > 1 or blocks.weights == 1 else 1
-        raw, by_row = raw.view(rows, -1), out.view(rows, -1)
+        by_row = out.view(rows, -1)
+        for part, raw in self.parts(rows, by_row.shape[1]):
+            by_row[part].copy_(blocks.unpack(raw).view(-1, by_row.shape[1]))
+        return out
+
+    def parts(self, rows: int, width: int):
+        """Slices of the rows with the bytes of their blocks, (blocks, size), in our order."""
+        _, kind, offset, nbytes = self.entry
+        raw = torch.frombuffer(self.file.data, dtype=torch.uint8, count=nbytes, offset=offset)
+        raw = raw.view(rows, -1)
         if self.interleaved:
             raw = raw[torch.arange(rows).view(self.interleaved, -1, 2).transpose(1, 2).flatten()]
-        step = max(1, CHUNK // by_row.shape[1])
+        step = max(1, CHUNK // width)
         for start in range(0, rows, step):
-            part = raw[start : start + step].reshape(-1, blocks.size)
-            by_row[start : start + step].copy_(blocks.unpack(part).view(-1, by_row.shape[1]))
+            part = slice(start, start + step)
+            yield part, raw[part].reshape(-1, blocks_of(kind, self.name).size)
         if hasattr(mmap, "MADV_DONTNEED"):  # pages that were read count as this process's memory
             page = mmap.PAGESIZE
             start = offset // page * page
             self.file.data.madvise(mmap.MADV_DONTNEED, start, offset + nbytes - start)
-        return out
+
+    def groups(self) -> Groups | None:
+        """The weights in the four bits that the file has them in; None if of another type."""
+        if self.entry.kind not in FOUR_BITS or len(self.entry.shape) != 2:
+            return None
+        N, K = self.entry.shape
+        codes_NK = torch.empty(N, K, dtype=torch.uint8)
+        scale_NG, zero_NG = torch.empty(2, N, K // GROUP)
+        for part, raw in self.parts(N, K):
+            words, scale, least = FOUR_BITS[self.entry.kind](raw)
+            codes_NK[part] = words.view(torch.uint8).view(-1, K)
+            scale_NG[part] = scale.reshape(-1, K // GROUP)
+            zero_NG[part] = (least + 8 * scale).reshape(-1, K // GROUP)
+        return Groups(codes_NK, scale_NG, zero_NG)
+
+    def bits(self) -> float:
+        """Bits a weight."""
+        return 8 * self.entry.nbytes / math.prod(self.entry.shape)
 
 
 # ---- the config and the names of tensors

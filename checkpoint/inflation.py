@@ -35,7 +35,9 @@ from checkpoint.weights import (
     Fill,
     Piece,
     build_model,
+    check_room,
     load_model,
+    needed_bytes,
     parse_config,
     pieces_of,
     read_config,
@@ -287,7 +289,13 @@ def grown(
     return raw, config, Growth(source, config, seed).fill
 
 
-def load_inflated(text: str, folder: Path, device, dtype: torch.dtype, make) -> nn.Module:
-    """The grown model, made on the device layer by layer; only the small one is read."""
+def load_inflated(
+    text: str, folder: Path, device, dtype: torch.dtype, make, finish=None, bits: str = "none"
+) -> nn.Module:
+    """The grown model, made on the device layer by layer; only the small one is read.
+
+    finish and bits are load_model's.
+    """
     _, config, fill = grown(text, folder, device, dtype, make)
-    return build_model(config, fill, device, dtype, make)
+    check_room(needed_bytes(config, dtype, bits, {}), torch.device(device), dtype)
+    return build_model(config, fill, device, dtype, make, finish=finish)

@@ -30,7 +30,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from checkpoint.config import Config
-from checkpoint.gguf import gguf_name, open_checkpoint, shorten
+from checkpoint.gguf import FOUR_BITS, Groups, Quantised, gguf_name, open_checkpoint, shorten
 
 INFLATE = "inflate:"
 DEFAULT_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -98,7 +98,8 @@ class Piece(NamedTuple):
 
 
 Make = Callable[[Config], nn.Module]  # the class of the model
-Finish = Callable[[nn.Linear], nn.Module]
+Stored = Groups | str | None  # a weight as a GGUF file has it: four bits, "int8", or floats
+Finish = Callable[[nn.Linear, str, Stored], nn.Module]  # layer, its name, its weight in the file
 Fill = Callable[
     [Piece, torch.Tensor], object
 ]  # writes the value of a piece into a tensor of its shape
@@ -281,18 +282,20 @@ def load_model(
     make: Make,
     target: nn.Module | None = None,
     finish: Finish | None = None,
+    bits: str = "none",
 ) -> nn.Module:
     """The checkpoint `name` on `device` in `dtype`, with no second copy in host memory.
 
     make: the class of the model. target: the loaded target, for a draft that was trained for it and
     uses its embedding. finish: what becomes of each linear layer as soon as its weights are there.
-    ValueError: what is wrong.
+    bits: what `finish` makes of them, as in engine.choose_format; for "int4" and "stored" it is
+    given the weights of a GGUF file as they are there. ValueError: what is wrong.
     """
     folder, inflated = resolve(name), split_inflate(name)
     if inflated:
         from checkpoint.inflation import load_inflated
 
-        return load_inflated(inflated[0], folder, device, dtype, make)
+        return load_inflated(inflated[0], folder, device, dtype, make, finish, bits)
     if os.path.isfile(folder):
         raw, tensors = open_checkpoint(folder)
         copy = lambda piece, out: tensors[piece.theirs].copy_to(out)  # noqa: E731
@@ -300,12 +303,16 @@ def load_model(
         raw, tensors = read_config(folder), open_tensors(folder)
         copy = lambda piece, out: out.copy_(tensors[piece.theirs][:].to(out.device))  # noqa: E731
     config = parse_config(raw, folder)
+    stored = None
+    if bits in ("int4", "stored"):
+        stored = lambda pieces: stored_weight(pieces, tensors)  # noqa: E731
     ids_V, given = None, {}
     if config.head_tokens:
         ids_V = check_draft(config, raw, tensors, folder, target)
         given = shared_weights(target, ids_V, device, dtype)
     check_tensors(config, tensors, folder)
-    model = build_model(config, copy, device, dtype, make, given, finish, workers=cores())
+    check_room(needed_bytes(config, dtype, bits, tensors), torch.device(device), dtype)
+    model = build_model(config, copy, device, dtype, make, given, finish, stored, cores())
     if ids_V is not None:
         model.token_ids_V = ids_V.to(device)
     return model
@@ -375,9 +382,14 @@ def shared_weights(
     the target's.
     """
     embed, device = target.embed.weight, torch.device(device)
-    head = embed if target.config.tied else target.head.weight
-    head = head.to_dense() if head.is_mkldnn else head  # packed for the CPU
-    rows = head.detach()[ids_V.to(head.device)].to(device, dtype)
+    if target.config.tied or type(target.head) is nn.Linear:
+        head = embed if target.config.tied else target.head.weight
+        rows = head.detach()[ids_V.to(head.device)].to(device, dtype)
+    else:  # packed or quantised: what it makes of one input at a time are its columns
+        ones = torch.eye(embed.shape[1], dtype=embed.dtype, device=embed.device).split(64)
+        with torch.inference_mode():
+            columns = [target.head(part)[:, ids_V.to(embed.device)] for part in ones]
+        rows = torch.cat(columns).T.to(device, dtype, copy=True)
     if (
         embed.dtype != dtype
         or embed.device.type != device.type
@@ -542,9 +554,41 @@ class NoInitialValues(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def check_room(config: Config, device: torch.device, dtype: torch.dtype) -> None:
-    """ValueError if the weights have no room, before they are allocated."""
-    free, needed = available_bytes(device), weight_bytes(config, dtype)
+def stored_weight(pieces: list[Piece], tensors: Mapping) -> Stored:
+    """The weight of a linear layer as a GGUF file has it, if all its pieces are of one kind there.
+
+    Types of five to eight bits are "int8", which keeps more of them than four bits would.
+    """
+    found = [tensors[piece.theirs] for piece in pieces if len(piece.shape) == 2]
+    if not all(isinstance(tensor, Quantised) for tensor in found):
+        return None
+    if all(tensor.entry.kind in FOUR_BITS for tensor in found):
+        return Groups(*map(torch.cat, zip(*(tensor.groups() for tensor in found))))
+    return "int8" if any(tensor.bits() < 16 for tensor in found) else None
+
+
+def needed_bytes(config: Config, dtype: torch.dtype, bits: str, tensors: Mapping) -> int:
+    """What the weights take: floats, codes of 8 bits, or of 4 with a bit for scales and zeros."""
+    needed = 0
+    for piece in pieces(config):
+        width = 8 * dtype.itemsize
+        if len(piece.shape) == 2 and piece.axes != "VE":
+            tensor = tensors.get(piece.theirs)
+            four = isinstance(tensor, Quantised) and tensor.entry.kind in FOUR_BITS
+            width = {
+                "none": width,
+                "bfloat16": 16,
+                "int8": 8,
+                "int4": 5,
+                "stored": 5 if four else 8,
+            }[bits]
+        needed += math.prod(piece.shape) * width // 8
+    return needed
+
+
+def check_room(needed: int, device: torch.device, dtype: torch.dtype) -> None:
+    """ValueError if weights of so many bytes have no room, before they are allocated."""
+    free = available_bytes(device)
     if free is not None and needed > free:
         raise ValueError(
             f"the weights need {needed / 1e9:.2f} GB in {str(dtype)[6:]}, but {device} has "
@@ -561,6 +605,7 @@ def build_model(
     make: Make,
     given: Mapping[str, nn.Parameter] = MappingProxyType({}),
     finish: Finish | None = None,
+    stored: Callable[[list[Piece]], Stored] | None = None,
     workers: int = 1,
 ) -> nn.Module:
     """A model whose every parameter is allocated once, on its device, and filled piece by piece in
@@ -568,10 +613,10 @@ def build_model(
 
     given: parameters that are there already. finish: called with each nn.Linear that is complete;
     what it returns takes the layer's place, and may not keep its weight, whose memory the next one
-    gets. workers: threads that fill modules; with one, pieces are filled in the order of pieces().
+    gets. stored: a layer's weight as the file has it; in four bits, it is not filled but handed to
+    `finish`. workers: threads that fill modules; one fills in the order of pieces().
     """
     device = torch.device(device)
-    check_room(config, device, dtype)
     with torch.device("meta"), NoInitialValues():
         model = make(config)
     scratch = threading.local()  # one weight at a time, of those that `finish` replaces
@@ -579,18 +624,22 @@ def build_model(
     def fill_module(job: tuple[str, list[Piece]]) -> None:
         module = model.get_submodule(job[0])
         replaced = finish is not None and type(module) is nn.Linear
+        form = stored(job[1]) if stored and replaced else None
         for piece in job[1]:
             leaf = piece.ours.rpartition(".")[2]
+            if isinstance(form, Groups) and leaf == "weight":
+                continue
             weight = getattr(module, leaf)
             if weight.is_meta:
                 lent = replaced and leaf == "weight" and device.type == "cpu"
                 room = allocate(weight.shape, device, dtype, scratch if lent else None)
                 setattr(module, leaf, weight := nn.Parameter(room, requires_grad=False))
             fill(piece, weight[piece.start : piece.start + piece.shape[0]])
-        if replaced and not replace(model, job[0], finish):
+        if replaced and not replace(model, job[0], finish, form):
             scratch.room = None  # it stays
 
-    order = list(by_module(config).items())
+    jobs = by_module(config)
+    order = list(jobs.items())
     if workers > 1:  # the largest first: none is left to be waited for at the end
         order.sort(key=lambda job: -sum(math.prod(piece.shape) for piece in job[1]))
     with one_thread_each(), ThreadPoolExecutor(workers) as pool:
@@ -601,7 +650,8 @@ def build_model(
     if config.tied and not config.head_tokens:
         model.head.weight = model.embed.weight
     if finish is not None and type(model.head) is nn.Linear:
-        replace(model, "head", finish)
+        form = stored(jobs["embed"]) if stored and config.tied and "embed" in jobs else None
+        replace(model, "head", finish, form)
     assert not any(weight.is_meta for weight in model.parameters()), "the table above is not whole"
     return model
 
@@ -622,11 +672,11 @@ def allocate(
     return room[:size].view(shape)
 
 
-def replace(model: nn.Module, name: str, finish: Finish) -> bool:
+def replace(model: nn.Module, name: str, finish: Finish, stored: Stored) -> bool:
     """Put what `finish` makes of a linear layer in its place; False if that is the layer itself."""
     parent, _, leaf = name.rpartition(".")
     old = model.get_submodule(name)
-    new = finish(old)
+    new = finish(old, name, stored)
     setattr(model.get_submodule(parent), leaf, new)
     return new is not old
 

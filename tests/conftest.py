@@ -50,6 +50,14 @@ def pytest_runtest_setup(item):
         pytest.skip(f"the default model is not installed: no package {' and no '.join(missing)}")
 
 
+@pytest.fixture(autouse=True)
+def plain_numbers(monkeypatch):
+    """Weights are float32 on a CPU unless a test asks for others, whatever is fast here."""
+    import engine
+
+    monkeypatch.setattr(engine, "speeds", lambda: {"float32": 1.0})
+
+
 def write_tokenizer(folder: Path) -> None:
     """A sentencepiece model of WORDS pieces, 256 of them single bytes, that gives every text back
     as it was.

@@ -38,6 +38,8 @@ KEYS = (
         "device",
         "draft_device",
         "dtype",
+        "quantize",
+        "draft_quantize",
         "k",
         "fan_out",
         "cut",
@@ -68,8 +70,8 @@ KEYS = (
     *("speedup_ceiling", "bandwidth_fraction", "peak_memory_gb"),
 )
 NULL = {  # what does not apply in a mode
-    "ar": "draft draft_device k fan_out cut fallback coupling acceptance_rate accepted_fraction "
-    "hit_rate draft_ms exposed_ms hidden speedup_ceiling".split(),
+    "ar": "draft draft_device draft_quantize k fan_out cut fallback coupling acceptance_rate "
+    "accepted_fraction hit_rate draft_ms exposed_ms hidden speedup_ceiling".split(),
     "sd": "fan_out cut fallback hit_rate hidden speedup_ceiling".split(),
     "ssd": [],
 }
@@ -237,6 +239,11 @@ MISTAKES = {
     ),
     "fallback": (["--fallback", "x"], "fallback is 'x', wanted one of auto, jit, fast"),
     "dtype": (["--dtype", "int8"], "dtype is 'int8', wanted one of float32"),
+    "quantize": (["--quantize", "int2"], "quantize is 'int2', wanted one of none, int8, int4"),
+    "draft_quantize": (
+        ["--sd", "--draft-quantize", "x"],
+        "draft_quantize is 'x', wanted one of none, int8, int4",
+    ),
     **{
         f"device {x}": (["--device", x], f"device is '{x}', wanted cpu, cpu:CORES")
         for x in (
@@ -599,6 +606,20 @@ def test_dtypes(mode, figures):
         assert stats["dtype"] == dtype and stats["new_tokens"] == [6]
         texts[dtype] = stats["token_ids"]
     assert texts["float32"] == texts["float64"]
+
+
+@pytest.mark.parametrize("bits", ["none", "int8", "int4"])
+def test_weights_of_few_bits(bits, figures):
+    """In the target and in the draft: every mode prints the text of plain decoding."""
+    flags = ["--quantize", bits, "--max-new-tokens", 12]
+    plain = figures(*flags)
+    assert plain["quantize"] == bits and plain["dtype"] == "float32"
+    for mode in ("sd", "ssd"):
+        for few in ("none", "int8", "int4"):
+            stats = figures(*FLAG[mode], *flags, "--draft-quantize", few)
+            assert stats["token_ids"] == plain["token_ids"]
+            assert stats["quantize"] == bits and stats["draft_quantize"] == few
+    assert figures(*flags, "--dtype", "float64")["dtype"] == "float64"
 
 
 @two_cores

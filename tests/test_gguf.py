@@ -38,11 +38,13 @@ from test_tokenizer import (  # noqa: F401  fixtures
     with_special,
 )
 
+import engine
 from checkpoint import gguf as ours
 from checkpoint import weights
 from checkpoint.config import Config, rope_frequencies
 from checkpoint.tokenizer import load_tokenizer
 from checkpoint.weights import default_target, load_config, resolve
+from linear import Int4Linear, Int8Linear, PackedLinear, finish_all, finisher
 from model import Transformer
 
 gguf = pytest.importorskip(
@@ -318,6 +320,37 @@ def test_every_type_is_read_bit_for_bit_as_the_package_reads_it(tmp_path):
             assert torch.equal(interleave(ours.Quantised(file, "x", 103)[:], 103), wanted), label
             out = torch.empty(rows, width, dtype=torch.bfloat16)
             assert torch.equal(ours.Quantised(file, "x").copy_to(out), wanted.bfloat16())
+        groups = ours.Quantised(file, "x", 103).groups()
+        assert (groups is not None) == (label in ("Q4_0", "Q4_1", "Q4_K")), label
+        if groups is not None:  # as finite weights are: block_bytes makes scales of any size
+            kept, size = interleave(groups.dense(), 103), groups.zero_NG.abs().max()
+            assert groups.codes_NK.max() == 15 and torch.allclose(kept, wanted, atol=1e-6 * size)
+
+
+KEPT = ("Q4_0", "Q4_1", "Q5_0", "Q8_0", "F16")
+
+
+@pytest.mark.parametrize("kind", KEPT)
+def test_few_bits_stay_as_they_are_in_the_file(kind, tmp_path, monkeypatch):
+    """By default, where a CPU is fast with them; --quantize none makes floats of them."""
+    raw = LLAMA | {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 1}
+    torch.manual_seed(0)
+    tensors = {p.theirs: torch.randn(p.shape) for p in weights.pieces(Config.from_dict(raw))}
+    path = write(tmp_path / "m.gguf", raw, tensors, kinds=lambda name: kind)
+    monkeypatch.setattr(engine, "speeds", lambda: {"float32": 1.0, "int4": 0.5})
+    kept, plain = engine.load(str(path)).target, engine.load(str(path), quantize="none").target
+    assert (kept.bits, plain.bits) == ("stored", "none") and kept.dtype == torch.float32
+    finish = finisher("stored", pack=True)
+    half = {"Q4": Int4Linear, "F1": PackedLinear}.get(kind[:2], Int8Linear)
+    model = load_model(path, finish=finish, bits="stored")
+    assert all(type(getattr(model.layers[0].mlp, name)) is half for name in ("gate_up", "down"))
+    truth = load_model(path)
+    for name in ("mlp.gate_up", "mlp.down", "attention.qkv"):
+        wanted = truth.layers[0].get_submodule(name)
+        x = torch.randn(3, wanted.in_features).bfloat16().float()
+        out = model.layers[0].get_submodule(name)(x)
+        close = (0.05 if half is Int8Linear else 0.02) * float(wanted(x).std())
+        assert torch.allclose(out, wanted(x), atol=close, rtol=0.01), name
 
 
 def test_without_the_package_common_types_load_and_the_rest_says_how_to_install_it(
@@ -684,12 +717,12 @@ def test_weights_land_once(tmp_path):
     path = write(tmp_path / "m.gguf", raw, tensors, kinds=lambda name: "Q8_0")
     code = (
         "import resource, sys, torch\n"
-        "from checkpoint.weights import load_model\nfrom model import Transformer\nfrom runtime "
-        "import PackedLinear\n"
+        "from checkpoint.weights import load_model\nfrom model import Transformer\nfrom linear "
+        "import PackedLinear, finisher\n"
         "torch.ones(1000).half().bfloat16().float().mul_(2)\n"
         "PackedLinear(torch.nn.Linear(64, 64))\n"
         "dtype = getattr(torch, sys.argv[2])\n"
-        "finish = PackedLinear if sys.argv[3:] else None\n"
+        "finish = finisher('none', True) if sys.argv[3:] else None\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "model = load_model(sys.argv[1], 'cpu', dtype, Transformer, finish=finish)\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
@@ -706,11 +739,12 @@ def test_weights_land_once(tmp_path):
 
 
 def test_layers_are_finished_as_they_are_filled(small, tmp_path):
-    seen = []
+    seen, names = [], dict(Transformer(load_config(small)).named_modules())
 
     class Finished(torch.nn.Module):
-        def __init__(self, linear):
+        def __init__(self, linear, name, stored):
             super().__init__()
+            assert name in names and stored is None
             seen.append(linear)
             self.weight, self.bias = linear.weight.detach().clone(), linear.bias
 
@@ -719,7 +753,7 @@ def test_layers_are_finished_as_they_are_filled(small, tmp_path):
 
     words = random_text(30, seed=4)
     plain, finished = load_model(small), load_model(small, finish=Finished)
-    kept = load_model(small, finish=lambda linear: linear)
+    kept = load_model(small, finish=lambda linear, name, stored: linear)
     for model in (plain, finished, kept):
         model.set_positions(30)
     assert len(seen) == 9 and type(finished.head) is Finished
@@ -775,9 +809,8 @@ def test_a_trained_draft_shares_its_targets_embedding(draft):
     )
     half = load_model(folder, dtype=torch.bfloat16, target=target)
     assert half.embed.weight.dtype == torch.bfloat16 and half.head.weight.dtype == torch.bfloat16
-    from runtime import pack
 
-    pack(target)
+    finish_all(target, finisher("none", pack=True))
     assert torch.equal(load_model(folder, target=target).head.weight, loaded.head.weight), (
         "from a packed head"
     )

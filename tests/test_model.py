@@ -27,8 +27,8 @@ from families import (
 import engine
 from checkpoint.config import Config
 from checkpoint.weights import load_config, load_model
+from linear import finish_all, finisher
 from model import Block, Pair, Placement, Transformer
-from runtime import pack
 
 # transformers rounds RMSNorm and RoPE's angles to float32 even in float64 models.
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-5}
@@ -415,7 +415,7 @@ def test_packed_blocks_in_float32_are_the_written_ones_in_float64(kind):
     """Trunk and chains of three rows, one of them ended, as the CPU's lanes run them."""
     exact = tiny_model(seed=5, **kind)
     quick = tiny_model(seed=5, dtype=torch.float32, **kind)
-    pack(quick)
+    finish_all(quick, finisher("none", pack=True))
     script(quick)
     start, live = torch.tensor([20, 9, 14]), torch.tensor([True, True, False])
     tokens = torch.randint(96, (3, 20), generator=torch.Generator().manual_seed(1))

@@ -1,4 +1,4 @@
-"""Lanes, devices, packed weights, compilation: where work runs must not change what it computes."""
+"""Lanes, devices, compilation: where work runs must not change what it computes."""
 
 import copy
 import logging
@@ -20,11 +20,9 @@ from runtime import (
     Devices,
     DraftLost,
     Lane,
-    PackedLinear,
     Policy,
     Work,
     available_cores,
-    pack,
     parse_device,
     read_bandwidth,
 )
@@ -224,19 +222,6 @@ def test_work_is_due_when_such_work_usually_ends(lane):
 # ---- what the machine can do
 
 
-def test_packed_linear_layers_compute_the_same():
-    torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(64, 96), torch.nn.Linear(96, 32, bias=False))
-    x = torch.randn(2, 5, 64)
-    plain = model(x)
-    pack(model)
-    assert isinstance(model[0], PackedLinear) and isinstance(model[1], PackedLinear)
-    assert torch.allclose(model(x), plain, atol=1e-5)
-    double = torch.nn.Sequential(torch.nn.Linear(8, 8)).double()
-    pack(double)
-    assert type(double[0]) is torch.nn.Linear, "only float32 has a packed layout"
-
-
 def test_read_bandwidth_is_plausible(lane):
     assert 1e8 < read_bandwidth(lane) < 1e13
 
@@ -282,31 +267,23 @@ def static_pair(said, **shape) -> tuple[Engine, Engine]:
     return Engine(*models, tiny.DEVICES, said.append), eager
 
 
-FIXED = {"mode": "ssd", "k": 2, "fan_out": 6, "temperature": 1.0, "seed": 3, "max_new_tokens": 20}
-RAGGED = [[1, 2, 3], [4, 5, 6, 7, 8, 9], [3]]
-
-
-def test_compiled_steps_equal_eager_ones():
-    """By the real compiler, which takes a minute: every kind of step, once."""
-    said = []
-    compiled, eager = static_pair(said)
-    got = compiled.generate(RAGGED, **FIXED)
-    assert got.token_ids == eager.generate(RAGGED, **FIXED).token_ids
-    assert said and all("compiled in" in text for text in said)
-
-
-def test_static_steps_never_recompile(eager_backend):
-    """Eager's text in AR and SSD, and no new graph after a warm-up."""
+def test_compiled_steps_equal_eager_ones_and_never_recompile():
+    """One compiled engine: eager's text in AR and SSD, no new graph after a warm-up."""
     from torch._dynamo.utils import counters
 
-    before, (static, eager) = 0, static_pair([])
-    for options in (FIXED | {"mode": "ar", "temperature": 0.0}, FIXED):
-        for number, rows in enumerate(([[9], [8], [7]], RAGGED, [p * 9 for p in RAGGED])):
-            got = static.generate(rows, **options)
+    said, before = [], 0
+    compiled, eager = static_pair(said)
+    prompts = [[1, 2, 3], [4, 5, 6, 7, 8, 9], [3]]
+    fixed = {"mode": "ssd", "k": 2, "fan_out": 6}
+    for mode, temperature in (({"mode": "ar"}, 0.0), (fixed, 1.0)):
+        options = mode | {"temperature": temperature, "seed": 3, "max_new_tokens": 20}
+        for number, rows in enumerate(([[9], [8], [7]], prompts, [p * 9 for p in prompts])):
+            got = compiled.generate(rows, **options)
             graphs = counters["stats"]["unique_graphs"]
             assert number == 0 or graphs == before, f"{options}, run {number}: compiled again"
             before = graphs
             assert got.token_ids == eager.generate(rows, **options).token_ids
+    assert said and all("compiled in" in text for text in said)
 
 
 def test_texts_of_every_length_run(eager_backend):

@@ -1,0 +1,183 @@
+"""linear.py: each number format against a float64 product of the very weights that it stores."""
+
+import math
+
+import pytest
+import tiny
+import torch
+from torch import nn
+
+import engine as engine_module
+import linear
+from checkpoint.gguf import Groups
+from engine import Model
+from kernels import script
+from linear import (
+    Int4Linear,
+    Int8Linear,
+    PackedLinear,
+    finish_all,
+    finisher,
+    fits_int4,
+    to_int4,
+    to_int8,
+)
+from runtime import one_thread
+
+ROWS = (1, 2, 3, 4, 5, 8, 33, 64)
+SHAPES = ((64, 96), (48, 32), (16, 1536), (4160, 64), (33, 64), (7, 36), (5, 1), (100, 48))
+
+
+@pytest.fixture(autouse=True)
+def on_one_thread():
+    with one_thread():
+        yield
+
+
+def layer(N: int, K: int, bias: bool = False, dtype=torch.float32) -> nn.Linear:
+    made = nn.Linear(K, N, bias=bias).requires_grad_(False)
+    with torch.no_grad():
+        made.weight.copy_(torch.randn(N, K, generator=torch.Generator().manual_seed(N + K)))
+    return made.to(dtype)
+
+
+def int8_numbers(weight):
+    codes_NK, scale_N = to_int8(weight)
+    return codes_NK.double() * scale_N.double()[:, None]
+
+
+def int4_numbers(weight):
+    return Groups(*(x.double() for x in to_int4(weight))).dense()
+
+
+def error(out, x, weight, bias=None) -> float:
+    """The largest error, of the sum of the magnitudes that were added."""
+    wanted, size = x.double() @ weight.T, x.double().abs() @ weight.abs().T
+    return float(((out.double() - wanted - (0 if bias is None else bias)).abs() / size).max())
+
+
+# ---- products
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_product_is_right_to_the_rounding_of_bfloat16(shape, dtype):
+    """Ragged shapes and 1 to 64 rows, as a module, as a script, and as a GPU computes int8."""
+    plain = layer(*shape)
+    makers = {"int8": (lambda: Int8Linear(plain), int8_numbers(plain.weight))}
+    if fits_int4(*shape):
+        stored = to_int4(plain.weight)
+        makers["int4"] = (lambda: Int4Linear(stored), int4_numbers(plain.weight))
+    if "bfloat16" in linear.speeds():
+        half = plain.weight.bfloat16().double()
+        makers["bfloat16"] = (lambda: PackedLinear(plain, torch.bfloat16), half)
+    for name, (make, numbers) in makers.items():
+        found = [make(), script(make())]
+        if name == "int8":
+            found.append(make())
+            found[-1].fast = False
+        for rows in ROWS:
+            x = torch.randn(1, rows, shape[1]).to(dtype)
+            for module in found:
+                out = module(x)
+                assert out.shape == (1, rows, shape[0]) and out.dtype == dtype
+                most = 2**-8 if getattr(module, "fast", True) else 2**-7  # rounded twice
+                assert error(out, x.bfloat16(), numbers) < most, (name, rows)
+
+
+def test_packed_float32_computes_the_same():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 96), nn.Linear(96, 32, bias=False))
+    x = torch.randn(2, 5, 64)
+    plain = model(x)
+    finish_all(model, finisher("none", pack=True))
+    assert isinstance(model[0], PackedLinear) and isinstance(model[1], PackedLinear)
+    assert torch.allclose(model(x), plain, atol=1e-5)
+    double = nn.Sequential(nn.Linear(8, 8)).double()
+    finish_all(double, finisher("none", pack=True))
+    assert type(double[0]) is nn.Linear, "float64 has no packed layout"
+
+
+def test_a_bias_is_added():
+    plain, x = layer(64, 32, bias=True), torch.randn(3, 32)
+    for module in (Int8Linear(plain), Int4Linear(to_int4(plain.weight), plain.bias)):
+        without = Int8Linear(layer(64, 32)) if isinstance(module, Int8Linear) else None
+        without = without or Int4Linear(to_int4(plain.weight))
+        assert torch.allclose(module(x), without(x) + plain.bias, atol=0.05)
+
+
+@pytest.mark.parametrize("make", [Int8Linear, lambda plain: Int4Linear(to_int4(plain.weight))])
+def test_a_row_does_not_know_of_the_rows_beside_it(make):
+    """Bit for bit: a plain step and a verification round alike."""
+    for shape in ((960, 576), (576, 1536), (256, 8960)):
+        module, x = make(layer(*shape)), torch.randn(64, shape[1])
+        alone = torch.cat([module(row[None]) for row in x])
+        for rows in ROWS:
+            assert torch.equal(module(x[:rows]), alone[:rows]), (shape, rows)
+
+
+# ---- codes
+
+
+def test_quantising_keeps_the_weight_and_rounds_to_the_nearest():
+    for scale in (1.0, 1e-3, 1e3):
+        weight = layer(64, 96).weight * scale
+        before = weight.clone()
+        eight, four = int8_numbers(weight), int4_numbers(weight)
+        assert torch.equal(weight, before), "a tied embedding is the same tensor"
+        step = weight.abs().amax(1, keepdim=True) / 127
+        assert ((eight - weight).abs() <= 0.51 * step + 0.004 * weight.abs()).all()
+        groups = weight.unflatten(1, (-1, 32))
+        step = (groups.amax(2) - groups.amin(2))[..., None] / 15
+        off = (four.unflatten(1, (-1, 32)) - groups).abs()
+        assert (off <= 0.51 * step + 2**-8 * groups.abs().amax(2, keepdim=True)).all()
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, -3.0])
+def test_weights_that_are_all_the_same(value):
+    weight = torch.full((16, 64), value)
+    assert torch.allclose(int8_numbers(weight), weight.double(), atol=0.02 * abs(value))
+    assert torch.allclose(int4_numbers(weight), weight.double(), atol=0.01 * abs(value))
+
+
+def test_the_head_and_what_does_not_fit_stay_int8():
+    finish = finisher("int4", pack=True)
+    assert isinstance(finish(layer(64, 32), "layers.0.mlp.down"), Int4Linear)
+    assert isinstance(finish(layer(64, 32), "head"), Int8Linear)
+    assert isinstance(finish(layer(64, 48)), Int8Linear)  # no whole groups of 32
+    assert isinstance(finish(layer(40, 32)), Int8Linear)  # no whole blocks of 16 rows
+    stored = to_int4(layer(40, 32).weight)
+    out = finisher("stored", pack=True)(layer(40, 32), "", stored)(torch.eye(32))
+    assert isinstance(out, torch.Tensor) and torch.allclose(
+        out.T, stored.dense().float(), atol=0.05
+    )
+
+
+# ---- models
+
+
+@pytest.mark.parametrize("bits", ["int8", "int4", "bfloat16"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_every_mode_prints_the_same_text(bits, temperature):
+    """Under `shared`, with weights of few bits in the target, in the draft, and in both."""
+    shape = {"hidden_size": 64, "intermediate_size": 128, "dtype": torch.float32}
+    base = tiny.transformer(**shape)
+    drafts = [tiny.transformer(base=base, noise=0.05, **shape) for _ in range(2)]
+    target, few = Model.of(base, bits=bits), Model.of(drafts[0], bits=bits)
+    prompts = [[1, 2, 3], [4, 5], [7], [9, 8, 7, 6]]
+    for draft in (few, Model.of(drafts[1])):
+        pair = engine_module.Engine(target, draft, tiny.DEVICES)
+        texts = [
+            pair.generate(prompts, mode=mode, max_new_tokens=40, temperature=temperature, **more)
+            for mode, more in (("ar", {}), ("sd", {"k": 3}), ("ssd", {"k": 3, "fan_out": 6}))
+        ]
+        assert texts[0].token_ids == texts[1].token_ids == texts[2].token_ids
+        assert texts[2].stats["quantize"] == ("none" if bits == "bfloat16" else bits)
+        assert math.isfinite(texts[1].stats["acceptance_rate"])
+
+
+def test_a_decode_step_reads_what_is_stored():
+    shape = {"hidden_size": 64, "intermediate_size": 128, "dtype": torch.float32}
+    sizes = {b: Model.of(tiny.transformer(**shape), bits=b).step_bytes
+             for b in ("none", "int8", "int4")}  # fmt: skip
+    assert 3.5 < sizes["none"] / sizes["int8"] < 4 and 4.5 < sizes["none"] / sizes["int4"] < 6.4
