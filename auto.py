@@ -2,7 +2,7 @@
 
 Knows: how long the rounds so far took and what they came to. Does not know: tensors, tokens, how a
 round is played. Nothing else needs this file: without it K and M are given by hand. Read next:
-figures.py.
+halves.py.
 
 It has one way of measuring, the run's own rounds. The first ones play a few sizes of K and M. Later
 ones try another mode now and then, and what was measured long ago is forgotten. So no choice is

@@ -23,6 +23,7 @@ from checkpoint.weights import (
     resolve,
 )
 from figures import run_stats
+from halves import Always, Halves, Quicker
 from linear import FORMATS, finish_all, finisher, speeds
 from model import Transformer
 from rows import AUTO, Row, Settings, make_rows, sampling_params
@@ -318,7 +319,10 @@ class Engine:
         most = min(settings.batch or len(rows), len(rows))
         usual, ks, ms = self.planner(settings, most, drafts)
         k, branches = max(ks), max(ms)
-        target_lane, draft_lane = self.devices.lanes(mode)
+        asked = settings.batch_halves if drafts and most > 1 else "off"
+        target_lane, draft_lane = self.devices.lanes("ssd" if asked == "on" else mode)
+        # Two models that take turns on one lane have nothing to gain from another half.
+        asked = "off" if target_lane is draft_lane else asked
         models = [("target", self.target, 0)] + [("draft", draft, branches) for draft in drafts]
         sizes = [(model, m) for _, model, m in models]
         batch, trunk = fit_memory(sizes, rows, settings.batch, k, self.tell)
@@ -338,8 +342,16 @@ class Engine:
         runners += [None]  # where there is no draft model
         lengths = sorted({1, *(1 + k for k in ks)})
         parts = [range(batch)] + [range(b, b + 1) for b in range(batch) if len(left) > batch > 1]
+        if asked != "off" and batch > 2:
+            parts += [range((batch + 1) // 2), range((batch + 1) // 2, batch)]
         shapes = lengths, [m for m in ms if m], parts
         played = planner or usual
+        if asked != "off" and planner is None:
+            half = self.planner(settings, (batch + 1) // 2, drafts)[0]
+            played = Always(half) if asked == "on" else Quicker(usual, Always(half))
+        if asked != "off":
+            own = decoding is not Decoding
+            decoding = type(decoding.__name__, (decoding, Halves), {}) if own else Halves
         lanes = runners[0], target_lane, runners[1], draft_lane
         return decoding(rows, played, *lanes, shapes, self.warn)
 

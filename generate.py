@@ -28,7 +28,10 @@ FAILED, MISTAKE, INTERRUPTED, NOBODY_READS = (
     141,
 )  # exit codes; the last two are 128 + a signal
 DRAFT_FLAGS, SSD_FLAGS = (
-    ("draft", "draft_device", "draft_quantize", "k", "coupling", "saguaro_c"),
+    (
+        *("draft", "draft_device", "draft_quantize", "k", "coupling", "saguaro_c"),
+        "batch_halves",
+    ),
     ("fan_out", "cut", "fallback"),
 )
 SAMPLING_FLAGS = ("top_k", "top_p", "seed")  # of no effect at temperature 0
@@ -131,6 +134,8 @@ def add_sampling(add) -> None:
     several = {"nargs": "+", "action": "extend", "metavar": "TEXT"}
     add("--stop", **several, default=[], help="texts that end the output")
     said = "most prompts decoded at once, the others wait (all that memory holds)"
+    halves = "SD, SSD: verify half of the batch while the draft works for the other half (off)"
+    add("--batch-halves", default="off", metavar="auto|on|off", help=halves)
     add("--batch", type=whole, metavar="N", help=said)
     add("--ignore-eos", action="store_true", help="go on after the end of the text")
 
@@ -312,7 +317,7 @@ def note_idle_flags(args, mode: str) -> None:
 
 def settings_of(args, mode: str) -> dict:
     names = "max_new_tokens temperature top_k top_p seed ignore_eos k fan_out cut fallback coupling"
-    names = [*names.split(), "saguaro_c", "batch"]
+    names = [*names.split(), "saguaro_c", "batch", "batch_halves"]
     return {name: getattr(args, name) for name in names} | {"mode": mode, "stop": tuple(args.stop)}
 
 

@@ -13,6 +13,7 @@ from sampling import COUPLINGS, Params
 
 AUTO = "auto"
 FALLBACKS = (AUTO, "jit", "fast")
+HALVES = ("auto", "on", "off")
 PER_ROW = ("temperature", "top_k", "top_p", "seed", "max_new_tokens")
 # The longest suffix, in tokens, that a guess matches. One token alone says too little.
 LONGEST_NGRAM = 4
@@ -37,6 +38,8 @@ class Settings:
     * cut: use the chain steps that are ready when the verdict is in, and wait for no more.
     * fallback: after a miss "jit" drafts now, "fast" guesses from the text, and "auto" drafts now
       if no row has hit.
+    * batch_halves: "on" has two halves of the batch take turns on the devices of SSD, "auto" does
+      so where it is quicker, "off" does not.
     * coupling: how the two models' randomness is joined, "shared", "maximal" or "independent".
     * saguaro_c: with "independent", how far the draft's top tokens are weighed down, 0 < C <= 1.
     """
@@ -56,10 +59,12 @@ class Settings:
     coupling: str = "shared"
     saguaro_c: float = 1.0
     batch: int | None = None
+    batch_halves: str = "off"
 
     def __post_init__(self):
         _one_of("mode", self.mode, MODES)
         _one_of("fallback", self.fallback, FALLBACKS)
+        _one_of("batch_halves", self.batch_halves, HALVES)
         _one_of("coupling", self.coupling, COUPLINGS)
         _each(self.max_new_tokens, "max_new_tokens", int, 1, 1 << 24)
         _each(self.temperature, "temperature", float, 0, 100)

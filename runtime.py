@@ -171,9 +171,11 @@ class Lane:
         return max(PATIENCE_S, PATIENCE_TIMES * self.slowest_s)
 
     def has_time(self, verdict: Work) -> bool:
-        """Whether one more step like the last is likely to be done before `verdict` is in."""
+        """Whether one more step like the last is likely to be done before `verdict` is in, and no
+        other work waits for this lane.
+        """
         soon = time.perf_counter() + STEP_SHARE * self.last_s > verdict.due
-        return not (soon or verdict.done())
+        return not (soon or verdict.done()) and self._queue.empty()
 
     @contextmanager
     def span(self, name: str):

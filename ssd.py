@@ -2,8 +2,8 @@
 (SSD).
 
 Knows: plans, proposals, outcomes, and who waits for whom. Does not know: how a pass computes
-(steps.py), where it runs (runtime.py), how K and M are chosen (auto.py). Decoding.rounds, propose
-and prepare are the whole method. Read next: engine.py.
+(steps.py), where it runs (runtime.py), how K and M are chosen (auto.py). Decoding.rounds, play,
+propose and prepare are the whole method. Read next: engine.py.
 
     AR   feed the pending token, draw the next
     SD   the draft proposes K tokens, the target verifies them in one pass; they take turns
@@ -19,7 +19,7 @@ Source: Kumar, Dao, May, "Speculative Speculative Decoding", ICLR 2026 (arXiv 26
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 
 from cache import SpeculationCache
@@ -48,12 +48,14 @@ class Plan:
     that misses: "jit" drafts now, "fast" guesses from the row's own text, "auto" drafts now only
     if every row missed (a row that hit would have to wait for it), and else guesses. cut: begin no
     step that would not be ready by the verdict, and look up what is ready; without it wait for all.
+    halves: while half of the rows is verified, the draft works for the other half (halves.py).
     """
 
     k: int
     m: int
     fallback: str = "auto"
     cut: bool = True
+    halves: bool = False
 
 
 class SamePlan:
@@ -79,6 +81,11 @@ class Proposal:
     def put(self, row: int, kind: int, tokens: list[int], logq: list | None = None) -> None:
         if tokens:
             self.tokens[row], self.kind[row], self.logq[row] = tokens, kind, logq
+
+    def join(self, other: "Proposal") -> None:
+        """Take over what another one proposes for its rows."""
+        for row, proposed in enumerate(zip(other.kind, other.tokens, other.logq)):
+            self.put(row, *proposed)
 
 
 class Decoding:
@@ -118,9 +125,15 @@ class Decoding:
     def rounds(self) -> Iterator[None]:
         """Play rounds until every row has ended. Yields once a round, while the target verifies."""
         self.prefill()
-        plan, proposal = self.planner.first(), Proposal(len(self.rows))
-        while live := self.seated():
-            feed, last = self.feed(live, proposal), self.figures.last
+        self.plan = self.planner.first()
+        yield from self.play(range(len(self.rows)), Proposal(len(self.rows)))
+        self.figures.end = time.perf_counter()
+        yield
+
+    def play(self, places: range, proposal: Proposal) -> Generator[None, None, Proposal]:
+        """The rounds of the rows in these places, from a proposal on. Returns the last one."""
+        while (live := self.seated(places)) and self.may_go_on(places):
+            plan, feed, last = self.plan, self.feed(live, proposal), self.figures.last
             verdict = self.target_lane.start(self.target.verify, feed, proposal.kind, proposal.logq)
             chains = SpeculationCache(self.draft_lane, plan.cut)
             if plan.m > 0:  # with m = 0 the draft waits for the verdict, too
@@ -128,17 +141,15 @@ class Decoding:
                 chains.filled_by(self.draft_lane.start(*job))
             yield  # the caller prints the text of the last round
             # Planned while the target verifies: it knows the rounds before this one.
-            next_plan = self.planner.next(last) if last else plan
-            # Waits for the target; propose may wait for the draft.
-            accepted, bonus = verdict.result()
+            planned = self.planner.next(last) if last else plan
+            accepted, bonus = verdict.result()  # waits for the target
             self.emit(live, proposal, accepted, bonus)
             done = self.figures.verified(plan, proposal, live, accepted, verdict)
             try:
-                proposal, plan = self.propose(chains, accepted, bonus, next_plan, done), next_plan
+                proposal, self.plan = self.propose(chains, accepted, bonus, planned, done), planned
             except DraftLost as lost:
-                proposal, plan = self.go_on_alone(lost)
-        self.figures.end = time.perf_counter()
-        yield
+                proposal, self.plan = self.go_on_alone(lost)
+        return proposal
 
     def propose(self, chains, accepted, bonus, plan: Plan, done: Round) -> Proposal:
         """The next proposal: a row that hit takes its chain, for one that missed it is made now.
@@ -182,8 +193,12 @@ class Decoding:
         places = range(len(self.rows)) if places is None else places
         return [b for b in places if self.rows[b].finish is None and not self.rows[b].unread]
 
-    def seated(self) -> list[int]:
-        """The live places, after rows that wait took the places of rows that have ended.
+    def may_go_on(self, places: range) -> bool:
+        """Whether these places are still played together. Always, but in halves.py."""
+        return True
+
+    def seated(self, places: range) -> list[int]:
+        """Those of the places that are live, after rows that wait took those of ended rows.
 
         Both models read the prompt of such a row: JOIN_CHUNK tokens a round, so that the others do
         not wait for long; more only where nobody else could play.
@@ -191,18 +206,18 @@ class Decoding:
         for work in self.reading:
             work.result()  # is done; raises what went wrong
         self.reading, left = [], JOIN_CHUNK
-        for b in range(len(self.rows)):
+        for b in places:
             if self.rows[b].finish and self.waiting:
                 self.rows[b] = row = self.waiting.popleft()
                 self.on_both("seat", b, row.sampling, row.number)
             row = self.rows[b]
-            while (chunk := row.unread[:JOIN_CHUNK]) and (left > 0 or not self.live()):
+            while (chunk := row.unread[:JOIN_CHUNK]) and (left > 0 or not self.live(places)):
                 ids, start = ([[]] * len(self.rows), [0] * len(self.rows))
                 ids[b], start[b] = chunk, row.prompt_read
                 self.on_both("prefill", ids, start)
                 left -= len(chunk)
                 row.prompt_read = row.read = row.prompt_read + len(chunk)
-        return self.live()
+        return self.live(places)
 
     def on_both(self, work: str, *args) -> None:
         """Start a method of both runners. What goes wrong is raised before the next round."""
@@ -341,7 +356,8 @@ class Decoding:
 
         The text stays right: the target alone decides what is emitted, whoever proposed it.
         """
-        self.warn(f"the draft failed ({lost}): the target goes on alone, the text stays right")
+        if not self.lost:
+            self.warn(f"the draft failed ({lost}): the target goes on alone, the text stays right")
         # Work that hangs keeps the old thread. The lane gets a new one: the target may share it.
         self.draft_lane.leave()
         self.draft, self.lost, self.planner = None, True, SamePlan(Plan(0, 0))

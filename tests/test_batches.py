@@ -1,13 +1,18 @@
 """Rows that wait, join a running batch, or are refused: each text is what the row has alone.
 Tiny random models in float64."""
 
+import dataclasses
+
 import pytest
 from test_runtime import eager_backend, static_pair  # noqa: F401
 from test_ssd import check, models, pair, part, patient, some, truth  # noqa: F401
 from tiny import Restless, engine, play, transformer
 
 import ssd
+from figures import Round
+from halves import Always, Quicker
 from sampling import COUPLINGS
+from ssd import Plan, SamePlan
 
 LONG = [[(3 * i + b) % 50 for i in range(1 + 37 * b % 90)] for b in range(18)]
 
@@ -115,3 +120,126 @@ def test_static_steps_are_not_compiled_again_by_rows_that_join(eager_backend):  
             assert number == 0 or graphs == before, "compiled again"  # noqa: F821
             before = graphs  # noqa: F841
             assert got.token_ids == eager.generate(texts, **options).token_ids
+
+
+# ---- halves
+
+
+def check_halves(pair, prompts, expected, **settings):  # noqa: F811
+    """-> the run, whose texts are as expected."""
+    result, run = play(pair, prompts, mode=settings.pop("mode", "ssd"), **settings)
+    assert result.token_ids == expected and run.draft is not None
+    return run
+
+
+@pytest.mark.parametrize("batch", [1, 4, 16])
+@pytest.mark.parametrize("mode", ["ar", "sd", "ssd"])
+@pytest.mark.parametrize("halves", ["on", "auto"])
+def test_halves_write_the_same_texts(pair, truth, halves, mode, batch):  # noqa: F811
+    """Mixed temperatures, filters, lengths and ends; rows join while others are verified."""
+    rows = part(batch + len(mode))
+    how = {"mode": mode, "batch": batch, "batch_halves": halves, "k": 3, "fan_out": 6}
+    prompts, settings = some(rows)
+    result, run = play(pair, prompts, **settings | how)
+    assert result.token_ids == [truth.token_ids[b] for b in rows]
+    assert result.finish_reason == [truth.finish_reason[b] for b in rows]
+    assert run.draft is None or not run.lost
+    if halves == "on" and mode != "ar" and batch > 1:
+        played = [len(r.live) for r in run.figures.rounds]
+        assert max(played) <= batch // 2 + 1, "at most half of the rows are verified at once"
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("fallback", ["auto", "jit", "fast"])
+def test_while_one_half_is_verified_the_draft_works_for_the_other(pair, temperature, fallback):  # noqa: F811
+    prompts, settings = LONG[:12], {"temperature": temperature, "ignore_eos": True}
+    expected = pair.generate(prompts, mode="ar", **settings).token_ids
+    settings |= {"k": 3, "fan_out": 6, "fallback": fallback, "batch_halves": "on"}
+    for mode in ("sd", "ssd"):
+        run = check_halves(pair, prompts, expected, mode=mode, **settings)
+        rounds = run.figures.rounds
+        both = [{*a.live} & {*b.live} for a, b in zip(rounds[1:9], rounds[2:10])]
+        assert not any(both), "the halves take turns"
+        assert all(a.begin <= b.begin for a, b in zip(rounds, rounds[1:]))
+
+
+@pytest.mark.parametrize(("coupling", "c"), [("maximal", 1.0), ("independent", 0.3)])
+@pytest.mark.parametrize("mode", ["sd", "ssd"])
+def test_halves_under_the_other_couplings(pair, mode, coupling, c):  # noqa: F811
+    """With whole proposals in every round a text is a function of the noise alone."""
+    prompts, settings = some(part(1))
+    settings |= {"k": 3, "fan_out": 8, "cut": False, "fallback": "jit", "coupling": coupling}
+    settings |= {"saguaro_c": c, "mode": mode}
+    texts = [
+        pair.generate(prompts, batch_halves=halves, batch=batch, **settings).token_ids
+        for halves, batch in (("off", None), ("on", None), ("on", 5))
+    ]
+    assert texts[0] == texts[1] == texts[2]
+
+
+class RestlessHalves(Restless):
+    def next(self, done):
+        return dataclasses.replace(super().next(done), halves=self.rng.random() < 0.6)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_halves_begin_and_end_at_any_time(pair, truth, seed):  # noqa: F811
+    rows = part(seed)
+    prompts, settings = some(rows)
+    planner = RestlessHalves(seed, 4, 7)
+    how = {"mode": "ssd", "k": 4, "fan_out": 7, "batch_halves": "on", "batch": (None, 8)[seed % 2]}
+    result, run = play(pair, prompts, planner, **settings | how)
+    assert result.token_ids == [truth.token_ids[b] for b in rows]
+    assert not run.lost and {r.plan.halves for r in run.figures.rounds} == {True, False}
+
+
+def test_halves_stay_even_while_rows_end(pair):  # noqa: F811
+    """All rows of one half end early: the other half's rows are shared out anew."""
+    prompts, limits = [[b + 1] for b in range(12)], [4] * 6 + [60] * 6
+    settings = {"max_new_tokens": limits, "ignore_eos": True, "k": 2, "batch_halves": "on"}
+    run = check_halves(
+        pair,
+        prompts,
+        pair.generate(prompts, max_new_tokens=limits, ignore_eos=True).token_ids,
+        mode="sd",
+        **settings,
+    )
+    late = [len(r.live) for r in run.figures.rounds[16:24]]
+    assert set(late) == {3}
+
+
+def test_a_draft_that_is_lost_in_halves(models, monkeypatch):  # noqa: F811
+    """The target goes on alone with all rows at once, and says so once."""
+    from steps import Runner
+
+    said, decode, calls = [], Runner.decode, []
+
+    def fails(self, *args):
+        calls.append(1)
+        if len(calls) > 12:
+            raise RuntimeError("broken")
+        return decode(self, *args)
+
+    monkeypatch.setattr(Runner, "decode", fails)
+    pair = engine(*models[:2], warn=said.append)  # noqa: F811
+    settings = {"max_new_tokens": 30, "temperature": 1.0}
+    expected = pair.generate(LONG[:6], mode="ar", **settings).token_ids
+    got = pair.generate(LONG[:6], mode="sd", k=3, batch_halves="on", **settings)
+    assert got.token_ids == expected
+    assert len(said) == 1 and "broken" in said[0]
+
+
+def test_the_quicker_way_is_found_and_found_again():
+    """A simulated machine on which halves are quicker at first, and later are not."""
+    plan, clock = SamePlan(Plan(2, 0)), 0.0
+    planner, played = Quicker(plan, Always(plan)), []
+    now = planner.first()
+    for _ in range(3000):
+        halves_win = len(played) < 1500
+        took = (0.6 if halves_win else 1.4) if now.halves else 1.0  # for as many tokens
+        rows = 4 if now.halves else 8
+        took /= 1 + now.halves
+        done = Round(now, list(range(rows)), [0] * 8, [2] * 8, [1] * 8, clock, clock + took)
+        clock, now = clock + took, planner.next(done)
+        played.append(now.halves)
+    assert sum(played[200:1500]) > 0.8 * 1300 and sum(played[2200:]) < 0.2 * 800
