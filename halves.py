@@ -8,10 +8,13 @@ know: how a round is played (ssd.py). Read next: figures.py.
     draft   [draft B|chains][draft A|chains][draft B|chains][draft A|chains]
 
 No guess is needed: the draft begins a proposal when its half's verdict is in, and the target is
-busy with the other half meanwhile. Drafting costs no time as long as it is shorter than the
-verification of half of the rows. In a plan with m > 0 the draft then prepares chains with the time
-that is left, so that rows that hit need no drafting. Where a verification of half of the rows
-takes as long as one of all, halves lose: the target passes over its weights twice as often.
+busy with the other half meanwhile. In a plan with m > 0 the draft then prepares chains with the
+time that is left, so that rows that hit need no drafting.
+
+The target passes over its weights twice as often. If a verification takes a fixed time and one for
+each token, and drafting for a half takes no longer than verifying one, halves save the drafting
+time and cost the fixed time once more. So they pay where drafting takes longer than the fixed part:
+for large models on GPUs only when the batch is large, on a CPU with a draft that is not small.
 
 Rows, lanes and rounds are those of ssd.py; the draws of a row know nothing of its half, so its text
 is the same.

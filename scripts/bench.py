@@ -154,6 +154,21 @@ TABLE = (
         (Way("auto", "ssd", "apart"), Way("best", "ssd", "apart", {}, AT_ONCE + IN_TURN)),
         against("auto", "best"), temperatures=(0.0, 1.0), tokens=64, sweep_repeats=6,
     ),
+    *(
+        Comparison(
+            f"halves{batch}", f"Do two halves of {batch} rows that take turns pay?", 3,
+            (
+                Way("SD", "sd", "one", {"k": 3}), Way("SD both cores", "sd", "both", {"k": 3}),
+                Way("SD halves", "sd", "apart", {"k": 3, "batch_halves": "on"}),
+                Way("SSD", "ssd", "apart", PLAN),
+                Way("SSD halves", "ssd", "apart", PLAN | {"batch_halves": "on"}),
+            ),
+            against("SD halves", "SD", "SD both cores", "SSD")
+            + against("SSD halves", "SD", "SD both cores", "SSD"),
+            repeats=20, batch=batch, tokens=32,
+        )
+        for batch in (2, 4, 8, 16)
+    ),
     Comparison(
         "steady", "Is one command as fast every time it is run?", 3,
         (Way("generate.py --ssd", "command", "apart"),), repeats=20, tokens=64, judge=steadiness,

@@ -119,16 +119,44 @@ def ssd(
     return Speed(rate, emitted / rate * 1e3, emitted, hits, length)
 
 
+def sd_halves(pair: Pair, k: int, batch: int) -> Speed:
+    """SD in halves: while one half of the batch is verified, the draft drafts for the other."""
+    half, tokens = batch / 2, expected_tokens(pair.acceptance, k)
+    t_verify = pair.verifying(half * (k + 1))
+    t = max(t_verify, k * pair.stepping(half))
+    return Speed(tokens / (2 * t), t * 1e3, tokens)
+
+
+def ssd_halves(pair: Pair, k: int, budget: int, batch: int) -> Speed:
+    """Halves and chains: the draft first drafts for the rows that missed of the half whose verdict
+    is in, then prepares chains for it with the time that is left of the other's verification.
+    """
+    half = batch / 2
+    hits = hit_chance(pair, fan_out("best", pair, k, budget))
+    t_jit = (1 - hits**half) * k * pair.stepping((1 - hits) * half)
+    t_verify = pair.verifying(half * (k + 1))
+    prepare, step = pair.extending(half * (k + 1)), pair.stepping(half * budget)
+    length = min(max(int((t_verify - t_jit - prepare) / step + 1e-9), 1), k)
+    t = max(t_verify, t_jit + prepare + length * step)
+    tokens = hits * expected_tokens(pair.acceptance, length)
+    tokens += (1 - hits) * expected_tokens(pair.acceptance, k)
+    return Speed(tokens / (2 * t), t * 1e3, tokens, hits, length)
+
+
 def simulate(
     pair: Pair, k: int, budget: int, batch: int = 1, fallback: str = "jit"
 ) -> dict[str, Speed]:
-    """The four modes side by side."""
+    """The modes side by side; halves where there are two rows or more."""
+    halves = {
+        "SD in halves": sd_halves(pair, k, batch),
+        "SSD in halves": ssd_halves(pair, k, budget, batch),
+    }
     return {
         "AR": ar(pair, batch),
         "SD": sd(pair, k, batch),
         "PEARL": ssd(pair, k, 1, batch, "last", fallback),
         "SSD": ssd(pair, k, budget, batch, "best", fallback),
-    }
+    } | (halves if batch > 1 else {})
 
 
 def table(rows: list[dict]) -> str:

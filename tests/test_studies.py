@@ -98,6 +98,18 @@ def test_pearl_hits_when_everything_was_accepted():
     assert pearl.hit_rate == pytest.approx(0.8**4 * 0.6)
 
 
+@pytest.mark.parametrize("batch", [2, 8, 32])
+@pytest.mark.parametrize("fixed", [0.001, 0.004, 0.012])
+def test_halves_pay_where_drafting_takes_longer_than_the_fixed_part_of_a_verification(fixed, batch):
+    pair = simulate.Pair(verify=fixed, step=0.002, verify_token=0.01)
+    gain = (
+        simulate.sd_halves(pair, 4, batch).tokens_per_s / simulate.sd(pair, 4, batch).tokens_per_s
+    )
+    assert (gain > 1) == (4 * 0.002 > fixed)
+    both = simulate.ssd_halves(pair, 4, 8, batch)
+    assert 0 < both.hit_rate < 1 and 1 <= both.chain_length <= 4
+
+
 # ---- the paper
 
 
@@ -129,11 +141,12 @@ def test_a_fit_finds_the_numbers_that_made_the_cells(monkeypatch):
 # ---- the command
 
 
-def test_the_command_shows_four_modes(capsys):
+def test_the_command_shows_the_modes(capsys):
     simulate.main("--verify-ms 18 --step-ms 2 --k 5 --fan-out 24 --batch 2".split())
     rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines()][2:]
     rates = {row[0].strip(): float(row[1]) for row in rows}
-    assert list(rates) == ["AR", "SD", "PEARL", "SSD"] and rates["AR"] < rates["SD"] < rates["SSD"]
+    names = ["AR", "SD", "PEARL", "SSD", "SD in halves", "SSD in halves"]
+    assert list(rates) == names and rates["AR"] < rates["SD"] < rates["SSD"]
 
 
 @pytest.mark.parametrize("flags", [
