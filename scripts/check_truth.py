@@ -32,7 +32,7 @@ TIE = 1e-3
 
 def written(args) -> tuple[list[list[int]], list[list[int]], str]:
     """Prompts and the engine's greedy texts as token ids, and the target's name."""
-    engine = load(args.target, "ngram", "cpu", dtype="float32")
+    engine = load(args.target, "ngram", "cpu", dtype="float32", quantize="none")
     kinds, prompts = read_prompts(args.prompts, -(-args.count // 3)), []
     for kind, texts in kinds.items():
         for text in texts:
