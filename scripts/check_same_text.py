@@ -9,7 +9,8 @@ Read next: ssd.py.
 Coupling `shared`: the text of a seed must not depend on the mode, K, the budget, the fallback,
 cutting or the batch. Where it does, the target is asked again. If its scores of both tokens lie
 within 1e-4 (float32) of its best, rounding decides between them, which is reported and counted as a
-tie. Anything else is a difference, and the exit code is 1.
+tie. Where products are rounded to bfloat16, two of its steps count as one. Anything else is a
+difference, and the exit code is 1.
 """
 
 import argparse
@@ -27,7 +28,7 @@ from runtime import DraftLost  # noqa: E402
 from sampling import TOKEN, Params, gumbel  # noqa: E402
 from ssd import load  # noqa: E402
 
-TIE = 1e-4
+TIE, STEPS = 1e-4, 2**-7  # of float32 in all; of bfloat16 two steps, of the largest logit
 BATCH = 8
 HEAT = ((0.0, 0), (0.7, 0), (0.7, 1), (1.0, 0), (1.0, 1), (1.0, 2))  # temperature, seed
 BUDGETS, FALLBACKS = (4, 8, 16, 32), ("jit", "fast", "auto")
@@ -56,34 +57,47 @@ def run(engine, prompts: list, batch: int, settings: dict, new: int) -> list[lis
     return out
 
 
-def gap(engine, ids: list[int], tokens: tuple[int, int], settings: dict, number: int) -> float:
-    """How far the worse of two tokens lies below the target's best after `ids`, noise included."""
+def gap(engine, ids: list[int], tokens: tuple[int, int], settings: dict, number: int) -> tuple:
+    """How far the worse of two tokens lies below the target's best after `ids`, noise included, and
+    what counts as a tie there.
+    """
     with torch.inference_mode():
         logits_V = engine.target.transformer(torch.tensor([ids]))[0, -1].float()
-        temperature = settings["temperature"]
+        temperature, limit = settings["temperature"], TIE
+        if engine.target.bits != "none":
+            limit = STEPS * float(logits_V.abs().max()) / (temperature or 1.0)
         if temperature:
             seed = settings["seed"] * 1000 + number
             params = Params.make([temperature], [0], [1.0], [seed], [0], "cpu")
             noise = gumbel(params, torch.tensor([[len(ids)]]), TOKEN, len(logits_V))
             logits_V = logits_V / temperature + noise[0, 0]
-    return float(logits_V.max() - logits_V[list(tokens)].min())
+    return float(logits_V.max() - logits_V[list(tokens)].min()), limit
 
 
-def main(argv: list[str] | None = None) -> int:
+def flags() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("prompt_file", metavar="PROMPTS", help='.jsonl with a "prompt" a line')
     parser.add_argument("--target", help="folder, .gguf file or hub id (the default model)")
     parser.add_argument("--draft", help="its draft (the default model's)")
+    numbers = {"metavar": "none|int8|int4|default"}
+    parser.add_argument("--quantize", default="none", **numbers, help="the target's weights (none)")
+    parser.add_argument("--draft-quantize", default="none", **numbers, help="the draft's (none)")
     parser.add_argument("--quick", action="store_true", help="a small part of the grid")
     parser.add_argument("--count", type=int, metavar="N", help="prompts (40; 8 with --quick)")
     parser.add_argument("--new-tokens", type=int, metavar="N", help="(128; 48 with --quick)")
     parser.add_argument("--out", metavar="FILE", help="write what was found, after every cell")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = flags().parse_args(argv)
     few, short = (8, 48) if args.quick else (40, 128)
     count, new = args.count or few, args.new_tokens or short
     try:
         texts = read_prompts(args)[:count]
-        engine = load(args.target, args.draft, "cpu:0", "cpu:1", "float32")
+        bits = [None if x == "default" else x for x in (args.quantize, args.draft_quantize)]
+        dtype = None if None in bits else "float32"  # what a CPU is fast with, or float32
+        engine = load(args.target, args.draft, "cpu:0", "cpu:1", dtype, None, *bits)
     except ValueError as error:
         print(f"check_same_text.py: {error}", file=sys.stderr)
         return 2
@@ -92,8 +106,8 @@ def main(argv: list[str] | None = None) -> int:
         raise DraftLost(text)
 
     engine.warn = lost
-    limit = engine.target.config.max_positions - new
-    prompts = [engine.tokenizer.encode(text)[:limit] for text in texts]
+    room = engine.target.config.max_positions - new
+    prompts = [engine.tokenizer.encode(text)[:room] for text in texts]
     truth, ties, differences, done = {}, [], [], []
     for batch, settings in cells(args.quick):
         heat = settings["temperature"], settings["seed"]
@@ -104,11 +118,11 @@ def main(argv: list[str] | None = None) -> int:
             if ours != theirs:
                 at = next(i for i, (a, b) in enumerate(zip(ours, theirs)) if a != b)
                 before, two = prompts[number] + theirs[:at], (ours[at], theirs[at])
-                distance = gap(engine, before, two, settings, number)
+                distance, limit = gap(engine, before, two, settings, number)
                 where = {"prompt": number, "position": at, "gap": distance, "batch": batch}
                 where |= settings
-                (ties if distance < TIE else differences).append(where)
-                print(f"  {'tie' if distance < TIE else 'DIFFERENT'}: {where}", flush=True)
+                (ties if distance < limit else differences).append(where)
+                print(f"  {'tie' if distance < limit else 'DIFFERENT'}: {where}", flush=True)
         done.append({"batch": batch, **settings})
         print(f"{len(done):3d}: batch {batch} {settings}", flush=True)
         result = {"prompts": len(prompts), "new_tokens": new, "cells": len(done)}
