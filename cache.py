@@ -27,6 +27,11 @@ import torch
 from kernels import trunk_mask
 from model import Placement
 
+# A query's result must not hang on the queries beside it, not even in its last bit: rounded to
+# bfloat16 before the next product, a last bit becomes a hundredth. A CPU adds slots up in blocks, so
+# it always gets whole ones. The slots that a query does not see then add zeros, and nothing else.
+SLOT_BLOCK = 16
+
 
 class KVCache:
     """Keys and values of one model for B rows.
@@ -75,7 +80,11 @@ class KVCache:
         slots_BT = torch.where(real_BT, positions_BT, self.dead)
         limit_BT = torch.where(real_BT, positions_BT + 1, 1)
         positions_BT = torch.where(real_BT, positions_BT, 0)
-        mask = self._mask(limit_BT, extent, tight)
+        mask = None
+        if not limit_BT.is_cuda:  # a GPU's kernel reads the limits
+            if tight:
+                extent = self._in_whole_blocks(extent)
+            mask = self._mask(limit_BT, extent)
         return Placement(positions_BT, slots_BT, limit_BT, extent, tight, None, mask)
 
     def place_chain(
@@ -90,14 +99,25 @@ class KVCache:
         slots_BM = self.trunk + torch.arange(M, device=depth_BM.device) + step_B[:, None] * M
         slots_BM = torch.where(live_B[:, None], slots_BM, self.dead)
         chain = (self.trunk, self.steps if steps is None else steps, step_B)
-        mask = self._mask(limit_BM, extent, tight)
+        one_sees_all = tight and limit_BM.numel() == 1
+        mask = None if limit_BM.is_cuda or one_sees_all else self._mask(limit_BM, extent)
         positions_BM = limit_BM + step_B[:, None]
         return Placement(positions_BM, slots_BM, limit_BM, extent, tight, chain, mask)
 
-    def _mask(self, limit_BT, extent: int, tight: bool):
-        """Placement.mask. One token that sees all needs none; a GPU's kernel reads the limits."""
-        if limit_BT.is_cuda or (tight and limit_BT.numel() == 1):
-            return None
+    def _in_whole_blocks(self, extent: int) -> int:
+        """The extent, rounded up to a multiple of SLOT_BLOCK as far as the trunk goes.
+
+        Of a single row, the slots that come with it are cleared: attention gives them the weight 0,
+        and 0 times NaN is NaN. Of more rows it clears what none of a row's queries sees.
+        """
+        whole = min(-(-extent // SLOT_BLOCK) * SLOT_BLOCK, self.trunk)
+        if self.k_LBGSD.shape[1] == 1 and whole > extent:
+            self.k_LBGSD[:, :, :, extent:whole] = 0
+            self.v_LBGSD[:, :, :, extent:whole] = 0
+        return whole
+
+    def _mask(self, limit_BT, extent: int):
+        """Placement.mask."""
         dtype = torch.promote_types(self.k_LBGSD.dtype, torch.float32)
         return trunk_mask(limit_BT, None, extent, self.heads_per_kv, dtype)
 

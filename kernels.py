@@ -85,8 +85,8 @@ def tree_attention(
     limit_BT   trunk slots [first, limit) are visible; first_BT None means 0. 1 <= limit <= extent.
     extent     no query sees a trunk slot at or past this bound, which the host knows: nothing there
                is read.
-    tight      the caller knows that extent is the largest limit and, for a chain, that every step_B
-               is steps - 1.
+    tight      the caller knows that extent is the largest limit, or that of a single row the slots
+               between them hold finite numbers; and, for a chain, that every step_B is steps - 1.
     chain      (base, steps, step_B): query m of a (B, M) chain step owns the scratch slots
                base + m + c * M for c in 0..steps-1. It sees those with c <= step_B[b], its own
                token among them. None: the trunk only.
@@ -124,7 +124,7 @@ def trunk_mask(
     limit_BT: torch.Tensor, first_BT: torch.Tensor | None, extent: int, R: int, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What each query sees of the trunk, as numbers to add to its scores: 0 or -inf, (B, 1, Q,
-    extent).
+    extent). Q is T * R, rounded up to a multiple of 4 as in tree_attention_reference.
 
     With it, the slots that no query of a row sees: (B, 1, extent, 1).
     """
@@ -134,8 +134,9 @@ def trunk_mask(
         hidden_BTS = hidden_BTS | (slot_S < first_BT[:, :, None])
     bias_BTS = torch.zeros(hidden_BTS.shape, dtype=dtype, device=limit_BT.device)
     bias_BTS = bias_BTS.masked_fill(hidden_BTS, -math.inf)
-    bias_B1QS = bias_BTS.repeat_interleave(R, 1)[:, None]
-    return bias_B1QS, hidden_BTS.all(1)[:, None, :, None]
+    bias_BQS = bias_BTS.repeat_interleave(R, 1)
+    bias_BQS = F.pad(bias_BQS, (0, 0, 0, -bias_BQS.shape[1] % 4))
+    return bias_BQS[:, None], hidden_BTS.all(1)[:, None, :, None]
 
 
 def _own_chain(
@@ -204,9 +205,9 @@ def tree_attention_reference(
 
     one_sees_all = tight and first_BT is None  # of one row, the query with the largest limit
     bias_B1QS: torch.Tensor | None = None
-    if not (one_sees_all and B * T == 1):
-        if mask is None:
-            mask = trunk_mask(limit_BT, first_BT, extent, R, query_BGQD.dtype)
+    if mask is None and not (one_sees_all and B * T == 1):
+        mask = trunk_mask(limit_BT, first_BT, extent, R, query_BGQD.dtype)
+    if mask is not None:
         bias_B1QS, dead_B1S1 = mask
         if not (one_sees_all and B == 1):
             # Zero times NaN is NaN, and so is NaN - inf: weight 0 is not enough for slots that no
@@ -214,13 +215,16 @@ def tree_attention_reference(
             trunk_k = trunk_k.masked_fill(dead_B1S1, 0.0)
             trunk_v = trunk_v.masked_fill(dead_B1S1, 0.0)
     if chain is None:
+        # Whole blocks of 4 query rows: a CPU adds up fewer in another order, and a token alone would
+        # get other last bits than in a verification. cache.py does the same for slots.
+        query_BGQD = F.pad(query_BGQD, (0, 0, 0, -(T * R) % 4))
         mixed_BGQD = F.scaled_dot_product_attention(
             query_BGQD, trunk_k, trunk_v, bias_B1QS, scale=scale
-        )
+        )[:, :, : T * R]
     else:
         scores_BGQS = torch.matmul(query_BGQD, trunk_k.mT).mul_(scale)
         if bias_B1QS is not None:
-            scores_BGQS.add_(bias_B1QS)
+            scores_BGQS.add_(bias_B1QS[:, :, : T * R])
         query_BGTRD = query_BGQD.view(B, G, T, R, D)
         own_BGTRC, chain_v = _own_chain(query_BGTRD, k_BGSD, v_BGSD, chain, scale, tight, window)
         weights = torch.softmax(torch.cat((scores_BGQS, own_BGTRC.flatten(2, 3)), -1), -1)

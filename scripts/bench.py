@@ -258,7 +258,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--target", metavar="MODEL", help="folder, .gguf file or hub id (the default model)")
     add("--draft", metavar="MODEL", help="its draft (the default model's)")
-    add("--dtype", default="float32", help="float32, bfloat16 (float32)")
+    add("--dtype", help="float32, bfloat16 (what the engine chooses; transformers' what is faster)")
     add("--device", metavar="D", help="the target's, where it is not to be two CPU cores")
     add("--draft-device", metavar="D", help="the draft's in SSD")
     add(
@@ -294,7 +294,7 @@ def chosen(args) -> list[Comparison]:
     return [c for c in table if c.name in wanted]
 
 
-def measure(runner: Runner, c: Comparison, dtype: str) -> dict:
+def measure(runner: Runner, c: Comparison, dtype: str | None) -> dict:
     """A comparison's entry in the file of results."""
     out = {
         "asks": c.asks,

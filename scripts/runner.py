@@ -10,6 +10,7 @@ asleep on its pipe while another is timed. Nothing may import torch before a pro
 
 import importlib.util
 import json
+import math
 import multiprocessing
 import os
 import platform
@@ -90,7 +91,7 @@ def distinct_4grams(ids: list[int]) -> float | None:
     return len(set(grams)) / len(grams) if grams else None
 
 
-def environment(dtype: str) -> dict:
+def environment(dtype: str | None) -> dict:
     """Where and from what the numbers come, without names of hosts, people or folders."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
@@ -106,7 +107,8 @@ def environment(dtype: str) -> dict:
     return {
         "cpu": models[0] if models else platform.machine(), "cores": len(available_cores()),
         **packages,
-        "dtype": dtype, "commit": commit or None, "load_before": round(os.getloadavg()[0], 2),
+        "dtype": dtype or "chosen by the engine", "commit": commit or None,
+        "load_before": round(os.getloadavg()[0], 2),
         "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
     }  # fmt: skip
 
@@ -123,7 +125,7 @@ def available_cores() -> list[int]:
 class Ours:
     """The engine of a checkout: `root` is this one, or the one that --beside names."""
 
-    def __init__(self, root: str, target: str | None, draft: str | None, dtype: str):
+    def __init__(self, root: str, target: str | None, draft: str | None, dtype: str | None):
         sys.path.insert(0, root)
         from ssd import load
 
@@ -165,13 +167,19 @@ class Ours:
 class Transformers:
     """Hugging Face's generate on the same files: plain, assisted by the draft, or by n-grams."""
 
-    def __init__(self, target: str, draft: str | None, dtype: str):
+    def __init__(self, target: str, draft: str | None, dtype: str | None):
+        sys.path.insert(0, str(ROOT))
         import torch
         import transformers
+
+        from linear import speeds
 
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
         torch.set_num_threads(len(available_cores()))
+        speed = {} if dtype else speeds()  # of small products on this CPU
+        half = speed.get("bfloat16", math.inf) < speed.get("float32", 0)
+        dtype = dtype or ("bfloat16" if half else "float32")
         self.torch, self.dtype, self.draft = torch, getattr(torch, dtype), draft
         self.load = transformers.AutoModelForCausalLM.from_pretrained
         self.model, self.assistant = self.read(target), None
@@ -374,8 +382,8 @@ class Runner:
             elif key[0] == "transformers":
                 made = Worker(cores, Transformers, *self.pair, a.dtype)
             elif key[0] == "command":
-                flags = [f"--{k}={v}" for k, v in zip(("target", "draft"), given) if v]
-                made = Worker(cores, Command, [*flags, f"--dtype={a.dtype}"])
+                named = zip(("target", "draft", "dtype"), (*given, a.dtype))
+                made = Worker(cores, Command, [f"--{name}={v}" for name, v in named if v])
             else:
                 made = Worker(cores, LlamaCpp, a.llama, *self.pair)
             self.workers[key] = made

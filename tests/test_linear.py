@@ -9,6 +9,7 @@ from torch import nn
 
 import engine as engine_module
 import linear
+from cache import KVCache
 from checkpoint.gguf import Groups
 from engine import Model
 from kernels import script
@@ -181,3 +182,35 @@ def test_a_decode_step_reads_what_is_stored():
     sizes = {b: Model.of(tiny.transformer(**shape), bits=b).step_bytes
              for b in ("none", "int8", "int4")}  # fmt: skip
     assert 3.5 < sizes["none"] / sizes["int8"] < 4 and 4.5 < sizes["none"] / sizes["int4"] < 6.4
+
+
+@pytest.mark.skipif(
+    torch.backends.cpu.get_cpu_capability() != "AVX512",
+    reason="the order of sums was looked at on CPUs with AVX-512 only",
+)
+@pytest.mark.parametrize("bits", ["none", "bfloat16", "int8", "int4"])
+@pytest.mark.parametrize("heads", [(2, 2), (6, 2), (8, 2)], ids=["R=1", "R=3", "R=4"])
+def test_a_verification_computes_what_plain_steps_do_bit_for_bit(bits, heads):
+    """Rounding to bfloat16 between the layers turns a last bit into a hundredth of a logit."""
+    shape = {"num_attention_heads": heads[0], "num_key_value_heads": heads[1], "head_dim": 64}
+    shape |= {"hidden_size": 128, "intermediate_size": 256, "vocab": 64}
+    model = tiny.transformer(4, dtype=torch.float32, **shape)
+    model.set_positions(256)
+    finish_all(model, finisher(bits, pack=True))
+    model.script()
+    ids_1T = torch.randint(64, (1, 130), generator=torch.Generator().manual_seed(1))
+
+    def logits(sizes: list[int]) -> torch.Tensor:
+        cache = KVCache(model.config, 1, 192, device="cpu", dtype=torch.float32)
+        cache.k_LBGSD[:], cache.v_LBGSD[:] = torch.nan, torch.nan  # what nobody may read
+        out, start = [], 0
+        for size in sizes:
+            start_B, count_B = torch.tensor([start]), torch.tensor([size])
+            place = cache.place(start_B, count_B, size, start + size, tight=True)
+            out.append(model(ids_1T[:, start : start + size], place, cache)[0])
+            start += size
+        return torch.cat(out)
+
+    plain = logits([1] * 130)
+    for sizes in ([5] * 26, [2, 3, 9, 17, 1, 6] * 3 + [16], [33, 33, 33, 31]):
+        assert torch.equal(logits(sizes), plain)
