@@ -28,7 +28,7 @@ from kernels import trunk_mask
 from model import Placement
 
 # A query's result must not hang on the queries beside it, not even in its last bit: rounded to
-# bfloat16 before the next product, a last bit becomes a hundredth. A CPU adds slots up in blocks, so
+# bfloat16 before the next product, a last bit becomes a hundredth. A CPU adds slots up in blocks:
 # it always gets whole ones. The slots that a query does not see then add zeros, and nothing else.
 SLOT_BLOCK = 16
 

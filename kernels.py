@@ -215,8 +215,8 @@ def tree_attention_reference(
             trunk_k = trunk_k.masked_fill(dead_B1S1, 0.0)
             trunk_v = trunk_v.masked_fill(dead_B1S1, 0.0)
     if chain is None:
-        # Whole blocks of 4 query rows: a CPU adds up fewer in another order, and a token alone would
-        # get other last bits than in a verification. cache.py does the same for slots.
+        # Whole blocks of 4 query rows: a CPU adds up fewer in another order, and a token alone
+        # would get other last bits than in a verification. cache.py does the same for slots.
         query_BGQD = F.pad(query_BGQD, (0, 0, 0, -(T * R) % 4))
         mixed_BGQD = F.scaled_dot_product_attention(
             query_BGQD, trunk_k, trunk_v, bias_B1QS, scale=scale
