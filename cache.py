@@ -71,8 +71,8 @@ class KVCache:
     def place(self, start_B, count_B, T: int, extent: int, tight: bool = False) -> Placement:
         """Where T tokens a row sit on the trunk, from position start_B on.
 
-        The first count_B of them are real. Padding goes to the dead slot; a row with count 0 has
-        ended. Padded queries see slot 0, so that they stay finite.
+        The first count_B of them are real. Padding goes to the dead slot; a row with count 0 takes
+        no part. Padded queries see slot 0, so that they stay finite.
         """
         offset_T = torch.arange(T, device=start_B.device)
         positions_BT = start_B[:, None] + offset_T
@@ -107,13 +107,13 @@ class KVCache:
     def _in_whole_blocks(self, extent: int) -> int:
         """The extent, rounded up to a multiple of SLOT_BLOCK as far as the trunk goes.
 
-        Of a single row, the slots that come with it are cleared: attention gives them the weight 0,
-        and 0 times NaN is NaN. Of more rows it clears what none of a row's queries sees.
+        With one row, the extra slots are zeroed, because attention gives them the weight 0, and 0
+        times NaN is NaN. With several rows, attention itself masks them.
         """
-        whole = min(-(-extent // SLOT_BLOCK) * SLOT_BLOCK, self.trunk)
-        if self.k_LBGSD.shape[1] == 1 and whole > extent:
-            self.k_LBGSD[:, :, :, extent:whole] = 0
-            self.v_LBGSD[:, :, :, extent:whole] = 0
+        whole = min(extent + -extent % SLOT_BLOCK, self.trunk)
+        if self.k_LBGSD.shape[1] == 1:
+            for kv_LBGSD in (self.k_LBGSD, self.v_LBGSD):
+                kv_LBGSD[:, :, :, extent:whole] = 0
         return whole
 
     def _mask(self, limit_BT, extent: int):

@@ -39,9 +39,8 @@ DTYPES = {
     "float16": torch.float16,
     "float64": torch.float64,
 }
-SHORTEST_TRUNK = (
-    256  # tokens; static trunks are this or twice, four times ... as long: at most 8 sizes
-)
+# Tokens. Static trunks are as long as this, or twice, four times ... as long: at most 8 sizes.
+SHORTEST_TRUNK = 256
 
 
 @dataclass
@@ -359,10 +358,8 @@ class Engine:
         """The planner of a run, and all the K and M that it may choose. The plan is what makes a
         mode.
         """
-        mode, common = (
-            settings.mode,
-            min(m.transformer.head.out_features for m in (self.target, *drafts)),
-        )
+        mode = settings.mode
+        common = min(m.transformer.head.out_features for m in (self.target, *drafts))
         if mode == "ar":
             return SamePlan(Plan(0, 0)), (0,), (0,)
         if mode == "ssd" and settings.fan_out != AUTO and settings.fan_out >= common:
@@ -408,9 +405,8 @@ class Engine:
         self.previous, figures.end = None, figures.end or time.perf_counter()
         if decoding.lost:
             self.draft.runners.clear()  # what hangs may still write to their buffers
-        elif (
-            len(rows) == 1 and figures.rounds
-        ):  # a prompt that was not read whole leaves no KV worth keeping
+        # A prompt that was not read whole leaves no KV worth keeping.
+        elif len(rows) == 1 and figures.rounds:
             runners = [decoding.target, *([decoding.draft] if decoding.draft else [])]
             self.previous = runners, list(rows[0].ids), rows[0].read
         draft = NGRAM if self.ngram else self.draft.name if self.draft else None

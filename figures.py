@@ -239,7 +239,8 @@ def figures_line(stats: dict) -> str:
         if stats[key] is not None:
             show.append(text.format(stats[key] * factor))
     where = stats["device"] + (f" + {stats['draft_device']}" if stats["draft_device"] else "")
-    bits = "" if stats["quantize"] == "none" else f", {stats['quantize']} weights"
+    told = {"none": "", "stored": ", weights as in the file"}
+    bits = told.get(stats["quantize"], f", {stats['quantize']} weights")
     return " | ".join([*show, f"{stats['dtype']}{bits} on {where}"])
 
 

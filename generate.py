@@ -21,26 +21,18 @@ from figures import MODES, compare, explain, figures_line, table, write_trace
 
 QUESTION = "Why is the sky blue?"
 FILE_LIMIT = 1 << 26  # bytes of a prompt file
-FAILED, MISTAKE, INTERRUPTED, NOBODY_READS = (
-    1,
-    2,
-    130,
-    141,
-)  # exit codes; the last two are 128 + a signal
-DRAFT_FLAGS, SSD_FLAGS = (
-    (
-        *("draft", "draft_device", "draft_quantize", "k", "coupling", "saguaro_c"),
-        "batch_halves",
-    ),
-    ("fan_out", "cut", "fallback"),
-)
+# Exit codes; the last two are 128 + a signal.
+FAILED, MISTAKE, INTERRUPTED, NOBODY_READS = 1, 2, 130, 141
+DRAFT_FLAGS = (
+    "draft", "draft_device", "draft_quantize", "k", "coupling", "saguaro_c", "batch_halves",
+)  # fmt: skip
+SSD_FLAGS = ("fan_out", "cut", "fallback")
 SAMPLING_FLAGS = ("top_k", "top_p", "seed")  # of no effect at temperature 0
 
 
 class Parser(argparse.ArgumentParser):
-    def error(
-        self, message: str
-    ):  # one sentence, like every other mistake, instead of the whole usage
+    # One sentence, like every other mistake, instead of the whole usage.
+    def error(self, message: str):
         raise ValueError(f"{message} (python generate.py --help lists the flags)")
 
 
@@ -134,9 +126,9 @@ def add_sampling(add) -> None:
     several = {"nargs": "+", "action": "extend", "metavar": "TEXT"}
     add("--stop", **several, default=[], help="texts that end the output")
     said = "most prompts decoded at once, the others wait (all that memory holds)"
-    halves = "SD, SSD: verify half of the batch while the draft works for the other half (off)"
-    add("--batch-halves", default="off", metavar="auto|on|off", help=halves)
     add("--batch", type=whole, metavar="N", help=said)
+    said = "SD, SSD: verify half of the batch while the draft works for the other half (off)"
+    add("--batch-halves", default="off", metavar="auto|on|off", help=said)
     add("--ignore-eos", action="store_true", help="go on after the end of the text")
 
 
@@ -402,9 +394,8 @@ def write_json(where: str, stats: dict) -> None:
 
 def chat(engine, args, settings: dict) -> int:
     """Turns from stdin until it ends; each keeps the KV of the turns before it."""
-    chat_ids(
-        engine, args, [{"role": "user", "content": "?"}]
-    )  # no template: say so before anybody types
+    # No template: say so before anybody types.
+    chat_ids(engine, args, [{"role": "user", "content": "?"}])
     messages, prompt = [], "> " if sys.stdin.isatty() else ""
     while True:
         try:
@@ -495,14 +486,12 @@ def run(args) -> int:
 
 
 def main() -> int:
-    sys.stdout.reconfigure(
-        errors="replace"
-    )  # a character that the terminal cannot show is no reason to stop
+    # A character that the terminal cannot show is no reason to stop.
+    sys.stdout.reconfigure(errors="replace")
     try:
         return run(parser().parse_args())
-    except (
-        BrokenPipeError
-    ):  # `| head` has what it wanted; without the next line the last flush would complain
+    # `| head` has what it wanted; without the next line the last flush would complain.
+    except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return NOBODY_READS
     except (ValueError, OSError) as error:

@@ -190,17 +190,14 @@ def tree_attention_reference(
     window: int = 0,
     mask: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """The twin of the kernel in plain PyTorch, and the engine's attention on the CPU. Same
-    contract, same numbers.
-    """
+    """The kernel's twin in plain PyTorch, which serves the CPU. Same contract, same numbers."""
     B, T, H, D = query_BTHD.shape
     G = k_BGSD.shape[1]
     R = H // G
     # Query heads that share a key/value head become rows: one pass over K and V serves them all.
     query_BGQD = query_BTHD.reshape(B, T, G, R, D).transpose(1, 2).reshape(B, G, T * R, D)
     trunk_k, trunk_v = k_BGSD.narrow(2, 0, extent), v_BGSD.narrow(2, 0, extent)
-    dtype = query_BTHD.dtype
-    if dtype == torch.float16 or dtype == torch.bfloat16:
+    if query_BTHD.dtype == torch.float16 or query_BTHD.dtype == torch.bfloat16:
         query_BGQD, trunk_k, trunk_v = query_BGQD.float(), trunk_k.float(), trunk_v.float()
 
     one_sees_all = tight and first_BT is None  # of one row, the query with the largest limit
@@ -210,28 +207,27 @@ def tree_attention_reference(
     if mask is not None:
         bias_B1QS, dead_B1S1 = mask
         if not (one_sees_all and B == 1):
-            # Zero times NaN is NaN, and so is NaN - inf: weight 0 is not enough for slots that no
-            # query may see.
+            # Weight 0 is not enough where no query may look: 0 times NaN is NaN, as is NaN - inf.
             trunk_k = trunk_k.masked_fill(dead_B1S1, 0.0)
             trunk_v = trunk_v.masked_fill(dead_B1S1, 0.0)
     if chain is None:
         # Whole blocks of 4 query rows: a CPU adds up fewer in another order, and a token alone
         # would get other last bits than in a verification. cache.py does the same for slots.
-        query_BGQD = F.pad(query_BGQD, (0, 0, 0, -(T * R) % 4))
+        rows_BGQD = F.pad(query_BGQD, (0, 0, 0, -(T * R) % 4))
         mixed_BGQD = F.scaled_dot_product_attention(
-            query_BGQD, trunk_k, trunk_v, bias_B1QS, scale=scale
-        )[:, :, : T * R]
+            rows_BGQD, trunk_k, trunk_v, bias_B1QS, scale=scale
+        ).narrow(2, 0, T * R)
     else:
         scores_BGQS = torch.matmul(query_BGQD, trunk_k.mT).mul_(scale)
         if bias_B1QS is not None:
             scores_BGQS.add_(bias_B1QS[:, :, : T * R])
-        query_BGTRD = query_BGQD.view(B, G, T, R, D)
-        own_BGTRC, chain_v = _own_chain(query_BGTRD, k_BGSD, v_BGSD, chain, scale, tight, window)
+        own_BGTRC, chain_v = _own_chain(
+            query_BGQD.view(B, G, T, R, D), k_BGSD, v_BGSD, chain, scale, tight, window
+        )
         weights = torch.softmax(torch.cat((scores_BGQS, own_BGTRC.flatten(2, 3)), -1), -1)
-        mixed_BGQD = torch.matmul(weights[..., :extent], trunk_v)
-        own_BGTRC = weights[..., extent:].view(own_BGTRC.shape)
-        mixed_BGQD += torch.matmul(own_BGTRC, chain_v).flatten(2, 3)
-    return mixed_BGQD.view(B, G, T, R, D).transpose(1, 2).reshape(B, T, H, D).to(dtype)
+        own_BGTRD = torch.matmul(weights[..., extent:].view(own_BGTRC.shape), chain_v)
+        mixed_BGQD = torch.matmul(weights[..., :extent], trunk_v) + own_BGTRD.flatten(2, 3)
+    return mixed_BGQD.view(B, G, T, R, D).transpose(1, 2).reshape(B, T, H, D).to(query_BTHD.dtype)
 
 
 # What one program of the kernel takes on, by bytes per number and head size (padded to a power of

@@ -131,10 +131,8 @@ class Row:
         self.max_new, self.context, self.eos = max_new, context, eos
         self.limit = min(self.prompt + max_new, context)
         self.detokenizer, self.stop = detokenizer, stop
-        self.text, self.told = (
-            "",
-            0,
-        )  # all text so far, and how many characters of it were handed out
+        # All text so far, and how many characters of it were handed out.
+        self.text, self.told = "", 0
         self.finish: str | None = None
         self.refused: str | None = None
         # How many tokens of the prompt the target has read, and how many of all the draft, those of
@@ -199,9 +197,8 @@ class Row:
         """Up to k tokens that followed the last occurrence of the longest suffix (2 to
         LONGEST_NGRAM tokens) seen before.
         """
-        for end in range(
-            max(self.indexed, 2), len(self.ids)
-        ):  # n-grams that end before position `end`
+        # N-grams that end before position `end`.
+        for end in range(max(self.indexed, 2), len(self.ids)):
             for n in range(2, min(LONGEST_NGRAM, end) + 1):
                 self.last_seen[tuple(self.ids[end - n : end])] = end
         self.indexed = len(self.ids)

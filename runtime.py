@@ -78,9 +78,8 @@ def parse_device(spec: str) -> tuple[torch.device, tuple[int, ...]]:
 
 def available_cores() -> list[int]:
     if hasattr(os, "sched_getaffinity"):
-        return sorted(
-            os.sched_getaffinity(os.getpid())
-        )  # the main thread's: a lane's own thread is pinned to a part
+        # The main thread's: a lane's own thread is pinned to a part.
+        return sorted(os.sched_getaffinity(os.getpid()))
     return list(range(os.cpu_count() or 1))
 
 

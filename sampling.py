@@ -20,11 +20,8 @@ import torch
 
 from kernels import scripted
 
-TOKEN, ACCEPT, RESIDUAL = (
-    1,
-    2,
-    3,
-)  # purposes: the target's or draft's own draw, the accept test, the residual's draw
+# Purposes of noise: the target's or draft's own draw, the accept test, the residual's draw.
+TOKEN, ACCEPT, RESIDUAL = 1, 2, 3
 NONE, CHAIN, FIXED = 0, 1, 2  # kinds of a proposal: nothing, drawn from q, a fixed token
 # How the two models' randomness is joined. shared: a token is accepted if it is the target's own
 # draw. maximal: by the ratio p / q, as often as can be; the draft knows the noise of what follows a
@@ -298,9 +295,9 @@ def fan_out(hold: float, length: int, m: int) -> list[int]:
     """F_0..F_L, which sum to m: how many next tokens are prepared for "exactly j accepted".
 
     The paper's geometric series, the best where F guesses miss with a probability in proportion to
-    F^-MISS_POWER. The couplings other than `shared` need it. There, whether an outcome is prepared
-    for must not hang on the scores of another j: those hang on the very noise that the chain after
-    this outcome will be drawn with, and a hit would say something about its tokens.
+    F^-MISS_POWER. The couplings other than `shared` need it. There, the scores of a later j contain
+    the noise that the chain after this outcome will be drawn with. Were outcomes chosen by them, a
+    hit would say something about the tokens of its chain.
     """
     power = 1 / (1 + MISS_POWER)
     weights = [hold ** (j * power) for j in range(length + 1)]
@@ -376,9 +373,8 @@ def accept_exact(warped_BTV, logq_BKV, tokens_BK, length_B, kind_B, params: Para
     p_BV = logp_BV.exp()
     at_B1 = accepted_B.clamp(max=K - 1)[:, None]
     q_BV = logq_BKV.gather(1, at_B1[..., None].expand(B, 1, V))[:, 0].exp()
-    fixed_BV = torch.zeros_like(p_BV).scatter_(
-        1, safe_BK.gather(1, at_B1), 2.0
-    )  # p - 2 < 0: the token itself is out
+    # p - 2 < 0: the token itself is out.
+    fixed_BV = torch.zeros_like(p_BV).scatter_(1, safe_BK.gather(1, at_B1), 2.0)
     left_BV = (p_BV - torch.where(is_chain_B1, q_BV, fixed_BV)).clamp_(min=0)
     left_BV = torch.where(left_BV.sum(-1, keepdim=True) > 0, left_BV, p_BV)
     scores_BV = torch.where(rejected_B1, left_BV.log(), logp_BV)

@@ -2,8 +2,8 @@
 (SSD).
 
 Knows: plans, proposals, outcomes, and who waits for whom. Does not know: how a pass computes
-(steps.py), where it runs (runtime.py), how K and M are chosen (auto.py). Decoding.rounds, play,
-propose and prepare are the whole method. Read next: engine.py.
+(steps.py), where it runs (runtime.py), how K and M are chosen (auto.py). The whole
+method is Decoding.play, propose and prepare. Read next: engine.py.
 
     AR   feed the pending token, draw the next
     SD   the draft proposes K tokens, the target verifies them in one pass; they take turns
@@ -12,7 +12,8 @@ propose and prepare are the whole method. Read next: engine.py.
 
 r is the pending token: it is emitted, but no model has read it yet. d_1 .. d_L, L <= K, is the
 proposal. The outcome of a round is (j, r'): j draft tokens are accepted, and the target's own next
-token r', the bonus token, follows them. A round emits d_1 .. d_j and r', and r' is the next r.
+token r', the bonus token, follows them (where j < L, others call it the correction). A round emits
+d_1 .. d_j and r', and r' is the next r.
 
 Source: Kumar, Dao, May, "Speculative Speculative Decoding", ICLR 2026 (arXiv 2603.03251).
 """
@@ -32,9 +33,8 @@ from steps import Feed, Fork, Runner
 # How long the target waits for the draft's first passes, in seconds: they may still fetch weights
 # from memory or disk, or compile. Later the lane is as patient as its slowest work tells it to be.
 PREFILL_PATIENCE_S, WARM_UP_PATIENCE_S = 10.0, 600.0
-JOIN_CHUNK = (
-    256  # prompt tokens that are read between two rounds, of rows that join a running batch
-)
+# Prompt tokens that are read between two rounds, of rows that join a running batch.
+JOIN_CHUNK = 256
 # Draft tokens, and the LogQ that each was drawn from (None under `shared`).
 Chain = tuple[list[int], list]
 
@@ -46,8 +46,9 @@ class Plan:
     k is the most draft tokens of a proposal. m is how many outcomes the draft prepares for while
     the target verifies; with 0 it prepares nothing, and every row misses. fallback is for a row
     that misses: "jit" drafts now, "fast" guesses from the row's own text, "auto" drafts now only
-    if every row missed (a row that hit would have to wait for it), and else guesses. cut: begin no
-    step that would not be ready by the verdict, and look up what is ready; without it wait for all.
+    if every row missed (a row that hit would have to wait for it), and else guesses. cut: after
+    the first chain step begin none that would not be ready by the verdict, and look up what is
+    ready, waiting for a first step at most; without it wait for all.
     halves: while half of the rows is verified, the draft works for the other half (halves.py).
     """
 
@@ -123,7 +124,7 @@ class Decoding:
     # ---- the method
 
     def rounds(self) -> Iterator[None]:
-        """Play rounds until every row has ended. Yields once a round, while the target verifies."""
+        """Play until every row has ended. Yields while each verification runs, and at the end."""
         self.prefill()
         self.plan = self.planner.first()
         yield from self.play(range(len(self.rows)), Proposal(len(self.rows)))
@@ -154,10 +155,10 @@ class Decoding:
     def propose(self, chains, accepted, bonus, plan: Plan, done: Round) -> Proposal:
         """The next proposal: a row that hit takes its chain, for one that missed it is made now.
 
-        The key of `chains` is (row, accepted, bonus), the value is a Chain.
+        The key of `chains` is (row, accepted, bonus); a look-up gives the Chain that was drafted.
         """
         proposal, live = Proposal(len(self.rows)), self.live(done.live)
-        found = chains.look_up(live, accepted, bonus)  # waits for fork and first step, if need be
+        found = chains.look_up(live, accepted, bonus)  # waits as `cut` says
         missed = [b for b in live if b not in found]
         self.learn(done, chains, found, missed)
         if missed and (plan.fallback == "jit" or plan.fallback == "auto" and not found):
@@ -181,7 +182,7 @@ class Decoding:
             chains.fork(tokens, depths, chance)
         for step in range(plan.k):
             if step > 0 and plan.cut and not lane.has_time(verdict):
-                break  # by the clock alone: no token has a say in whether one is drawn
+                break  # by clock and queue alone: no token has a say in whether one is drawn
             with lane.span("chain step"):
                 tokens, logq = draft.chain_step(feed, tokens, depths, step, saguaro_top(plan))
                 chains.append(tokens, logq)
@@ -220,7 +221,9 @@ class Decoding:
         return self.live(places)
 
     def on_both(self, work: str, *args) -> None:
-        """Start a method of both runners. What goes wrong is raised before the next round."""
+        """Start a method of both runners. The target's failures are raised before the next round,
+        the draft's when it is next asked for something.
+        """
         self.reading.append(self.target_lane.start(getattr(self.target, work), *args))
         if self.draft is not None:
             self.draft_lane.start(getattr(self.draft, work), *args)
@@ -228,7 +231,8 @@ class Decoding:
     def feed(self, live: list[int], proposal: Proposal) -> Feed:
         """[r, d_1 .. d_L] of each live row, padded to one T; compiled steps exist for a few T."""
         fed = [[row.ids[-1], *d] for row, d in zip(self.rows, proposal.tokens)]
-        fed = [tokens if b in live else [] for b, tokens in enumerate(fed)]
+        playing = set(live)
+        fed = [tokens if b in playing else [] for b, tokens in enumerate(fed)]
         start = [len(row.ids) - 1 if tokens else 0 for row, tokens in zip(self.rows, fed)]
         T = self.target.fits(max(map(len, fed)))
         return Feed(

@@ -377,10 +377,8 @@ class Runner:
 
     def _draft_draw(self, warped, noise, top_B, params):
         """Tokens drawn from q, or Saguaro's q', with this noise; unless `shared`, their log q."""
-        loudest, logq = (
-            warped.amax(-1),
-            None,
-        )  # a greedy row's log q is finite whatever the logits are
+        # A greedy row's log q is finite whatever the logits are: look at the scores.
+        loudest, logq = warped.amax(-1), None
         if self.coupling != "shared":
             warped = logq = log_probs(warped, params)
             if self.saguaro_c < 1:

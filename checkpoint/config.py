@@ -245,9 +245,8 @@ def _windows(raw: dict, kind: str, layers: int) -> tuple[int, ...]:
     window = raw.get("sliding_window", 4096) if slides else None
     window = _whole(raw, "sliding_window", 4096) if window else 0
     types = raw.get("layer_types")
-    if (
-        types is None
-    ):  # Qwen: the first max_window_layers see everything; Mistral: every layer slides
+    # Qwen: the first max_window_layers see everything; Mistral: every layer slides.
+    if types is None:
         full = _whole(raw, "max_window_layers", 28, least=0) if window and kind != "mistral" else 0
         full = min(full, layers) if window else layers
         types = ["full_attention"] * full + ["sliding_attention"] * (layers - full)
@@ -292,9 +291,8 @@ def rope_frequencies(config: Config) -> tuple[torch.Tensor, float]:
 def _yarn(config: Config, frequency: torch.Tensor) -> tuple[torch.Tensor, float]:
     D, rope, factor = config.head_dim, config.rope, config.rope["factor"]
 
-    def pair_with(
-        turns,
-    ):  # the (fractional) rotary pair that makes so many turns over the original context
+    # The (fractional) rotary pair that makes so many turns over the original context.
+    def pair_with(turns):
         length = rope["original_max_position_embeddings"] / (turns * 2 * math.pi)
         return D * math.log(length) / (2 * math.log(config.rope_theta))
 

@@ -22,20 +22,15 @@ import torch
 
 from checkpoint.tokenizer import LLAMA3_PATTERN
 
-HEADER_LIMIT = (
-    32 << 20
-)  # bytes of metadata and tensor names; 262,144 tokens and their merges take 16 MB
+# Bytes of metadata and tensor names; 262,144 tokens and their merges take 16 MB.
+HEADER_LIMIT = 32 << 20
 ENTRY_LIMIT = 1 << 16  # metadata keys, and tensors; a 405B model has 1,138 tensors
-CHUNK = (
-    1 << 19
-)  # weights turned into numbers at a time: more leave the cache, fewer pay for the calls
+# Weights turned into numbers at a time: more leave the cache, fewer pay for the calls.
+CHUNK = 1 << 19
 GROUP = 32  # weights of a row that share a scale and a zero, in every type of four bits
 INSTALL = 'pip install "gguf>=0.19"'
-SCALARS = dict(enumerate("BbHhIif?")) | {
-    10: "Q",
-    11: "q",
-    12: "d",
-}  # struct's letters of metadata types
+# Struct's letters of metadata types.
+SCALARS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
 
 
@@ -704,9 +699,8 @@ def read_rope(file: File, metadata: Metadata) -> dict:
         amplitude = metadata.real(
             "rope.scaling.attn_factor", metadata.real("rope.scaling.yarn_attn_factor", 1.0)
         )
-        if (
-            amplitude != 1 and factor > 0
-        ):  # llama.cpp multiplies yarn's own; config.json replaces it
+        # Llama.cpp multiplies yarn's own; config.json replaces it.
+        if amplitude != 1 and factor > 0:
             raw["attention_factor"] = amplitude * (0.1 * math.log(max(factor, 1.0)) + 1)
         return raw
     if scaling == "linear" or (

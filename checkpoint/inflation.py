@@ -62,10 +62,8 @@ SHAPES = {
     "qwen3-8b": (4096, 36, 32, 8, 128, 12288, 151936),
     "llama-3.1-70b": (8192, 80, 64, 8, 128, 28672, 128256),
 }
-RANDOM, ZERO = (
-    -1,
-    -2,
-)  # rows and columns of a large tensor that no row or column of the small one goes to
+# Rows and columns of a large tensor that no row or column of the small one goes to.
+RANDOM, ZERO = (-1, -2)
 LOWEST = 30000.0  # float16 ends at 65504
 
 

@@ -45,9 +45,8 @@ LLAMA3_SPECIAL = [
 ]
 # (text without added tokens, whether nothing stands before it) -> ids
 Encoder = Callable[[str, bool], list[int]]
-Coder = tuple[
-    Encoder, dict[int, bytes], bool
-]  # bytes by id; whether decoded text opens with a space that is not in it
+# Bytes by id; whether decoded text opens with a space that is not in it.
+Coder = tuple[Encoder, dict[int, bytes], bool]
 
 
 class TokenizerError(ValueError):
@@ -63,9 +62,8 @@ def _read(path: Path) -> bytes | None:
             f"{path} has over {MAX_FILE_BYTES >> 20} MiB, the limit for a tokenizer file: replace "
             "it"
         )
-    return (
-        path.read_bytes() if path.is_file() else None
-    )  # devices and pipes, which may have no end, are no files
+    # Devices and pipes, which may have no end, are no files.
+    return path.read_bytes() if path.is_file() else None
 
 
 def _read_json(path: Path) -> dict:
@@ -201,9 +199,8 @@ def _from_pieces(data: bytes, legacy: bool) -> tuple[Coder, list[dict]]:
 
 
 def _piece_bytes(piece: str, is_byte: bool) -> bytes:
-    return (
-        bytes([int(piece[3:5], 16)]) if is_byte else piece.replace("▁", " ").encode()
-    )  # a byte is spelt <0x0A>
+    # A byte is spelt <0x0A>.
+    return bytes([int(piece[3:5], 16)]) if is_byte else piece.replace("▁", " ").encode()
 
 
 def _unsupported(part: str, got: object, wanted: str) -> TokenizerError:
@@ -367,9 +364,10 @@ def _from_json(spec: dict) -> tuple[Coder, list[int]]:
                     node,
                     "one that adds BOS before the text, and nothing after it",
                 )
+    # Str: older.
     pairs = (
         merge.split(" ") if isinstance(merge, str) else merge for merge in spec["model"]["merges"]
-    )  # str: older
+    )
     build = _byte_level if byte_level else _character_level
     return build(
         spec["model"], normalizers, splitters, [left + right for left, right in pairs]
@@ -494,9 +492,8 @@ class Tokenizer:
         self._encode, tokens, self._drops_space = model
         self._added, self._before, self._names, self._template = added, before, names, template
         longest_first = sorted(filter(None, added), key=len, reverse=True)
-        self._cut = re.compile(
-            f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})"
-        )  # (?!) is found nowhere
+        # (?!) is found nowhere.
+        self._cut = re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
         self._tokens = tokens | {token["id"]: name.encode() for name, token in added.items()}
         self._hidden = {token["id"] for token in added.values() if token["special"]}
         if not all(type(id) is int and 0 <= id < MAX_TOKEN_ID for id in self._tokens):

@@ -100,9 +100,8 @@ class Piece(NamedTuple):
 Make = Callable[[Config], nn.Module]  # the class of the model
 Stored = Groups | str | None  # a weight as a GGUF file has it: four bits, "int8", or floats
 Finish = Callable[[nn.Linear, str, Stored], nn.Module]  # layer, its name, its weight in the file
-Fill = Callable[
-    [Piece, torch.Tensor], object
-]  # writes the value of a piece into a tensor of its shape
+# Writes the value of a piece into a tensor of its shape.
+Fill = Callable[[Piece, torch.Tensor], object]
 
 
 def pieces(config: Config) -> Iterator[Piece]:
@@ -207,9 +206,8 @@ def default_target() -> str:
 
     ValueError with the command that installs it if neither can be had.
     """
-    spec = importlib.util.find_spec(
-        DEFAULT_PACKAGE
-    )  # of a package at the top: none of its code is run
+    # Of a package at the top: none of its code is run.
+    spec = importlib.util.find_spec(DEFAULT_PACKAGE)
     for folder in spec.submodule_search_locations or () if spec else ():
         for path in sorted(Path(folder).glob("*.gguf")):
             return str(path)

@@ -49,10 +49,8 @@ def sample(target, prompts: list[Prompt], heats: list[float], new: int, eos, rng
     for row, ids in enumerate(tokens):  # all but the last token, which the first step below reads
         if len(ids) > 1:
             prefill(target, cache, row, torch.tensor([ids[:-1]], device=device))
-    rows, live = (
-        list(range(B)),
-        [True] * B,
-    )  # which text a row of the cache belongs to; whether it goes on
+    # Which text a row of the cache belongs to; whether it goes on.
+    rows, live = (list(range(B)), [True] * B)
     for _ in range(new):
         start_B = torch.tensor([len(tokens[row]) - 1 for row in rows], device=device)
         last_B1 = torch.tensor([tokens[row][-1:] for row in rows], device=device)

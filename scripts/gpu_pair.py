@@ -56,9 +56,8 @@ def play(pair: Engine, prompts, **settings) -> tuple[dict, Figures]:
     stats = pair.finish(decoding).stats
     if decoding.lost:
         raise RuntimeError(f"the draft was lost in mode {settings['mode']}")
-    if (
-        settings["mode"] == "ssd"
-    ):  # chains of the last round may still run: they would slow down what is timed next
+    # Chains of the last round may still run: they would slow down what is timed next.
+    if settings["mode"] == "ssd":
         decoding.draft_lane.start(lambda: None).result(60)
     return stats, decoding.figures
 
@@ -239,9 +238,8 @@ def three_modes(check, engines: dict, label: str, temperature: float) -> None:
                 f"{label}: {mode.upper()}, between two verifications, of a round", share, most=0.02
             )
     for of, to in (("ssd", "sd"), ("ssd", "ar"), ("sd", "ar")):
-        ratios = [
-            a / b for a, b in zip(rates[of], rates[to])
-        ]  # runs of a mode are in the order of the prompts
+        # Runs of a mode are in the order of the prompts.
+        ratios = [a / b for a, b in zip(rates[of], rates[to])]
         ends = {"low": min(ratios), "high": max(ratios), "n": len(ratios)}
         check.result(f"{label}: {of.upper()} / {to.upper()}", median(ratios), **ends)
     texts = [[stats["token_ids"] for stats, _ in of] for of in runs.values()]

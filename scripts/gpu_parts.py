@@ -257,9 +257,8 @@ def correct(check: Check) -> None:
         assert kernels.triton is not None, (
             "there is a GPU but no Triton: nothing but the twin could be checked"
         )
-    dtypes = (torch.bfloat16, torch.float32, torch.float16)[
-        not check.on_gpu :
-    ]  # the interpreter is wrong in bfloat16
+    # The interpreter is wrong in bfloat16.
+    dtypes = (torch.bfloat16, torch.float32, torch.float16)[not check.on_gpu :]
     for dtype in dtypes:
         worst, where = 0.0, None
         for number, case in enumerate(TINY_CASES if check.tiny else CASES):
@@ -350,9 +349,8 @@ def linear(check: Check) -> None:
                 ways["tuned loop"] = torch.compile(
                     lambda x, w: F.linear(x, w), dynamic=False, options=options
                 )
-            elif (
-                check.on_gpu and out == shapes[0][1]
-            ):  # its search takes long: one shape has to tell
+            # Its search takes long: one shape has to tell.
+            elif check.on_gpu and out == shapes[0][1]:
                 options = {"max_autotune_gemm": True, "max_autotune_gemm_backends": "ATEN,TRITON"}
                 ways["max-autotune"] = torch.compile(
                     lambda x, w: F.linear(x, w), dynamic=False, options=options

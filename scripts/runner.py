@@ -297,9 +297,8 @@ class Worker:
     """A process that has loaded one engine on its own cores."""
 
     def __init__(self, cores: list[int], build, *given):
-        context = multiprocessing.get_context(
-            "spawn"
-        )  # a fork would inherit this process's threads
+        # A fork would inherit this process's threads.
+        context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(
             target=serve, args=(theirs, cores, build, given), daemon=True
@@ -465,9 +464,8 @@ class Runner:
             for place, more in enumerate(way.sweep):
                 run = self.run(way, settings | more, self.batch(repeat, 1, None), new)
                 rates[place].append(run["tokens_per_s"])
-        rates = [
-            len(runs) / sum(1 / rate for rate in runs) for runs in rates
-        ]  # all tokens over all seconds
+        # All tokens over all seconds.
+        rates = [len(runs) / sum(1 / rate for rate in runs) for runs in rates]
         found = [more | {"tokens_per_s": rate} for more, rate in zip(way.sweep, rates)]
         return next(m for m, rate in zip(way.sweep, rates) if rate >= SAME * max(rates)), found
 

@@ -24,11 +24,8 @@ from studies.speed import (
     whole,
 )  # fmt: skip
 
-FALLBACKS = (
-    "jit",
-    "fast",
-    "random",
-)  # draft now; an empty proposal; random tokens, of which none holds
+# Draft now; an empty proposal; random tokens, of which none holds.
+FALLBACKS = ("jit", "fast", "random")
 LISTS = ("best", "uniform", "geometric", "last")
 
 

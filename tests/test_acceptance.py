@@ -245,9 +245,8 @@ def emission(stage: Stage) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize("kind", [CHAIN, FIXED])
 def test_an_impossible_token_never_passes(monkeypatch, kind):
-    monkeypatch.setattr(
-        sampling, "uniform", lambda *args, **more: torch.zeros(2, 1)
-    )  # smaller than it ever gets
+    # Smaller than it ever gets.
+    monkeypatch.setattr(sampling, "uniform", lambda *args, **more: torch.zeros(2, 1))
     monkeypatch.setattr(sampling, "gumbel", lambda *args: torch.zeros(2, 1, 3))
     warped = torch.tensor([[[0.0, -INF, 0.0]] * 2, [[0.0, 0.0, -INF]] * 2])
     logq, tokens, one_B = (
@@ -356,9 +355,8 @@ def write(params: Params, propose, coupling: str = "maximal") -> torch.Tensor:
                 warped, logq_BKV, tokens_BK, length_B, kind_B, params, size_B
             )
         for i in range(K):
-            text_BN[row_B, size_B + i] = tokens_BK[
-                :, i
-            ]  # what was rejected is overwritten, now or next round
+            # What was rejected is overwritten, now or next round.
+            text_BN[row_B, size_B + i] = tokens_BK[:, i]
         size_B = size_B + accepted_B + 1
         text_BN[row_B, size_B - 1] = next_B
         live = size_B <= N
@@ -402,9 +400,8 @@ def test_rows_of_a_mixed_batch_keep_their_own_laws(name):
         for way in ("plain", "cool", "top-k", "top-p", "both", "greedy", "greedy, filtered")
     ]
     params = make(MANY, *([way[i] for way in ways] * (MANY // len(ways) + 1) for i in range(3)))
-    params = pick(
-        params, slice(MANY)
-    )  # proposals go by row % 5 and row % 6: with 7 ways every combination occurs
+    # Proposals go by row % 5 and row % 6: with 7 ways every combination occurs.
+    params = pick(params, slice(MANY))
     text = write(params, PROPOSALS[name])
     for i, way in enumerate(ways):
         counts, law = text_counts(text[i :: len(ways)]), text_law(way)

@@ -38,12 +38,8 @@ SHAPE = {
     "positions": NEW + 8,
     "sharpness": 1.5,
 }
-KINDS = (
-    (1.0, 0, 1.0),
-    (0.5, 0, 1.0),
-    (1.0, 3, 1.0),
-    (1.5, 0, 0.75),
-)  # temperature, top-k, top-p; every 36th row: 0
+# Temperature, top-k, top-p; every 36th row: 0.
+KINDS = ((1.0, 0, 1.0), (0.5, 0, 1.0), (1.0, 3, 1.0), (1.5, 0, 0.75))
 ALPHA = 1e-3
 
 
@@ -129,17 +125,14 @@ def kind_of(b: int) -> tuple:
 
 def sample(pair, monkeypatch, rows=B, planner=None, **settings):
     """Thousands of rows of each kind, and how many proposals of each kind were tried."""
-    tried, rejections, emit = (
-        {NONE: 0, CHAIN: 0, FIXED: 0},
-        {NONE: 0, CHAIN: 0, FIXED: 0},
-        Decoding.emit,
-    )
+    tried, rejections = ({NONE: 0, CHAIN: 0, FIXED: 0} for _ in range(2))
+    emit = Decoding.emit
 
-    def spy(self, proposal, accepted, bonus):
-        for b in self.live():
+    def spy(self, live, proposal, accepted, bonus):
+        for b in live:
             tried[proposal.kind[b]] += 1
             rejections[proposal.kind[b]] += accepted[b] < len(proposal.tokens[b])
-        emit(self, proposal, accepted, bonus)
+        emit(self, live, proposal, accepted, bonus)
 
     monkeypatch.setattr(Decoding, "emit", spy)
     temperature, top_k, top_p = (list(values) for values in zip(*map(kind_of, range(rows))))
@@ -177,9 +170,8 @@ def every_fallback(monkeypatch, m: int):
 
 def cut_at(monkeypatch, *lengths):
     """Chains of these lengths, one after the other, whatever the clock says."""
-    turns = itertools.cycle(
-        length > 1 for length in lengths
-    )  # asked before the second of two steps
+    # Asked before the second of two steps.
+    turns = itertools.cycle(length > 1 for length in lengths)
     propose = Decoding.propose
     monkeypatch.setattr(Lane, "has_time", lambda lane, verdict: next(turns))
     monkeypatch.setattr(

@@ -135,9 +135,8 @@ def fail(value):
 def test_an_exception(bench, place, settings, after):
     calls = bench.break_(place, fail, after)
     bench.survives(**settings)
-    assert (
-        after < len(calls) <= after + 2
-    )  # a late chain step is noticed when the next round has begun
+    # A late chain step is noticed when the next round has begun.
+    assert after < len(calls) <= after + 2
     assert "the device is lost" in bench.warnings[0]
 
 

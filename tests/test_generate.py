@@ -532,10 +532,8 @@ def test_ends_of_a_text(mode, figures, scripted):
         (["n c"], "retur"),
         (["☕", "caf"], "return "),
         (["r"], ""),
-        (
-            ["line\n", "☕ lines", "nothing"],
-            SCRIPT,
-        ),  # a beginning that never becomes the whole comes out at the end
+        # A beginning that never becomes the whole comes out at the end.
+        (["line\n", "☕ lines", "nothing"], SCRIPT),
     ),
 )
 def test_a_stop_text_is_never_printed(mode, stops, left, program, figures, scripted):
@@ -682,9 +680,8 @@ def test_a_chat_keeps_what_earlier_turns_have_read(mode, program, scripted, monk
     turns = [sum(turn) for turn in read[::models]]  # tokens read by the end of each turn's prefill
     assert len(read) == 3 * models and turns[0] < turns[1] < turns[2]
     for count, start in read[models:]:
-        assert (
-            0 < count < 30 and start > 50
-        )  # the new line and the answer's last tokens, not the long first turn
+        # The new line and the answer's last tokens, not the long first turn.
+        assert 0 < count < 30 and start > 50
 
 
 def test_a_chat_gives_the_text_that_a_fresh_start_gives(program, demo):

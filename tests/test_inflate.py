@@ -53,10 +53,8 @@ SOURCES = {
         "sliding_window": 5,
         "max_window_layers": 1,
     },
-    "qwen3": {
-        "model_type": "qwen3",
-        "rms_norm_eps": 1e-3,
-    },  # so large an eps that a wrong one shows
+    # So large an eps that a wrong one shows.
+    "qwen3": {"model_type": "qwen3", "rms_norm_eps": 1e-3},
     "layer types": {
         "model_type": "qwen3",
         "use_sliding_window": True,
@@ -119,9 +117,8 @@ def test_every_family_grows(tmp_path, kind):
     source, grown = loaded(tmp_path), loaded(f"inflate:{LARGE}:{tmp_path}")
     assert grown.config.windows[:2] == source.config.windows and len(grown.config.windows) == 4
     check_same(source, grown, 96, random_text(40, seed=1))
-    if (
-        source.config.tied
-    ):  # new words need rows of their own; without them the embedding stays tied
+    # New words need rows of their own; without them the embedding stays tied.
+    if source.config.tied:
         assert not grown.config.tied
         wide = loaded(f"inflate:hidden=100:{tmp_path}")
         assert wide.config.tied and wide.head.weight is wide.embed.weight

@@ -283,11 +283,8 @@ def test_chunks_of_any_size_equal_the_whole(model, sizes, tight):
 def test_padding_and_rows_of_different_length_change_nothing(model):
     rows = [random_text(length, seed=length) for length in (3, 14, 9)]
     cache, at = new_cache(model, 3, 20), [0, 0, 0]
-    for take in (
-        (2, 5, 0),
-        (0, 4, 8),
-        (1, 5, 1),
-    ):  # a row may have no token in a call, or fewer than the others
+    # A row may have no token in a call, or fewer than the others.
+    for take in ((2, 5, 0), (0, 4, 8), (1, 5, 1)):
         chunk = [row[a : a + n] for row, a, n in zip(rows, at, take, strict=True)]
         got = feed(model, cache, chunk, at, width=9)
         for b, row in enumerate(rows):
@@ -340,9 +337,8 @@ def test_nan_in_dead_slots_changes_nothing(model, tight):
 def test_each_branch_equals_the_branch_run_alone(model, batch, tight, poisoned):
     """Chains off different trunk positions, step by step, against each branch as a text."""
     steps, K, rows = 4, 3, [random_text(length, seed=length) for length in (11, 6, 16)[:batch]]
-    drafts = [
-        random_text(K, seed=100 + b) for b in range(batch)
-    ]  # the proposal behind the pending token rows[b][-1]
+    # The proposal behind the pending token rows[b][-1].
+    drafts = [random_text(K, seed=100 + b) for b in range(batch)]
     depths = [[0, 0, 1, 3, 3, 2], [3, 2, 1, 0, 0, 3], [1, 1, 2, 2, 0, 3]][:batch]
     M = len(depths[0])
     chains = [[random_text(steps, seed=1000 + 10 * b + m) for m in range(M)] for b in range(batch)]

@@ -196,9 +196,8 @@ def write_trace(path: Path) -> Path:
 
 def test_timeline(tmp_path):
     svg = drawn("timeline", write_trace(tmp_path / "trace.json"), "0", "3")
-    bars = {
-        name: svg.count(f'fill="{colour}"/>') - 1 for name, colour in plot.SPANS.items()
-    }  # one in the key
+    # One in the key.
+    bars = {name: svg.count(f'fill="{colour}"/>') - 1 for name, colour in plot.SPANS.items()}
     # Three verifications and the beginning of a fourth.
     assert bars == {"verify": 4, "extend": 3, "fork": 3, "chain step": 6, "decode": 1}
     assert svg.count(f'stroke="{plot.HIT}"') == 2 and svg.count(f'stroke="{plot.MISS}"') == 1

@@ -90,9 +90,8 @@ def test_words_equal_plain_integers():
             place = (seeds[b], rows[b], positions[t], purpose)
             assert plain[b, t] == word_by_hand(*place)
             assert by_token[b, t, token] == word_by_hand(*place, token)
-    assert torch.equal(
-        *(hash_words(make(seed=s), at_BT[:1], TOKEN, 9) for s in (-1, 2**64 - 1))
-    )  # the same 64 bits
+    # The same 64 bits.
+    assert torch.equal(*(hash_words(make(seed=s), at_BT[:1], TOKEN, 9) for s in (-1, 2**64 - 1)))
 
 
 def keyed(seed_B, row_B=None):
@@ -210,9 +209,8 @@ def test_each_input_bit_flips_each_output_bit_half_of_the_time():
     pairs |= {("token", bit): (by_token, by_token[:, token_V ^ (1 << bit)]) for bit in range(12)}
     for name, (a, b) in pairs.items():
         rates = ((a ^ b)[..., None] >> torch.arange(31) & 1).double().mean(1)
-        assert (rates - 0.5).abs().max() < 0.05, (
-            name
-        )  # 6 standard deviations; one flip of two is counted with tokens
+        # 6 standard deviations; one flip of two is counted with tokens.
+        assert (rates - 0.5).abs().max() < 0.05, name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -304,19 +302,16 @@ def test_warp_equals_the_naive_loop(dtype, ties):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_top_p_stops_at_exactly_p(dtype):
-    logits_BTV = (
-        torch.tensor([4.0, 2.0, 1.0, 1.0], dtype=dtype).log().expand(4, 1, 4)
-    )  # 1/2, 1/4, 1/8, 1/8 to the bit
+    # 1/2, 1/4, 1/8, 1/8 to the bit.
+    logits_BTV = torch.tensor([4.0, 2.0, 1.0, 1.0], dtype=dtype).log().expand(4, 1, 4)
     kept = (warp(logits_BTV, make(4, top_p=[0.4, 0.5, 0.51, 0.75])) > -INF)[:, 0]
     assert kept.sum(-1).tolist() == [1, 1, 2, 2]
 
 
 def test_temperature_0_is_certain_of_the_first_largest_logit():
     logits_BTV = torch.zeros(3, 1, 4096)
-    logits_BTV[0, 0, 7], logits_BTV[0, 0, 3000] = (
-        1e-3,
-        1.000001e-3,
-    )  # equal once normalised in 32 bits
+    # Equal once normalised in 32 bits.
+    logits_BTV[0, 0, 7], logits_BTV[0, 0, 3000] = (1e-3, 1.000001e-3)
     logits_BTV[1, 0, [5, 9]] = 2.0
     logits_BTV[2, 0, 8] = 1.0
     mixed, greedy = make(4, [0.0, 0.0, 0.0, 1.0]), make(3, 0.0)

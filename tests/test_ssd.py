@@ -51,19 +51,15 @@ def check(pair, truth, rows, **settings):
 
 @pytest.fixture(autouse=True)
 def patient(monkeypatch):
-    monkeypatch.setattr(
-        runtime, "PATIENCE_S", 60.0
-    )  # the cores are shared: a slow draft is not a broken one
+    # The cores are shared: a slow draft is not a broken one.
+    monkeypatch.setattr(runtime, "PATIENCE_S", 60.0)
 
 
 @pytest.fixture(scope="module")
 def models():
     target = transformer(0)
-    return (
-        target,
-        transformer(1, base=target, noise=0.03),
-        transformer(2),
-    )  # target, draft, useless draft
+    # Target, draft, useless draft.
+    return (target, transformer(1, base=target, noise=0.03), transformer(2))
 
 
 @pytest.fixture(scope="module")
@@ -408,9 +404,8 @@ def test_a_draft_with_a_vocabulary_of_its_own(models, truth, name, monkeypatch):
         put(self, row, kind, tokens, logq)
 
     monkeypatch.setattr(Proposal, "put", spy)
-    least = (
-        0.2 if name == "fewer tokens" else 0.35
-    )  # it reads every token that it does not have as one
+    # It reads every token that it does not have as one.
+    least = 0.2 if name == "fewer tokens" else 0.35
     for settings in ({"mode": "sd"}, {"mode": "ssd", "fan_out": 6}):
         assert check(pair, truth, part(5), k=3, **settings)["acceptance_rate"] > least
     prompts, settings = some(part(0))
@@ -473,9 +468,8 @@ def test_a_perfect_draft_is_always_right(models, temperature, coupling):
                 coupling == "shared" and temperature and stats["hit_rate"] > 0.98
             )
         if not cut:
-            assert (
-                stats["rounds"] == 6
-            )  # one token by the first round, then five by each: 29 more take 6
+            # One token by the first round, then five by each: 29 more take 6.
+            assert stats["rounds"] == 6
 
 
 @pytest.mark.parametrize("mode", ["sd", "ssd"])

@@ -482,9 +482,8 @@ def test_streams_whole_characters_that_continue_the_prompt(each, texts):
             cut = next(
                 (n for n in range(len(ids)) if len(each.decode(ids[:n])) >= len(prompt)), len(ids)
             )
-            if "\ufffd" in each.decode(
-                ids[:cut]
-            ):  # the prompt's last token ends inside of a character
+            # The prompt's last token ends inside of a character.
+            if "\ufffd" in each.decode(ids[:cut]):
                 continue
             stream = each.stream()
             shown = [stream.push(id) for id in ids[cut:]]
@@ -494,9 +493,8 @@ def test_streams_whole_characters_that_continue_the_prompt(each, texts):
 
 
 def test_streams_what_is_not_utf8(each):
-    eacute = each.encode("\u0dc6", bos=False)[
-        -3:
-    ]  # a character that no tokenizer here was trained on: three bytes
+    # A character that no tokenizer here was trained on: three bytes.
+    eacute = each.encode("\u0dc6", bos=False)[-3:]
     stream = each.stream()
     assert [stream.push(eacute[0]), stream.push(eacute[1]), stream.flush()] == ["", "", "\ufffd"]
     stream = each.stream()

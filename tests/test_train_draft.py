@@ -23,9 +23,8 @@ def script():
     import train_draft
 
     threads = torch.get_num_threads()
-    torch.set_num_threads(
-        1
-    )  # on toy matrices, and beside other work, threads only wait for each other
+    # On toy matrices, and beside other work, threads only wait for each other.
+    torch.set_num_threads(1)
     yield train_draft
     torch.set_num_threads(threads)
 

@@ -22,11 +22,11 @@ from checkpoint.weights import (
     open_tensors,
     pieces,
     resolve,
-    save_model,
     split_inflate,
     weight_bytes,
 )
 from model import Transformer
+from scripts.save import save_model
 
 
 def load_model(name, device="cpu", dtype=torch.float32):
