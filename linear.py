@@ -46,11 +46,12 @@ class PackedLinear(nn.Module):
 
     def forward(self, x):
         rows = x.to(self.dtype).reshape(-1, self.in_features)
-        if self.dtype == torch.bfloat16 and len(rows) == 1:
+        count = rows.shape[0]
+        if count == 1 and self.dtype == torch.bfloat16:
             # One row alone is summed in another order. Rounded to bfloat16, that would show.
             rows = rows.expand(2, -1)
         out = torch.ops.mkldnn._linear_pointwise(rows, self.weight, self.bias, "none", [], "")
-        return out[: x.shape[:-1].numel()].unflatten(0, x.shape[:-1]).to(x.dtype)
+        return out[:count].unflatten(0, x.shape[:-1]).to(x.dtype)
 
 
 class Int8Linear(nn.Module):
