@@ -239,7 +239,9 @@ class LlamaCpp:
             )
             return {"ids": None, "tokens_per_s": json.loads(told)[0]["avg_ts"]}
         pair += ["-md", str(self.draft), "-p", prompts[0]["text"], "-n", str(new), "-t", threads]
-        told = self.call("llama-speculative-simple", *pair, "--spec-draft-n-max", str(k), "--temp", "0")
+        told = self.call(
+            "llama-speculative-simple", *pair, "--spec-draft-n-max", str(k), "--temp", "0"
+        )
         return {
             "ids": None,
             "tokens_per_s": float(re.findall(r"decoded.*speed:\s*([\d.]+) t/s", told)[-1]),
