@@ -262,7 +262,7 @@ def test_llama_cpp_is_called_and_read(tmp_path):
     fast = peer.run(prompts=[{"text": "Why?"}], mode="llama.cpp draft", k=6, **how)
     assert fast["tokens_per_s"] == 31.25
     called = (tmp_path / "called").read_text()
-    assert re.search(r"-md d.gguf -p Why\? -n 64 .*--draft-max 6 --temp 0", called)
+    assert re.search(r"-md d.gguf -p Why\? -n 64 .*--spec-draft-n-max 6 --temp 0", called)
     with pytest.raises(RuntimeError, match="exit code 3"):
         peer.call("broken")
 
