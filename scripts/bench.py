@@ -24,7 +24,7 @@ from statistics import quantiles
 if str(Path(__file__).resolve().parent) not in sys.path:
     sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from runner import PLACES, Runner, Way, environment, rounded  # noqa: E402
+from runner import PLACES, Runner, Way, environment, keep, rounded  # noqa: E402
 
 INTERRUPTED, MISTAKE = 130, 2
 KINDS = ("code", "chat", "text")
@@ -347,9 +347,7 @@ def run(args) -> dict:
         for c in table:
             results[c.name] = measure(runner, c, args.dtype)
             if args.out:
-                out = Path(args.out)
-                kept = json.loads(out.read_text()) if out.exists() else {}
-                out.write_text(json.dumps(kept | {c.name: results[c.name]}, indent=1) + "\n")
+                keep(args.out, c.name, results[c.name])
     finally:
         runner.close()
     return results

@@ -13,7 +13,6 @@ tie.
 """
 
 import argparse
-import json
 import os
 import sys
 from pathlib import Path
@@ -24,6 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 from bench import prompts as read_prompts  # noqa: E402
+from runner import keep  # noqa: E402
 
 from ssd import load  # noqa: E402
 
@@ -95,9 +95,7 @@ def main(argv: list[str] | None = None) -> int:
     result |= {"ties": sum(where["gap"] < TIE for where in found)}
     result |= {"differences": len(found) - result["ties"], "largest_gap": worst, "where": found}
     if args.out:
-        path = Path(args.out)
-        kept = json.loads(path.read_text()) if path.exists() else {}
-        path.write_text(json.dumps(kept | {Path(name).name: result}, indent=1) + "\n")
+        keep(args.out, Path(name).name, result)
     print(f"{Path(name).name}: {result['texts']} greedy texts, {result['tokens']} tokens, "
           f"{result['ties']} ties, {result['differences']} differences")  # fmt: skip
     return 1 if result["differences"] else 0

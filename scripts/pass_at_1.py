@@ -23,7 +23,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT)]
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
+
+from runner import keep  # noqa: E402
 
 from ssd import load  # noqa: E402
 
@@ -96,9 +98,7 @@ def main(argv: list[str] | None = None) -> int:
         result[mode] = {"passed": sum(passed), "texts_that_differ_from_ar": differ}
         print(f"{name} {mode}: {sum(passed)} of {len(chosen)} pass, {differ} texts differ from AR")
     if args.out:
-        path = Path(args.out)
-        kept = json.loads(path.read_text()) if path.exists() else {}
-        path.write_text(json.dumps(kept | {name: result}, indent=1) + "\n")
+        keep(args.out, name, result)
     return 0
 
 

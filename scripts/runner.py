@@ -91,6 +91,13 @@ def distinct_4grams(ids: list[int]) -> float | None:
     return len(set(grams)) / len(grams) if grams else None
 
 
+def keep(file: str, name: str, result) -> None:
+    """Write one entry of a JSON file of results; the others stay."""
+    path = Path(file)
+    kept = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(kept | {name: result}, indent=1) + "\n")
+
+
 def environment(dtype: str | None) -> dict:
     """Where and from what the numbers come, without names of hosts, people or folders."""
     info = Path("/proc/cpuinfo")

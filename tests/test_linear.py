@@ -198,6 +198,7 @@ def test_a_verification_computes_what_plain_steps_do_bit_for_bit(bits, heads):
     model.set_positions(256)
     finish_all(model, finisher(bits, pack=True))
     model.script()
+    assert isinstance(model.layers, torch.jit.ScriptModule), "the layers run from Python"
     ids_1T = torch.randint(64, (1, 130), generator=torch.Generator().manual_seed(1))
 
     def logits(sizes: list[int]) -> torch.Tensor:
