@@ -1,14 +1,14 @@
-"""--k auto, --fan-out auto: a planner that plays the K and M which promise most tokens a second.
+"""--k auto, --fan-out auto: a planner that chooses the K and M that promise most tokens a second.
 
 Knows: how long the rounds so far took and what they came to. Does not know: tensors, tokens, how a
 round is played. Nothing else needs this file: without it K and M are given by hand. Read next:
 halves.py.
 
-It has one way of measuring, the run's own rounds. The first ones play a few sizes of K and M. Later
-ones try another mode now and then, and what was measured long ago is forgotten. So no choice is
-final, and a noisy second decides nothing. Every round emits tokens whatever its plan is, so trying
-costs little. Choices hang on the clock and on past outcomes only, never on a token still to be
-drawn, so they keep every coupling exact.
+Auto measures nothing but the rounds of the run. The first rounds play a few sizes of K and M. Later
+rounds try another mode now and then, and old times are forgotten. So no choice is final, and a
+noisy second decides nothing. Trying costs little, because a round emits tokens whatever its plan
+is. Choices depend on the clock and on past outcomes, never on a token that is still to be drawn, so
+every coupling stays exact.
 """
 
 from collections import defaultdict, deque
@@ -16,21 +16,19 @@ from dataclasses import dataclass, field
 from statistics import median
 
 from figures import Round, expected_tokens
+from sampling import MISS_POWER
 from ssd import Plan
 
 KS, MS = (1, 2, 3, 4, 6, 8), (6, 12, 24)
 STATIC_KS, STATIC_MS = (2, 4, 7), (8, 24)  # each of them is compiled and captured
 REVISE_EVERY = 4  # rounds
-# Another mode is tried for so many rounds, once in so many: later, the less it promises.
+# Another mode is tried for TRY rounds, once in TRY_EVERY: less often, the less it promises.
 TRY, TRY_EVERY = 4, 64
-RECENT = 7  # as many times of one size count, by their median
-SURE = 3  # so many times of a size are worth more than what other sizes let expect of it
+RECENT = 7  # how many times of one size are kept; their median counts
+SURE = 3  # a size with so many times is known; others are interpolated between known ones
 FRESH = 256  # rounds after which a time is forgotten
-# A miss with M branches has the probability c * M^-0.6: the exponent is that of the pairs measured
-# here (.5 to .8), c is the run's own.
-DECAY = 0.6
-PRIOR = 8.0  # how many tests the numbers that a run begins with weigh
-MEMORY = 0.998  # what a test still counts after another one
+PRIOR = 8.0  # the numbers that a run begins with weigh as much as so many tests
+MEMORY = 0.998  # the weight that a test keeps after each later one
 
 
 class Times:
@@ -73,9 +71,10 @@ class Seen:
     tests: dict[bool, list[float]] = field(
         default_factory=lambda: {True: [0.85 * PRIOR, PRIOR], False: [0.65 * PRIOR, PRIOR]}
     )
-    # Misses, and the look-ups weighted by M^-0.6.
+    # Misses, and the look-ups weighted by M^-MISS_POWER. Their ratio is c: a look-up misses with
+    # the probability c * M^-MISS_POWER.
     misses: list[float] = field(
-        default_factory=lambda: [0.6 * PRIOR * 12**-DECAY, PRIOR * 12**-DECAY]
+        default_factory=lambda: [0.6 * PRIOR * 12**-MISS_POWER, PRIOR * 12**-MISS_POWER]
     )
 
     def learn(self, done: Round, drafted: int, state: bool) -> None:
@@ -103,7 +102,7 @@ class Seen:
             looked_up = len(done.hit) + len(done.missed)
             self.misses[:] = (x * MEMORY**looked_up for x in self.misses)
             self.misses[0] += len(done.missed)
-            self.misses[1] += looked_up * m**-DECAY
+            self.misses[1] += looked_up * m**-MISS_POWER
 
     def revise(self) -> None:
         for times in (self.verify, self.beside, self.prepare, self.step, self.draft):
@@ -127,7 +126,7 @@ def rate(plan: Plan, seen: Seen, a: float, batch: int) -> float:
         for _ in range(2):
             steps = (beside.at(length + 1) - t_prepare) / t_step - 0.5
             length = min(max(steps, 1.0), plan.k)
-    hit = 1 - min(seen.misses[0] / seen.misses[1] * plan.m**-DECAY, 1.0)
+    hit = 1 - min(seen.misses[0] / seen.misses[1] * plan.m**-MISS_POWER, 1.0)
     t_round = max(beside.at(length + 1), t_prepare + t_step * (1 if plan.cut else plan.k), 1e-9)
     jit = plan.fallback == "jit" or plan.fallback == "auto" and batch == 1
     missed = expected_tokens(a, plan.k * jit)
@@ -152,7 +151,7 @@ class Auto:
         self.seen, self.batch, self.state = seen, batch, True
         self.tried, self.due = 0, seen.rounds + TRY_EVERY // 4
         self.revise()
-        # Whoever knows nothing plays a middle, a small and a large plan, often enough to be sure.
+        # A run that knows nothing first plays a middle, a small and a large plan, SURE times each.
         most = self.modes[max(self.modes)]
         self.trying = [] if seen.rounds else SURE * [most[len(most) // 2], most[0], most[-1]]
         self.now = self.trying.pop() if self.trying else self.best[True]

@@ -7,7 +7,7 @@ A row's slots are laid out like this, allocated once and zeroed, since attention
 NaN in an unused slot:
 
     trunk           the slot of a token is its position
-    chain scratch   branch m, step c at base + m + c * M
+    chain scratch   branch m, step c at trunk + m + c * M
     one dead slot
 
 Rolling back is setting a length: what lies after it is overwritten before any query's limit reaches
@@ -88,14 +88,14 @@ class KVCache:
         return Placement(positions_BT, slots_BT, limit_BT, extent, tight, None, mask)
 
     def place_chain(
-        self, start_B, depth_BM, step_B, live_B, extent: int, tight: bool = False, steps=None
+        self, length_B, depth_BM, step_B, live_B, extent: int, tight: bool = False, steps=None
     ) -> Placement:
-        """Where step `step_B` of M chains sits. Chain m forks off at position start_B + depth_BM.
+        """Where step `step_B` of M chains sits. Chain m begins at position length_B + depth_BM.
 
-        start_B (B,) is the position after the pending token. `steps`, a bound on step_B + 1 that
-        the host knows, limits how much scratch is read (default: all of it).
+        length_B (B,) counts a row's tokens, the pending one included. `steps`, a bound on
+        step_B + 1 that the host knows, limits how much scratch is read (default: all of it).
         """
-        limit_BM, M = start_B[:, None] + depth_BM, depth_BM.shape[1]
+        limit_BM, M = length_B[:, None] + depth_BM, depth_BM.shape[1]
         slots_BM = self.trunk + torch.arange(M, device=depth_BM.device) + step_B[:, None] * M
         slots_BM = torch.where(live_B[:, None], slots_BM, self.dead)
         chain = (self.trunk, self.steps if steps is None else steps, step_B)

@@ -23,7 +23,6 @@ from checkpoint.weights import (
     resolve,
 )
 from figures import run_stats
-from halves import Always, Halves, Quicker
 from linear import FORMATS, finish_all, finisher, speeds
 from model import Transformer
 from rows import AUTO, Row, Settings, make_rows, sampling_params
@@ -146,7 +145,7 @@ class Model:
         params = sampling_params(rows, runner.device).narrow(range(batch))
         runner.set_rows(params, settings.coupling, settings.saguaro_c)
         if before is not None:
-            runner.cache.copy_trunk(before.cache, rows[0].prompt_read)
+            runner.cache.copy_trunk(before.cache, rows[0].target_read)
         return runner
 
 
@@ -204,17 +203,17 @@ def check_pair(target: Model, draft: Model) -> None:
 
 
 def fit_memory(
-    models: list[tuple[Model, int]], rows: list[Row], batch: int | None, k: int, tell
+    models: list[tuple[str, Model, int]], rows: list[Row], batch: int | None, k: int, tell
 ) -> tuple[int, int]:
     """How many rows are decoded at once, and the tokens of the longest: `batch` rows, or as many as
     memory holds.
 
     A row with which the KV caches would not fit is refused, before anything is allocated. Raises
-    ValueError where none is left. models: each with its number of branches. tell: is told what is
+    ValueError where none is left. models: roles, models, numbers of branches. tell: is told what is
     taken.
     """
     per_slot: dict[torch.device, list[tuple[int, int]]] = {}  # bytes, and slots beside the trunk
-    for model, branches in models:
+    for _, model, branches in models:
         c, device = model.config, model.transformer.embed.weight.device
         size = 2 * c.num_layers * c.num_kv_heads * c.head_dim * model.dtype.itemsize
         per_slot.setdefault(device, []).append((size, branches * k + 1))
@@ -323,11 +322,9 @@ class Engine:
         # Two models that take turns on one lane have nothing to gain from another half.
         asked = "off" if target_lane is draft_lane else asked
         models = [("target", self.target, 0)] + [("draft", draft, branches) for draft in drafts]
-        sizes = [(model, m) for _, model, m in models]
-        batch, trunk = fit_memory(sizes, rows, settings.batch, k, self.tell)
-        before = (
-            self.reuse(rows[0], len(models)) if keep and len(rows) == 1 else [None] * len(models)
-        )
+        batch, trunk = fit_memory(models, rows, settings.batch, k, self.tell)
+        alone = keep and len(rows) == 1
+        before = self.reuse(rows[0], len(models)) if alone else [None] * len(models)
         for row in rows:
             if row.refused:
                 self.warn(row.refused)
@@ -345,10 +342,12 @@ class Engine:
             parts += [range((batch + 1) // 2), range((batch + 1) // 2, batch)]
         shapes = lengths, [m for m in ms if m], parts
         played = planner or usual
-        if asked != "off" and planner is None:
-            half = self.planner(settings, (batch + 1) // 2, drafts)[0]
-            played = Always(half) if asked == "on" else Quicker(usual, Always(half))
         if asked != "off":
+            from halves import Always, Halves, Quicker
+
+            if planner is None:
+                half = self.planner(settings, (batch + 1) // 2, drafts)[0]
+                played = Always(half) if asked == "on" else Quicker(usual, Always(half))
             own = decoding is not Decoding
             decoding = type(decoding.__name__, (decoding, Halves), {}) if own else Halves
         lanes = runners[0], target_lane, runners[1], draft_lane
@@ -389,26 +388,26 @@ class Engine:
     def reuse(self, row: Row, models: int) -> list[Runner | None]:
         """The runners of the previous call, if their KV holds a beginning of this prompt.
 
-        row.prompt_read is how many tokens of it they hold.
+        row.target_read is how many tokens of it they hold.
         """
         if self.previous is None or len(self.previous[0]) != models:
             return [None] * models
         old, ids, read = self.previous
         same = min(len(ids) - 1, len(row.ids) - 1)  # the last token has no KV
-        row.prompt_read = next((i for i in range(same) if ids[i] != row.ids[i]), same)
-        row.read = min(read, row.prompt_read)
+        row.target_read = next((i for i in range(same) if ids[i] != row.ids[i]), same)
+        row.draft_read = min(read, row.target_read)
         return old
 
     def finish(self, decoding: Decoding) -> Result:
         """The result of a generation, complete or interrupted."""
-        rows, figures = decoding.every, decoding.figures
+        rows, figures = decoding.all_rows, decoding.figures
         self.previous, figures.end = None, figures.end or time.perf_counter()
         if decoding.lost:
             self.draft.runners.clear()  # what hangs may still write to their buffers
         # A prompt that was not read whole leaves no KV worth keeping.
         elif len(rows) == 1 and figures.rounds:
             runners = [decoding.target, *([decoding.draft] if decoding.draft else [])]
-            self.previous = runners, list(rows[0].ids), rows[0].read
+            self.previous = runners, list(rows[0].ids), rows[0].draft_read
         draft = NGRAM if self.ngram else self.draft.name if self.draft else None
         stats = {"target": self.target.name, "draft": draft if self.settings.mode != "ar" else None}
         stats |= self.target.numbers() | {"draft_quantize": None}

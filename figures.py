@@ -1,7 +1,7 @@
 """What happened in a run: a record for each round, one line, a table of modes, a trace.
 
 Knows: times and counts, and how they combine. Does not know: tensors, models, why a round was
-played as it was. Read next: checkpoint/config.py.
+played as it was. The method ends here. Read next: checkpoint/config.py, for files on disk.
 
 With equal K, SSD gains at most (1 + t_draft / t_verify) over SD: it hides the drafting, it does not
 make a verification cheaper. All times are seconds of the host's clock. A round lasts from the start
@@ -45,7 +45,8 @@ UNUSED = {
 class Round:
     """One round: what was tried, what held, what was foreseen, and how long it took.
 
-    kind, length and accepted have an entry for each row; live, hit and missed are numbers of rows.
+    kind, length and accepted have an entry for each place of the batch; live, hit and missed are
+    the places whose rows played, hit and missed.
     chain_steps is how many of them were ready at the look-up, prepare_s the seconds of extend and
     fork, step_s those of a chain step. drafted is the work that drafted while the target waited,
     None where there was none.
@@ -203,7 +204,7 @@ def run_stats(decoding, settings, floor_s: float | None) -> dict:
 
     floor_s: seconds that reading the target's weights once takes at the speed of a plain read.
     """
-    rows, figures, lane = decoding.every, decoding.figures, decoding.draft_lane
+    rows, figures, lane = decoding.all_rows, decoding.figures, decoding.draft_lane
     plan, speculates = figures.usual_plan(), settings.mode != "ar"
     stats = {name: getattr(settings, name) for name in SETTINGS_SHOWN}
     stats |= {"k": plan.k if plan else settings.k, "fan_out": plan.m if plan else settings.fan_out}

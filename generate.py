@@ -334,9 +334,9 @@ def complete(engine, prompts: list, settings: dict, quiet: bool, keep=False, ope
         print(opening, end="", flush=True)
     try:
         for _ in decoding.rounds():
-            progress.show(decoding.every)
+            progress.show(decoding.all_rows)
             if out is not None:
-                out.write(decoding.every)
+                out.write(decoding.all_rows)
             if len(prompts) == 1 and not quiet and (piece := decoding.rows[0].piece()):
                 print(piece, end="", flush=True)
     except KeyboardInterrupt:
@@ -346,7 +346,7 @@ def complete(engine, prompts: list, settings: dict, quiet: bool, keep=False, ope
     result = engine.finish(decoding)
     progress.close()
     if out is not None:
-        out.write(decoding.every)
+        out.write(decoding.all_rows)
     if not quiet and len(prompts) > 1:
         for number, text in enumerate(result.text, 1):
             print(f"--- {number} ---\n{text}")
@@ -481,7 +481,7 @@ def run(args) -> int:
     )
     print(figures_line(result.stats), file=sys.stderr)
     save(args, result.stats, decoding)
-    refused = tell_refused(out.left if out else range(len(prompts)), decoding.every)
+    refused = tell_refused(out.left if out else range(len(prompts)), decoding.all_rows)
     return INTERRUPTED if interrupted else FAILED if refused else 0
 
 

@@ -247,7 +247,7 @@ _REGISTERS = 1 << 16  # of one processor
 
 
 class _Card(NamedTuple):
-    """What a plan depends on: a GPU's processors, and the shared memory of each in bytes."""
+    """What a tiling depends on: a GPU's processors, and the shared memory of each in bytes."""
 
     processors: int
     shared: int
@@ -262,7 +262,7 @@ def _card(device: torch.device) -> _Card:
     return _Card(found.multi_processor_count, found.shared_memory_per_multiprocessor)
 
 
-class _Plan(NamedTuple):
+class _Tiling(NamedTuple):
     """How a call is laid on the GPU.
 
     A tile has so many rows and slots, what a row sees is cut in so many splits, a launch has so
@@ -278,8 +278,10 @@ class _Plan(NamedTuple):
 
 
 @functools.cache
-def _plan(Q: int, heads: int, D: int, itemsize: int, extent: int, steps: int, card: _Card) -> _Plan:
-    """A plan from static shapes only: a captured graph stays right as its texts grow.
+def _tiling(
+    Q: int, heads: int, D: int, itemsize: int, extent: int, steps: int, card: _Card
+) -> _Tiling:
+    """A tiling by static shapes only: a captured graph stays right as its texts grow.
 
     heads is B * G.
     """
@@ -294,7 +296,7 @@ def _plan(Q: int, heads: int, D: int, itemsize: int, extent: int, steps: int, ca
     # As many programs as run at once and no more: a second wave of a few would double the time.
     room = card.processors * programs // (heads * triton.cdiv(Q, rows))
     splits = max(1, min(room, triton.cdiv(extent, _SPLIT_SLOTS) + steps, _MOST_SPLITS))
-    return _Plan(rows, slots, splits, warps, stages, programs)
+    return _Tiling(rows, slots, splits, warps, stages, programs)
 
 
 def _fit(rows, slots, block_d, itemsize, most_stages, most_programs, card) -> tuple[int, int]:
@@ -497,29 +499,29 @@ def _launches(
     """The launches that write a call's result to out_BTHD, planned for this card, in order."""
     (B, T, H, D), G = query_BTHD.shape, k_BGSD.shape[1]
     Q, block_d, itemsize = T * H // G, _padded(D), query_BTHD.itemsize
-    plan = _plan(Q, B * G, D, itemsize, extent, steps, card)
+    tiling = _tiling(Q, B * G, D, itemsize, extent, steps, card)
     part = weight = None
-    if plan.splits > 1:
-        shape = (B, T, H, plan.splits)
+    if tiling.splits > 1:
+        shape = (B, T, H, tiling.splits)
         part = torch.empty((*shape, D), dtype=torch.float32, device=out_BTHD.device)
         weight = torch.empty(shape, dtype=torch.float32, device=out_BTHD.device)
     options = {
-        "G": G, "R": H // G, "D": D, "BLOCK_D": block_d, "ROWS": plan.rows, "SLOTS": plan.slots,
-        "SPLIT_SLOTS": _SPLIT_SLOTS, "num_warps": plan.warps, "num_stages": plan.stages,
+        "G": G, "R": H // G, "D": D, "BLOCK_D": block_d, "ROWS": tiling.rows, "SLOTS": tiling.slots,
+        "SPLIT_SLOTS": _SPLIT_SLOTS, "num_warps": tiling.warps, "num_stages": tiling.stages,
     }  # fmt: skip
     if torch.version.hip is None:
-        # All that the plan has room for: left alone, the compiler spills to fit one program more.
-        options["maxnreg"] = min(_REGISTERS // (plan.programs * plan.warps * 32), 255)
+        # All that the tiling has room for: left alone, the compiler spills to fit one program more.
+        options["maxnreg"] = min(_REGISTERS // (tiling.programs * tiling.warps * 32), 255)
     arguments = (
         query_BTHD, k_BGSD, v_BGSD, limit_BT, first_BT, step_B, out_BTHD, part, weight,
         *query_BTHD.stride()[:3], *k_BGSD.stride()[:3],
         T, extent, base, steps, window or 1 << 30, scale * math.log2(math.e),
     )  # fmt: skip
-    grid = (triton.cdiv(Q, plan.rows), plan.splits, B * G)
-    launches = [_Launch(_attend, grid, arguments, options, plan.programs)]
-    if plan.splits > 1:
-        options = {"D": D, "BLOCK_D": block_d, "SPLITS": triton.next_power_of_2(plan.splits)}
-        arguments = (part, weight, out_BTHD, plan.splits)
+    grid = (triton.cdiv(Q, tiling.rows), tiling.splits, B * G)
+    launches = [_Launch(_attend, grid, arguments, options, tiling.programs)]
+    if tiling.splits > 1:
+        options = {"D": D, "BLOCK_D": block_d, "SPLITS": triton.next_power_of_2(tiling.splits)}
+        arguments = (part, weight, out_BTHD, tiling.splits)
         launches.append(_Launch(_merge, (B * T * H,), arguments, options, 1))
     return launches
 

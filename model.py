@@ -29,7 +29,8 @@ class Placement(NamedTuple):
     positions_BT  for RoPE
     slots_BT      where keys and values are written
     limit_BT      the trunk slots that are seen, [0, limit)
-    extent        a bound on every limit that the host knows; tight if it is known to be reached
+    extent        no limit is above it, as the host knows
+    tight         as in kernels.tree_attention: the host knows that extent is the largest limit
     chain         as in kernels.tree_attention, None for trunk tokens
     mask          as there, made once for all layers; None where nobody reads it
     """

@@ -135,16 +135,16 @@ class Row:
         self.text, self.told = "", 0
         self.finish: str | None = None
         self.refused: str | None = None
-        # How many tokens of the prompt the target has read, and how many of all the draft, those of
-        # the proposal in flight included. An earlier turn of a chat may have left some.
-        self.prompt_read = self.read = 0
+        # How many tokens of the prompt the target has read, and how many of all ids the draft has,
+        # with the proposal in flight. An earlier turn of a chat may have left some.
+        self.target_read = self.draft_read = 0
         self.last_seen: dict[tuple[int, ...], int] = {}
         self.indexed = 0
 
     @property
-    def unread(self) -> list[int]:
+    def prompt_left(self) -> list[int]:
         """The prompt's tokens that the target has still to read. The last one is pending."""
-        return self.ids[self.prompt_read : self.prompt - 1]
+        return self.ids[self.target_read : self.prompt - 1]
 
     @property
     def new_ids(self) -> list[int]:
@@ -193,22 +193,23 @@ class Row:
         piece, self.told = self.text[self.told : end], end
         return piece
 
-    def guess(self, k: int) -> list[int]:
-        """Up to k tokens that followed the last occurrence of the longest suffix (2 to
-        LONGEST_NGRAM tokens) seen before.
+    def guess(self, k: int, drafted: list[int] = ()) -> list[int]:
+        """Up to k tokens to follow the row and what was drafted for it: those that followed, in the
+        row, the last earlier occurrence of the longest suffix (2 to LONGEST_NGRAM tokens).
         """
         # N-grams that end before position `end`.
         for end in range(max(self.indexed, 2), len(self.ids)):
             for n in range(2, min(LONGEST_NGRAM, end) + 1):
                 self.last_seen[tuple(self.ids[end - n : end])] = end
         self.indexed = len(self.ids)
-        for n in range(min(LONGEST_NGRAM, len(self.ids)), 1, -1):
-            at = self.last_seen.get(tuple(self.ids[-n:]))
+        text = [*self.ids, *drafted]
+        end = len(text)
+        for n in range(min(LONGEST_NGRAM, end), 1, -1):
+            at = self.last_seen.get(tuple(text[-n:]))
             if at is not None:
-                text = self.ids + [0] * k
                 for i in range(k):  # past the end of the text a repetition goes on repeating
-                    text[len(self.ids) + i] = text[at + i]
-                return text[len(self.ids) :]
+                    text.append(text[at + i])
+                return text[end:]
         return []
 
 

@@ -27,7 +27,9 @@ NONE, CHAIN, FIXED = 0, 1, 2  # kinds of a proposal: nothing, drawn from q, a fi
 # draw. maximal: by the ratio p / q, as often as can be; the draft knows the noise of what follows a
 # rejection. independent: the same rule, and the draft does not know that noise (the paper's).
 COUPLINGS = ("shared", "maximal", "independent")
-MISS_POWER = 0.5  # of the paper's pairs: .54 at temperature 0, .41 at 1
+# F guesses miss with a probability in proportion to F^-MISS_POWER. The paper's pairs have .54 at
+# temperature 0 and .41 at 1; the default pair has .28 to .47 (shared, temperature 1, M = 4 and 16).
+MISS_POWER = 0.5
 SPREAD_STEP, HOLD_STEP = 0.05, 0.02
 # With a spread past 2 and 50,000 tokens no drafted token seems likely to hold. All outcomes that
 # are prepared then begin with a rejection, and few of them hit: the spread would stay so high.
@@ -291,13 +293,14 @@ def outcomes(
     return torch.where(place_T1 <= length_B[:, None, None], logp_BTV + before_BT1, float("-inf"))
 
 
-def fan_out(hold: float, length: int, m: int) -> list[int]:
-    """F_0..F_L, which sum to m: how many next tokens are prepared for "exactly j accepted".
+def share_out(hold: float, length: int, m: int) -> list[int]:
+    """F_0..F_L, which sum to m: the share of the budget that "exactly j accepted" gets. The paper
+    calls F_j the fan-out; here that word is the flag's, and means m.
 
-    The paper's geometric series, the best where F guesses miss with a probability in proportion to
-    F^-MISS_POWER. The couplings other than `shared` need it. There, the scores of a later j contain
-    the noise that the chain after this outcome will be drawn with. Were outcomes chosen by them, a
-    hit would say something about the tokens of its chain.
+    It is the paper's geometric series, the best where F guesses miss with a probability in
+    proportion to F^-MISS_POWER. The couplings other than `shared` need it. There, the scores of a
+    later j contain the noise that the chain after this outcome will be drawn with. Were outcomes
+    chosen by them, a hit would say something about the tokens of its chain.
     """
     power = 1 / (1 + MISS_POWER)
     weights = [hold ** (j * power) for j in range(length + 1)]
@@ -310,10 +313,10 @@ def fan_out(hold: float, length: int, m: int) -> list[int]:
     return out
 
 
-def within(joint_BTV: torch.Tensor, fan_out_BT: torch.Tensor, m: int) -> torch.Tensor:
-    """The outcomes that are among the fan_out_BT[:, j] likeliest of their j, the others at -inf."""
+def within(joint_BTV: torch.Tensor, share_BT: torch.Tensor, m: int) -> torch.Tensor:
+    """The outcomes that are among the share_BT[:, j] likeliest of their j, the others at -inf."""
     best_BTM = joint_BTV.topk(m, -1)
-    kept_BTM = torch.arange(m, device=joint_BTV.device) < fan_out_BT[..., None]
+    kept_BTM = torch.arange(m, device=joint_BTV.device) < share_BT[..., None]
     values_BTM = best_BTM.values.masked_fill(~kept_BTM, float("-inf"))
     return torch.full_like(joint_BTV, float("-inf")).scatter(-1, best_BTM.indices, values_BTM)
 

@@ -46,10 +46,14 @@ class Plan:
     k is the most draft tokens of a proposal. m is how many outcomes the draft prepares for while
     the target verifies; with 0 it prepares nothing, and every row misses. fallback is for a row
     that misses: "jit" drafts now, "fast" guesses from the row's own text, "auto" drafts now only
-    if every row missed (a row that hit would have to wait for it), and else guesses. cut: after
-    the first chain step begin none that would not be ready by the verdict, and look up what is
-    ready, waiting for a first step at most; without it wait for all.
-    halves: while half of the rows is verified, the draft works for the other half (halves.py).
+    if every row missed (a row that hit would have to wait for it), and else guesses. halves: while
+    half of the rows is verified, the draft works for the other half (halves.py).
+
+    cut: a chain ends where the verdict comes. The draft makes the first step of every chain; it
+    begins another one only if the clock says that it will be done before the verdict, and no other
+    work waits for it. The look-up takes the steps that are done. Without cut it waits for all K.
+    Clock and queue do not look at tokens, so how long a chain is says nothing about what is in it:
+    each token is drawn from the same q as in a whole chain, and the rule that accepts it holds.
     """
 
     k: int
@@ -93,9 +97,18 @@ class Decoding:
     """One generation: its rows, the target and the draft on their lanes, and the rounds that
     advance them.
 
-    A subclass may prepare for other outcomes (override predict), draft in another way (override
-    prepare for the chains, and decode for what is drafted while the target waits), or not draft at
-    all after a miss (override draft_now): examples/.
+    To draft in another way, write a subclass in a file of your own and hand it to Engine.generate
+    as `decoding=`, like those in examples/. No file of the engine changes. Override
+
+        prepare    what the draft does while the target verifies: chains.fork, then chains.append
+        decode     what the draft does while the target waits: K tokens for each row that missed
+        predict    which outcomes are prepared for
+        draft_now  what a row that missed gets
+
+    For one pass that proposes K tokens, write the pass as a method and call it in prepare and
+    decode, where there is a loop of steps now. Unless the coupling is `shared`, each token comes
+    with the log q that it was drawn from. Verification and acceptance do not ask how a proposal was
+    made, so the text stays right.
     """
 
     def __init__(
@@ -113,7 +126,7 @@ class Decoding:
         once, the others wait; one that has ended, since it was refused, never begins. shapes: the
         lengths, budgets and parts of the batch that static steps are compiled for.
         """
-        self.every, self.waiting = rows, deque(row for row in rows if row.finish is None)
+        self.all_rows, self.waiting = rows, deque(row for row in rows if row.finish is None)
         self.rows = [self.waiting.popleft() for _ in range(target.batch)]
         self.reading: list[Work] = []
         self.planner, self.shapes, self.warn = planner, shapes, warn
@@ -138,7 +151,7 @@ class Decoding:
             verdict = self.target_lane.start(self.target.verify, feed, proposal.kind, proposal.logq)
             chains = SpeculationCache(self.draft_lane, plan.cut)
             if plan.m > 0:  # with m = 0 the draft waits for the verdict, too
-                job = self.prepare, chains, feed, self.take_unread(feed), plan, verdict
+                job = self.prepare, chains, feed, self.take_skipped(feed), plan, verdict
                 chains.filled_by(self.draft_lane.start(*job))
             yield  # the caller prints the text of the last round
             # Planned while the target verifies: it knows the rounds before this one.
@@ -171,10 +184,10 @@ class Decoding:
                 proposal.put(b, FIXED, self.rows[b].guess(room))  # not drawn from any q
         return proposal
 
-    def prepare(self, chains, feed: Feed, unread, plan: Plan, verdict: Work) -> None:
+    def prepare(self, chains, feed: Feed, skipped, plan: Plan, verdict: Work) -> None:
         """The draft's side of a round, on its own lane: extend, fork, chains until the verdict."""
         draft, lane = self.draft, self.draft_lane
-        draft.prefill(*unread)  # nothing, unless the draft was left out of some rounds
+        draft.prefill(*skipped)  # nothing, unless the draft was left out of some rounds
         with lane.span("extend"):
             scores = draft.extend(feed)
         with lane.span("fork"):
@@ -192,7 +205,7 @@ class Decoding:
     def live(self, places=None) -> list[int]:
         """The places, all by default, whose row is read by the target and has not ended."""
         places = range(len(self.rows)) if places is None else places
-        return [b for b in places if self.rows[b].finish is None and not self.rows[b].unread]
+        return [b for b in places if self.rows[b].finish is None and not self.rows[b].prompt_left]
 
     def may_go_on(self, places: range) -> bool:
         """Whether these places are still played together. Always, but in halves.py."""
@@ -212,12 +225,12 @@ class Decoding:
                 self.rows[b] = row = self.waiting.popleft()
                 self.on_both("seat", b, row.sampling, row.number)
             row = self.rows[b]
-            while (chunk := row.unread[:JOIN_CHUNK]) and (left > 0 or not self.live(places)):
+            while (chunk := row.prompt_left[:JOIN_CHUNK]) and (left > 0 or not self.live(places)):
                 ids, start = ([[]] * len(self.rows), [0] * len(self.rows))
-                ids[b], start[b] = chunk, row.prompt_read
+                ids[b], start[b] = chunk, row.target_read
                 self.on_both("prefill", ids, start)
                 left -= len(chunk)
-                row.prompt_read = row.read = row.prompt_read + len(chunk)
+                row.target_read = row.draft_read = row.target_read + len(chunk)
         return self.live(places)
 
     def on_both(self, work: str, *args) -> None:
@@ -239,7 +252,7 @@ class Decoding:
             [tokens + [0] * (T - len(tokens)) for tokens in fed], start, list(map(len, fed))
         )
 
-    def take_unread(self, feed: Feed) -> tuple[list[list[int]], list[int]]:
+    def take_skipped(self, feed: Feed) -> tuple[list[list[int]], list[int]]:
         """The ids that the draft must read before `feed`, and the position of the first, by row.
 
         Called once for every feed that the draft is given. A proposal that was drafted while the
@@ -247,10 +260,10 @@ class Decoding:
         """
         ids, begins = [], []
         for row, start, count in zip(self.rows, feed.start, feed.count):
-            known = min(row.read, start)
+            known = min(row.draft_read, start)
             ids.append(row.ids[known:start])
             begins.append(known)
-            row.read = start + count if count else row.read
+            row.draft_read = start + count if count else row.draft_read
         return ids, begins
 
     def emit(self, live, proposal: Proposal, accepted: list[int], bonus: list[int]) -> None:
@@ -260,7 +273,8 @@ class Decoding:
             for token in (*proposal.tokens[b][: accepted[b]], bonus[b]):
                 if row.finish is None:
                     row.push(token)
-            row.read = min(row.read, len(row.ids) - 1)  # past that the draft read rejected tokens
+            # Past this the draft has read rejected tokens.
+            row.draft_read = min(row.draft_read, len(row.ids) - 1)
 
     def learn(self, done: Round, chains: SpeculationCache, found: dict, missed: list[int]) -> None:
         """Note what was foreseen. The draft's next forks use it."""
@@ -280,21 +294,21 @@ class Decoding:
         count = [int(b in asked) for b in range(len(self.rows))]
         start = [len(row.ids) - 1 if c else 0 for row, c in zip(self.rows, count)]
         feed = Feed([row.ids[-1:] for row in self.rows], start, count)
-        unread = self.take_unread(feed)
+        skipped = self.take_skipped(feed)
         for b in missed:
-            self.rows[b].read += most - 1  # the last token that it drafts is never fed
-        done.drafted = self.draft_lane.start(self.decode, feed, unread, most, saguaro_top(plan))
+            self.rows[b].draft_read += most - 1  # the last token that it drafts is never fed
+        done.drafted = self.draft_lane.start(self.decode, feed, skipped, most, saguaro_top(plan))
         steps = self.draft_lane.answer(done.drafted)
         return {
             b: ([tokens[b] for tokens, _ in steps], [logq and logq.of(b, 0) for _, logq in steps])
             for b in missed
         }
 
-    def decode(self, feed: Feed, unread, most: int, top: int) -> list[tuple[list[int], object]]:
-        """The tokens and LogQ of `most` steps of ordinary decoding, on the draft's lane. What is
-        unread is fed first.
+    def decode(self, feed: Feed, skipped, most: int, top: int) -> list[tuple[list[int], object]]:
+        """The tokens and LogQ of `most` steps of ordinary decoding, on the draft's lane. The ids
+        that the draft skipped are fed first.
         """
-        before, begins = unread
+        before, begins = skipped
         if max(map(len, before)) > 1:  # the draft was left out of some rounds
             self.draft.prefill(before, begins)
         elif any(before):
@@ -321,16 +335,16 @@ class Decoding:
         """Both models read the prompts, all but their last token, at the same time."""
         self.warm_up()
         self.figures.begin = time.perf_counter()
-        start = [row.prompt_read for row in self.rows]
-        ids = [row.unread for row in self.rows]
+        start = [row.target_read for row in self.rows]
+        ids = [row.prompt_left for row in self.rows]
         reading = self.target_lane.start(self.target.prefill, ids, start)
         if self.draft is not None:
             last = Feed([], [len(row.ids) - 1 for row in self.rows], [0] * len(self.rows))
-            drafting = self.draft_lane.start(self.draft.prefill, *self.take_unread(last))
+            drafting = self.draft_lane.start(self.draft.prefill, *self.take_skipped(last))
             for row in self.rows:
-                row.read = len(row.ids) - 1
+                row.draft_read = len(row.ids) - 1
         for row in self.rows:
-            row.prompt_read = len(row.ids) - 1
+            row.target_read = len(row.ids) - 1
         reading.result()
         if self.draft is not None:
             took = reading.end - reading.begin

@@ -30,12 +30,12 @@ from sampling import (
     Params,
     accept_exact,
     accept_shared,
-    fan_out,
     gumbel,
     log_probs,
     noisy,
     outcomes,
     saguaro,
+    share_out,
     warp,
     within,
 )
@@ -197,7 +197,7 @@ class Runner:
         """The length to which a feed of T tokens is padded: T, or the next that is compiled."""
         return next(n for n in self.lengths if n >= T) if self.policy.static else T
 
-    # ---- target
+    # ---- the prompt, by both models
 
     def prefill(self, ids: list[list[int]], start: list[int]) -> None:
         """Read ids[b] into row b's trunk from position start[b] on; no logits."""
@@ -213,6 +213,13 @@ class Runner:
             at = [b + done for b in start]
             self._pass(self._prefill, Feed(tokens, at, list(map(len, fed)), part))
             done += T
+
+    def _prefill(self, x, *, extent, tight):
+        place = x.cache.place(x.start, x.count, x.tokens.shape[1], extent, tight)
+        self.model(self._known(x.tokens), place, x.cache, False)
+        return ()
+
+    # ---- target
 
     def verify(self, feed: Feed, kind: list[int], logq: list) -> tuple[list[int], list[int]]:
         """How many draft tokens of each row hold [B], and the bonus tokens [B]: one target pass.
@@ -232,11 +239,6 @@ class Runner:
         (packed,) = self._pass(self._verify, feed, *tensors, kind=kind)
         read = self._read(packed, feed, accepted=int, bonus=int)
         return read.accepted, read.bonus
-
-    def _prefill(self, x, *, extent, tight):
-        place = x.cache.place(x.start, x.count, x.tokens.shape[1], extent, tight)
-        self.model(self._known(x.tokens), place, x.cache, False)
-        return ()
 
     def _verify(self, x, logq_BKV=None, *, extent, tight):
         warped_BTV = self._warped(x, extent, tight)
@@ -269,18 +271,18 @@ class Runner:
     def fork(self, scores_BTV, feed: Feed, m: int, foresight: Foresight) -> Fork:
         """The m likeliest outcomes of the round, for each row.
 
-        Under `shared` they are the likeliest of all; otherwise each j has its fan-out, since there
-        the look-up must not depend on how a later position was drawn.
+        Under `shared` they are the likeliest of all. Otherwise each j has its share of m, since
+        there the look-up must not depend on how a later position was drawn.
         """
         B, T = self.batch, len(feed.tokens[0])
         # Proposals of the same length share their outcomes alike.
-        shares = {n: fan_out(foresight.hold, max(n - 1, 0), m) for n in set(feed.count)}
+        shares = {n: share_out(foresight.hold, max(n - 1, 0), m) for n in set(feed.count)}
         columns = dict(
             tokens=feed.tokens,
             count=feed.count,
             spread=[foresight.spread] * B,
             hold=[foresight.hold] * B,
-            fan_out=[shares[n] + [0] * (T - len(shares[n])) for n in feed.count],
+            share=[shares[n] + [0] * (T - len(shares[n])) for n in feed.count],
         )
         packed = self._step(self._fork, columns, scores_BTV, feed=feed, m=m)[0]
         read = self._read(packed, feed, tokens=m, depths=m, chance=float)
@@ -349,7 +351,7 @@ class Runner:
         length_B, spread_B = (x.count - 1).clamp(min=0), x.spread.to(scores_BTV.dtype)
         joint_BTV = outcomes(scores_BTV, drafted_BT, length_B, spread_B, hold_B)
         if hold_B is not None:
-            joint_BTV = within(joint_BTV, x.fan_out, m)
+            joint_BTV = within(joint_BTV, x.share, m)
         top = joint_BTV.flatten(1).topk(m, -1)
         chance_B = top.values.exp().sum(-1)
         return (_join(top.values[:, :1], self.ids_V[top.indices % V], top.indices // V, chance_B),)

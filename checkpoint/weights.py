@@ -19,7 +19,6 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
@@ -31,6 +30,7 @@ from torch.overrides import TorchFunctionMode
 
 from checkpoint.config import Config
 from checkpoint.gguf import FOUR_BITS, Groups, Quantised, gguf_name, open_checkpoint, shorten
+from runtime import available_cores, one_thread
 
 INFLATE = "inflate:"
 DEFAULT_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -310,7 +310,8 @@ def load_model(
         given = shared_weights(target, ids_V, device, dtype)
     check_tensors(config, tensors, folder)
     check_room(needed_bytes(config, dtype, bits, tensors), torch.device(device), dtype)
-    model = build_model(config, copy, device, dtype, make, given, finish, stored, cores())
+    workers = min(8, len(available_cores()))  # they share one memory
+    model = build_model(config, copy, device, dtype, make, given, finish, stored, workers)
     if ids_V is not None:
         model.token_ids_V = ids_V.to(device)
     return model
@@ -640,7 +641,7 @@ def build_model(
     order = list(jobs.items())
     if workers > 1:  # the largest first: none is left to be waited for at the end
         order.sort(key=lambda job: -sum(math.prod(piece.shape) for piece in job[1]))
-    with one_thread_each(), ThreadPoolExecutor(workers) as pool:
+    with one_thread(), ThreadPoolExecutor(workers) as pool:
         list(pool.map(fill_module, order))
     for name, weight in given.items():
         owner, _, leaf = name.rpartition(".")
@@ -677,25 +678,6 @@ def replace(model: nn.Module, name: str, finish: Finish, stored: Stored) -> bool
     new = finish(old, name, stored)
     setattr(model.get_submodule(parent), leaf, new)
     return new is not old
-
-
-@contextmanager
-def one_thread_each():
-    """Threads that fill modules side by side do not start helpers of their own."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-def cores() -> int:
-    """Threads worth having: the cores this process may use, at most eight (one memory)."""
-    usable = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
-    return min(8, usable)
 
 
 def pieces_of(model: nn.Module) -> dict[str, torch.Tensor]:

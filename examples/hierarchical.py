@@ -24,8 +24,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import ssd
 from steps import Feed
 
-LONGEST, SHORTEST = 4, 2  # tokens of an n-gram; one alone says too little
-
 
 class Hierarchical(ssd.Decoding):
     def __init__(self, *args):
@@ -36,9 +34,9 @@ class Hierarchical(ssd.Decoding):
                 "this draft verifies guesses: leave it at shared"
             )
 
-    def decode(self, feed: Feed, unread, most: int, top: int) -> list[tuple[list[int], None]]:
+    def decode(self, feed: Feed, skipped, most: int, top: int) -> list[tuple[list[int], None]]:
         """The steps that Decoding.decode returns, in fewer passes where guesses hold."""
-        before, start = unread
+        before, start = skipped
         if max(map(len, before)) > 1:  # the draft was left out of some rounds
             self.draft.prefill(before, start)
             before, start = [[]] * len(before), feed.start
@@ -48,7 +46,7 @@ class Hierarchical(ssd.Decoding):
         while short := [b for b, read in enumerate(reads) if read and len(chains[b]) < most]:
             guesses = [[] for _ in reads]
             for b in short:
-                guesses[b] = guess(self.rows[b].ids + chains[b], most - len(chains[b]) - 1)
+                guesses[b] = self.rows[b].guess(most - len(chains[b]) - 1, chains[b])
             fed = [reads[b] + guesses[b] if b in short else [] for b in range(len(reads))]
             drawn = self.draw(fed, start)
             for b in short:
@@ -66,15 +64,6 @@ class Hierarchical(ssd.Decoding):
         feed = Feed(padded, start, list(map(len, fed)))
         scores_BTV = self.draft.extend(feed)
         return self.draft.placed(self.draft.ids_V[scores_BTV.argmax(-1)].tolist(), feed)
-
-
-def guess(ids: list[int], most: int) -> list[int]:
-    """Up to `most` tokens that followed the last earlier place of the longest n-gram known."""
-    for n in range(LONGEST, SHORTEST - 1, -1):
-        for end in range(len(ids) - 1, n - 1, -1):
-            if ids[end - n : end] == ids[-n:]:
-                return ids[end : end + most]
-    return []
 
 
 def accepted(guessed: list[int], own: list[int]) -> int:

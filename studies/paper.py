@@ -15,10 +15,10 @@ from dataclasses import replace
 from studies.simulate import (
     Pair,
     ar,
-    fan_out,
     hit_chance,
     sd,
     sd_halves,
+    shares,
     ssd,
     ssd_halves,
     table,
@@ -138,7 +138,7 @@ def temperature_cells() -> Iterator[dict]:
             ("uniform", uniform, uniform_hits),
             ("geometric", geometric, geometric_hits),
         ):
-            chance = hit_chance(pair, fan_out(lists, pair, SSD_K, M))
+            chance = hit_chance(pair, shares(lists, pair, SSD_K, M))
             group = f"temperature {T:g}"
             yield cell(group, f"hits, {lists} fan-out", hits, chance, lists == "uniform")
             yield cell(

@@ -63,7 +63,7 @@ class Speed:
     chain_length: int | None = None
 
 
-def fan_out(lists: str, pair: Pair, length: int, budget: int) -> list[int]:
+def shares(lists: str, pair: Pair, length: int, budget: int) -> list[int]:
     """F_0..F_L for a proposal of this length."""
     if length == 0 or lists == "last":
         return [0] * length + [budget]
@@ -102,11 +102,11 @@ def ssd(
         fits = int((pair.verifying(batch * (k + 1)) - extend) / step + 1e-9)
         length = min(max(fits, 1), k)
     t_hit = t_miss = max(pair.verifying(batch * (length + 1)), extend + length * step)
-    hit = after_miss = hit_chance(pair, F := fan_out(lists, pair, length, budget))
+    hit = after_miss = hit_chance(pair, F := shares(lists, pair, length, budget))
     tokens, tokens_miss = expected_tokens(pair.acceptance, length), 1.0
     if fallback == "jit":
         t_miss, tokens_miss = t_hit + k * pair.stepping(batch), expected_tokens(pair.acceptance, k)
-        after_miss = hit_chance(pair, fan_out(lists, pair, k, budget))
+        after_miss = hit_chance(pair, shares(lists, pair, k, budget))
     else:  # nothing of such a proposal holds: the outcome is j = 0
         prepared = budget if fallback == "fast" else F[0]
         after_miss = 1 - power_law(pair.c, pair.b, max(prepared, 1))[prepared]
@@ -129,7 +129,7 @@ def ssd_halves(pair: Pair, k: int, budget: int, batch: int) -> Speed:
     is in, then prepares chains for it with the time that is left of the other's verification.
     """
     half = batch / 2
-    hits = hit_chance(pair, fan_out("best", pair, k, budget))
+    hits = hit_chance(pair, shares("best", pair, k, budget))
     t_jit = (1 - hits**half) * k * pair.stepping((1 - hits) * half)
     t_verify = pair.verifying(half * (k + 1))
     prepare, step = pair.extending(half * (k + 1)), pair.stepping(half * budget)

@@ -62,21 +62,21 @@ def allocate(
     """
 
     def gain(j: int) -> float:
-        return probability[j] * (miss[j][fan_out[j]] - miss[j][fan_out[j] + 1])
+        return probability[j] * (miss[j][F[j]] - miss[j][F[j] + 1])
 
-    fan_out = [0] * len(probability)
+    F = [0] * len(probability)
     heap = [(-gain(j), j) for j in range(len(probability))]
     heapq.heapify(heap)
     for left in range(budget, 0, -1):
         j = heapq.heappop(heap)[1]
-        fan_out[j] += 1
+        F[j] += 1
         if left > 1:
             heapq.heappush(heap, (-gain(j), j))
-    return fan_out
+    return F
 
 
 def geometric(acceptance: float, exponent: float, length: int, budget: int) -> list[float]:
-    """The paper's fan-out, F_0..F_L as real numbers: a geometric series whose last term is raised.
+    """F_0..F_L as real numbers, the paper's fan-out: a geometric series whose last term is raised.
 
     It is the continuous optimum for the miss curve c F^-exponent, whatever c is.
     """

@@ -904,8 +904,8 @@ import sys
 
 class Hide:
     def find_spec(self, name, path=None, target=None):
-        if name == "auto":
-            raise ModuleNotFoundError("auto.py was deleted")
+        if name in ("auto", "halves"):
+            raise ModuleNotFoundError(f"{name}.py was deleted")
 
 sys.meta_path.insert(0, Hide())
 import generate
@@ -918,8 +918,10 @@ generate.main()
 """
 
 
-def test_the_planner_can_be_deleted(demo):
-    """auto.py is not part of the method: with --k and --fan-out nothing asks for it."""
+def test_the_planner_and_halves_can_be_deleted(demo):
+    """They are not part of the method: with --k and --fan-out nothing asks for auto.py, and nothing
+    for halves.py without --batch-halves.
+    """
     flags = ["--ssd", "--target", demo / "target", "--draft", demo / "draft", "--prompt", "x"]
     words = [sys.executable, "-c", HIDE, *flags, "--max-new-tokens", "6"]
     run = subprocess.run(words, cwd=PROGRAM.parent, capture_output=True, text=True)

@@ -366,7 +366,7 @@ needs_triton = pytest.mark.skipif(kernels.triton is None, reason="no Triton: not
 
 
 def plan(H, G, D, T, extent, *, steps=0, itemsize=2, card=H100, B=1):
-    return kernels._plan(T * H // G, B * G, D, itemsize, extent, steps, card)
+    return kernels._tiling(T * H // G, B * G, D, itemsize, extent, steps, card)
 
 
 @needs_triton
@@ -445,12 +445,12 @@ def fused(query, k, v, limit, first, *, scale, extent, tight, chain, window):
 
 
 def kernel_error(case: Case, dtype, device="cpu") -> float:
-    plan = kernels._plan
-    kernels._plan = lambda *shape: plan(*shape)._replace(**dict(case.plan))
+    plan = kernels._tiling
+    kernels._tiling = lambda *shape: plan(*shape)._replace(**dict(case.plan))
     try:
         return error(case, dtype, fused, device)
     finally:
-        kernels._plan = plan
+        kernels._tiling = plan
 
 
 def check_programs_without_work_write_nothing() -> None:

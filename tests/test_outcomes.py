@@ -21,9 +21,9 @@ from sampling import (
     RESIDUAL,
     TOKEN,
     Foresight,
-    fan_out,
     gumbel,
     outcomes,
+    share_out,
     warp,
 )
 from steps import LEFT_OUT, Feed, Runner
@@ -194,9 +194,9 @@ def test_the_likeliest_outcomes_are_forked(coupling, way, cut):
             before *= holds
         assert sum(chance.values()) == pytest.approx(1)
         forked = list(zip(fork.depths[b], fork.tokens[b]))
-        if coupling != "shared":  # the best of each j, as many as its fan-out
+        if coupling != "shared":  # the best of each j, as many as its share
             kept = {}
-            for j, F in enumerate(fan_out(foresight.hold, L, M)):
+            for j, F in enumerate(share_out(foresight.hold, L, M)):
                 mine = [outcome for outcome in chance if outcome[0] == j]
                 for outcome in sorted(mine, key=chance.get, reverse=True)[:F]:
                     kept[outcome] = chance[outcome]
@@ -207,7 +207,7 @@ def test_the_likeliest_outcomes_are_forked(coupling, way, cut):
         assert fork.chance[b] == pytest.approx(sum(best))
 
 
-# ---- fan-out, where a hit must say nothing about the chain's noise
+# ---- shares of the budget, where a hit must say nothing about the chain's noise
 
 
 @pytest.mark.parametrize("coupling", ["maximal", "independent"])
@@ -234,15 +234,15 @@ def test_other_places_do_not_decide_whether_an_outcome_is_prepared(coupling):
                     {t for d, t in zip(fork.depths[0], fork.tokens[0]) if d == j}
                     for fork in (before, after)
                 )
-                assert mine == theirs and len(mine) == fan_out(0.6, T - 1, M)[j]
+                assert mine == theirs and len(mine) == share_out(0.6, T - 1, M)[j]
 
 
-def test_the_fan_out_is_the_papers_series():
+def test_the_shares_are_the_papers_series():
     """Every budget is spent, earlier places get more, the last one is raised; against studies/."""
     for hold in (0.1, 0.5, 0.9):
         for length in range(5):
             for m in (1, 4, 24):
-                shares = fan_out(hold, length, m)
+                shares = share_out(hold, length, m)
                 wanted = geometric(hold, MISS_POWER, length, m)
                 assert sum(shares) == m and len(shares) == length + 1
                 assert all(abs(F - share) < 1 for F, share in zip(shares, wanted))

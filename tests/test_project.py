@@ -225,7 +225,7 @@ ORDER = (
         "model",
         "kernels",
     ),
-    *("linear", "runtime", "figures", "checkpoint"),
+    *("linear", "checkpoint", "runtime", "figures"),
 )
 # Nodes of syntax trees: the files of the method and its machine, and those that read checkpoints.
 # The aim is 42,000 for both together; reading GGUF files and trained drafts came on top of it, and

@@ -48,6 +48,13 @@ def test_nothing_to_guess_from():
     assert row([7, 7, 7]).guess(4) == [7] * 4
 
 
+def test_a_guess_goes_on_from_what_was_drafted():
+    assert row([1, 2, 3, 4, 9, 8]).guess(2, [2, 3]) == [4, 9]
+    assert row([1, 2, 3, 9, 2, 3, 8, 7]).guess(3, [1, 2, 3]) == [9, 2, 3]  # the longest
+    assert row([1, 2, 3]).guess(4, [4, 5]) == []
+    assert row([1, 2, 9]).guess(4, [1, 2]) == [9, 1, 2, 9]
+
+
 def test_room_leaves_the_last_place_to_the_target():
     assert [Row(0, [1, 2], m, 100, frozenset(), None, ()).room(4) for m in (1, 2, 3, 9)] == [
         0,

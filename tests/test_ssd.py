@@ -315,7 +315,7 @@ def trunk_compared(decoding, rows) -> int:
     ours, theirs = decoding.draft.cache, fresh.cache
     compared = 0
     for b in rows:
-        N = min(decoding.rows[b].read, len(ids[b]))
+        N = min(decoding.rows[b].draft_read, len(ids[b]))
         for mine, truth in ((ours.k_LBGSD, theirs.k_LBGSD), (ours.v_LBGSD, theirs.v_LBGSD)):
             torch.testing.assert_close(mine[:, b, :, :N], truth[:, b, :, :N], rtol=0, atol=1e-9)
         compared += N

@@ -40,9 +40,9 @@ def test_the_geometric_series_is_the_papers_and_the_optimum():
 
 def test_every_kind_of_list_spends_the_budget():
     for lists in simulate.LISTS:
-        F = simulate.fan_out(lists, PAIR, 4, 11)
+        F = simulate.shares(lists, PAIR, 4, 11)
         assert sum(F) == 11 and min(F) >= 0 and len(F) == 5
-        assert simulate.fan_out(lists, PAIR, 0, 11) == [11]
+        assert simulate.shares(lists, PAIR, 0, 11) == [11]
 
 
 # ---- rates
@@ -51,7 +51,7 @@ def test_every_kind_of_list_spends_the_budget():
 def played(pair, k: int, budget: int, batch: int, fallback: str, rounds: int = 20_000) -> float:
     """Tokens a second and row of SSD whose chains are waited for, round by round."""
     rng, now, tokens, length = random.Random(0), 0.0, 0, [k] * batch
-    F = simulate.fan_out("best", pair, k, budget)
+    F = simulate.shares("best", pair, k, budget)
     curve = speed.power_law(pair.c, pair.b, budget)
     for _ in range(rounds):
         now += max(pair.verifying(0), pair.extending(0) + k * pair.stepping(0))
