@@ -25,8 +25,9 @@ from checkpoint.weights import (
 from figures import run_stats
 from linear import FORMATS, finish_all, finisher, speeds
 from model import Transformer
-from rows import AUTO, Row, Settings, make_rows, sampling_params
+from rows import AUTO, Row, Settings, make_rows
 from runtime import Devices, Policy, one_thread, peak_memory_gb
+from sampling import Params
 from ssd import Decoding, Plan, SamePlan
 from steps import Runner
 
@@ -142,7 +143,8 @@ class Model:
         that the runner `before` has read.
         """
         runner = self.runner(role, batch, trunk, k, branches, vocab)
-        params = sampling_params(rows, runner.device).narrow(range(batch))
+        values = zip(*((*row.sampling, row.number) for row in rows))  # rows that wait count, too
+        params = Params.make(*values, runner.device).narrow(range(batch))
         runner.set_rows(params, settings.coupling, settings.saguaro_c)
         if before is not None:
             runner.cache.copy_trunk(before.cache, rows[0].target_read)

@@ -9,11 +9,14 @@ import math
 from dataclasses import dataclass
 
 from figures import MODES
-from sampling import COUPLINGS, Params
 
 AUTO = "auto"
 FALLBACKS = (AUTO, "jit", "fast")
 HALVES = ("auto", "on", "off")
+# How the two models' randomness is joined. shared: a token is accepted if it is the target's own
+# draw. maximal: by the ratio p / q, as often as can be; the draft knows the noise of what follows a
+# rejection. independent: the same rule, and the draft does not know that noise (the paper's).
+COUPLINGS = ("shared", "maximal", "independent")
 PER_ROW = ("temperature", "top_k", "top_p", "seed", "max_new_tokens")
 # The longest suffix, in tokens, that a guess matches. One token alone says too little.
 LONGEST_NGRAM = 4
@@ -272,11 +275,6 @@ def _encode(prompt, number: int, tokenizer, vocab_size: int) -> list[int]:
             f"prompt {number} holds {wrong[0]!r:.60}, wanted token ids from 0 to {vocab_size - 1}"
         )
     return list(prompt)
-
-
-def sampling_params(rows: list[Row], device) -> Params:
-    """The rows' sampling parameters as tensors on a device."""
-    return Params.make(*zip(*(row.sampling for row in rows)), [row.number for row in rows], device)
 
 
 def _one_of(name: str, value, choices) -> None:

@@ -23,10 +23,6 @@ from kernels import scripted
 # Purposes of noise: the target's or draft's own draw, the accept test, the residual's draw.
 TOKEN, ACCEPT, RESIDUAL = 1, 2, 3
 NONE, CHAIN, FIXED = 0, 1, 2  # kinds of a proposal: nothing, drawn from q, a fixed token
-# How the two models' randomness is joined. shared: a token is accepted if it is the target's own
-# draw. maximal: by the ratio p / q, as often as can be; the draft knows the noise of what follows a
-# rejection. independent: the same rule, and the draft does not know that noise (the paper's).
-COUPLINGS = ("shared", "maximal", "independent")
 # F guesses miss with a probability in proportion to F^-MISS_POWER. The paper's pairs have .54 at
 # temperature 0 and .41 at 1; the default pair has .28 to .47 (shared, temperature 1, M = 4 and 16).
 MISS_POWER = 0.5

@@ -11,7 +11,7 @@ from tiny import Restless, engine, play, transformer
 import ssd
 from figures import Round
 from halves import Always, Quicker
-from sampling import COUPLINGS
+from rows import COUPLINGS
 from ssd import Plan, SamePlan
 
 LONG = [[(3 * i + b) % 50 for i in range(1 + 37 * b % 90)] for b in range(18)]

@@ -17,8 +17,8 @@ import runtime
 import ssd
 from cache import SpeculationCache
 from engine import Engine, Model, check_pair
+from rows import COUPLINGS
 from runtime import Devices, DraftLost, Lane, available_cores
-from sampling import COUPLINGS
 from ssd import Decoding
 from steps import Runner
 

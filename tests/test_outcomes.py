@@ -14,9 +14,9 @@ import torch
 from laws import make, one_thread  # noqa: F401
 from tiny import cut_head, log_probs, transformer
 
+from rows import COUPLINGS
 from runtime import Policy
 from sampling import (
-    COUPLINGS,
     MISS_POWER,
     RESIDUAL,
     TOKEN,

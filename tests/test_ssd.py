@@ -10,9 +10,9 @@ from tiny import DEVICES, Restless, cut_head, engine, log_probs, resized, settle
 import runtime
 from cache import SpeculationCache
 from engine import NGRAM, Model
-from rows import FALLBACKS
+from rows import COUPLINGS, FALLBACKS
 from runtime import Devices, Lane, one_thread
-from sampling import CHAIN, COUPLINGS, FIXED, TOKEN, Foresight, Params, gumbel
+from sampling import CHAIN, FIXED, TOKEN, Foresight, Params, gumbel
 from ssd import Decoding, Proposal
 from steps import Feed
 
