@@ -37,7 +37,6 @@ from checkpoint.weights import (
     build_model,
     check_room,
     load_model,
-    needed_bytes,
     parse_config,
     pieces_of,
     read_config,
@@ -124,11 +123,8 @@ def grow_config(raw: dict, shape: dict[str, int]) -> dict:
             "head_dim cannot grow with yarn RoPE, whose bands depend on it: leave head_dim as it is"
         )
     words = new["vocab"] > old["vocab"]
-    if words and not (new["hidden"] > old["hidden"] and small.norm_eps > 0):
-        raise ValueError(
-            f"vocab={new['vocab']} needs a spare column and rms_norm_eps > 0: make hidden larger "
-            "as well"
-        )
+    if words and new["hidden"] == old["hidden"]:
+        raise ValueError(f"vocab={new['vocab']} needs a spare column: make hidden larger as well")
     grown = raw | {NAMES[name]: size for name, size in new.items()}
     grown["rms_norm_eps"] = small.norm_eps * old["hidden"] / new["hidden"] / (2 if words else 1)
     grown["tie_word_embeddings"] = small.tied and not words
@@ -162,7 +158,7 @@ class Growth:
         }
         self.scale["post_attention_layernorm"] = self.scale["norm"] = self.scale["input_layernorm"]
         if config.qk_norm:
-            shared = (n * config.norm_eps / small.norm_eps) ** 0.5 if small.norm_eps else 1.0
+            shared = (n * config.norm_eps / small.norm_eps) ** 0.5
             self.scale |= {"q_proj": shared, "k_proj": shared, "k_norm": n**-0.5}
         self.constant = self.loud = 0.0
         if config.vocab_size > small.vocab_size:
@@ -295,5 +291,5 @@ def load_inflated(
     finish and bits are load_model's.
     """
     _, config, fill = grown(text, folder, device, dtype, make)
-    check_room(needed_bytes(config, dtype, bits, {}), torch.device(device), dtype)
+    check_room(config, {}, torch.device(device), dtype, bits)
     return build_model(config, fill, device, dtype, make, finish=finish)

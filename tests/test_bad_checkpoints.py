@@ -63,7 +63,7 @@ def edit_tensors(folder: Path, change) -> None:
         ('{"vocab_size": ' + "9" * 5000 + "}", "unreadable"),
         ("\ud800", "unreadable"),
         ('{"model_type": "' + "x" * 100_000 + '"}', "config.json: model_type"),
-        ('{"model_type": "\\u001b[31m"}', r"model_type is '\\x1b"),
+        ('{"model_type": "\\u001b[31m"}', r"model_type = '\\x1b"),
         ('{"model_type": ' + "[" * 400 + "]" * 400 + "}", "model_type"),
     ],
 )
@@ -87,17 +87,17 @@ def test_missing_unused_and_wrong_tensors_are_named(folder):
     cases = [
         (
             lambda t: t.pop("model.layers.1.mlp.up_proj.weight"),
-            r"lacks model\.layers\.1\.mlp\.up_proj\.weight,",
+            r"lacks 'model\.layers\.1\.mlp\.up_proj\.weight',",
         ),
         (
             lambda t: t.clear(),
-            "lacks lm_head.weight, model.embed_tokens.weight, model.layers.0.* and 18 more",
+            "lacks 'lm_head.weight', 'model.embed_tokens.weight', 'model.layers.0.* and 18 more",
         ),
-        (lambda t: t.update(extra=torch.ones(1)), "holds extra, which no part"),
+        (lambda t: t.update(extra=torch.ones(1)), "holds 'extra', which no part"),
         (lambda t: t.update({"a\n\x1b[31m" + "b" * 500: torch.ones(1)}), "which no part"),
         (
             lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": torch.ones(48)}),
-            "q_proj.bias, which no part",
+            "q_proj.bias', which no part",
         ),
         (
             lambda t: t.update({"lm_head.weight": torch.ones(48, 96)}),
@@ -124,8 +124,8 @@ def test_missing_unused_and_wrong_tensors_are_named(folder):
 
 def test_config_and_weights_of_different_models(folder):
     for key, value, match in (
-        ("num_hidden_layers", 3, r"lacks model\.layers\.2"),
-        ("num_hidden_layers", 1, r"holds model\.layers\.1.* and 6 more, which no part"),
+        ("num_hidden_layers", 3, r"lacks 'model\.layers\.2"),
+        ("num_hidden_layers", 1, r"holds 'model\.layers\.1.* and 6 more, which no part"),
         ("hidden_size", 1 << 24, r"\(96, 16777216\)"),
         ("vocab_size", 1 << 24, r"\(16777216, 48\)"),
         ("head_dim", 1 << 24, r"q_proj.weight is \(48, 48\)"),
@@ -273,13 +273,16 @@ def test_shards_that_are_missing_or_lead_outside(folder, tmp_path):
     ]
     for name in outside:
         with_map(names | {"lm_head.weight": name})
-        refuses("wanted a .safetensors file of the folder", folder)
+        refuses("has no '.*', wanted safetensors only", folder)
     for name in ("b.safetensors", "\0.safetensors", "x" * 5000 + ".safetensors"):
         with_map(names | {"lm_head.weight": name})
-        refuses("which is missing", folder)
-    for weight_map in ([], None, {"lm_head.weight": 3}, {"lm_head.weight": ["a.safetensors"]}):
+        refuses("has no '.*, wanted safetensors only: fetch", folder)
+    for weight_map in ([], None):
         with_map(weight_map)
         refuses("no weight_map", folder)
+    for name in (3, ["a.safetensors"]):
+        with_map(names | {"lm_head.weight": name})
+        refuses("has no ", folder)
     with_map({})
     refuses("lacks", folder)
     shutil.copy(folder / "a.safetensors", folder / "c.safetensors")
@@ -294,7 +297,7 @@ def test_shards_that_are_missing_or_lead_outside(folder, tmp_path):
 def test_a_shard_that_is_a_folder_or_a_pipe_does_not_hang(folder):
     (folder / "model.safetensors").unlink()
     os.mkfifo(folder / "model.safetensors")
-    refuses("has no weights", folder)
+    refuses("has no 'model.safetensors', wanted safetensors", folder)
     (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "b.safetensors"}}')
     os.mkfifo(folder / "b.safetensors")
-    refuses("b.safetensors', which is missing", folder)
+    refuses("has no 'b.safetensors', wanted safetensors", folder)

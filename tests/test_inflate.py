@@ -281,7 +281,7 @@ def test_what_cannot_grow_is_refused(tmp_path):
     }
     with pytest.raises(ValueError, match="head_dim cannot grow with yarn"):
         grow_config(LLAMA | yarn, shape)
-    with pytest.raises(ValueError, match="vocab=99 needs a spare column and rms_norm_eps > 0"):
+    with pytest.raises(ValueError, match="rms_norm_eps = 0.0, wanted a number above 0"):
         grow_config(LLAMA | {"rms_norm_eps": 0.0}, {"hidden": 64, "vocab": 99})
     with pytest.raises(
         ValueError, match="no room for the checkpoint's 6 over 2: ask for kv_heads=4 or more heads"
