@@ -5,6 +5,7 @@ Read next: ssd.py.
 
     python scripts/check_same_text.py PROMPTS.jsonl              40 prompts, 128 new tokens each
     python scripts/check_same_text.py PROMPTS.jsonl --quick      8 prompts, 48 new tokens each
+    python scripts/check_same_text.py PROMPTS.jsonl --batches    batches of 1, 4, 16; halves on, off
 
 Coupling `shared`: the text of a seed must not depend on the mode, K, the budget, the fallback,
 cutting or the batch. Where it does, the target is asked again. If its scores of both tokens lie
@@ -35,26 +36,33 @@ BUDGETS, FALLBACKS = (4, 8, 16, 32), ("jit", "fast", "auto")
 
 
 def cells(quick: bool):
-    """(batch, settings) for every cell: K from 1 to 8, the rest of SSD's settings in turn."""
+    """The settings of every cell: K from 1 to 8, the rest of SSD's settings in turn."""
     for place, (temperature, seed) in enumerate(HEAT[::3] if quick else HEAT):
         heat = {"temperature": temperature, "seed": seed}
-        yield 1, heat | {"mode": "ar"}
+        yield heat | {"mode": "ar", "batch": 1}
         for n, k in enumerate((2, 5) if quick else range(1, 9)):
-            yield (1 if k in (2, 7) else BATCH), heat | {"mode": "sd", "k": k}
+            yield heat | {"mode": "sd", "k": k, "batch": 1 if k in (2, 7) else BATCH}
             turns = {"fan_out": BUDGETS[(place + n) % 4], "fallback": FALLBACKS[(place + n) % 3]}
-            ssd = heat | {"mode": "ssd", "k": k, **turns, "cut": (place + n // 2) % 2 == 0}
-            yield (1 if k in (3, 5) else BATCH), ssd
+            turns |= {"cut": (place + n // 2) % 2 == 0, "batch": 1 if k in (3, 5) else BATCH}
+            yield heat | {"mode": "ssd", "k": k} | turns
 
 
-def run(engine, prompts: list, batch: int, settings: dict, new: int) -> list[list[int]]:
+def batches():
+    """The settings of every cell of --batches: the rows of a batch, which half of it each is in."""
+    for temperature in (0.0, 1.0):
+        for batch in (1, 4, 16):
+            cell = {"temperature": temperature, "seed": 0, "batch": batch}
+            yield cell | {"mode": "ar"}
+            for halves in ("off",) if batch == 1 else ("off", "on"):
+                yield cell | {"mode": "sd", "k": 3, "batch_halves": halves}
+                yield cell | {"mode": "ssd", "k": 3, "fan_out": 8, "batch_halves": halves}
+
+
+def run(engine, prompts: list, settings: dict, new: int) -> list[list[int]]:
     """New tokens per prompt. Each row has its own seed: its text does not depend on its batch."""
-    out = []
-    for at in range(0, len(prompts), batch):
-        part = prompts[at : at + batch]
-        seeds = [settings["seed"] * 1000 + at + i for i in range(len(part))]
-        options = settings | {"seed": seeds, "max_new_tokens": new, "ignore_eos": True}
-        out += engine.generate(part, **options).token_ids
-    return out
+    seeds = [settings["seed"] * 1000 + number for number in range(len(prompts))]
+    options = settings | {"seed": seeds, "max_new_tokens": new, "ignore_eos": True}
+    return engine.generate(prompts, **options).token_ids
 
 
 def gap(engine, ids: list[int], tokens: tuple[int, int], settings: dict, number: int) -> tuple:
@@ -83,6 +91,7 @@ def flags() -> argparse.ArgumentParser:
     parser.add_argument("--quantize", default="none", **numbers, help="the target's weights (none)")
     parser.add_argument("--draft-quantize", default="none", **numbers, help="the draft's (none)")
     parser.add_argument("--quick", action="store_true", help="a small part of the grid")
+    parser.add_argument("--batches", action="store_true", help="rows and halves, not K and M")
     parser.add_argument("--count", type=int, metavar="N", help="prompts (40; 8 with --quick)")
     parser.add_argument("--new-tokens", type=int, metavar="N", help="(128; 48 with --quick)")
     parser.add_argument("--out", metavar="FILE", help="write what was found, after every cell")
@@ -109,22 +118,22 @@ def main(argv: list[str] | None = None) -> int:
     room = engine.target.config.max_positions - new
     prompts = [engine.tokenizer.encode(text)[:room] for text in texts]
     truth, ties, differences, done = {}, [], [], []
-    for batch, settings in cells(args.quick):
-        heat = settings["temperature"], settings["seed"]
-        if heat not in truth:
-            truth[heat] = run(engine, prompts, BATCH, {**settings, "mode": "ar"}, new)
-        found = run(engine, prompts, batch, settings, new)
-        for number, (ours, theirs) in enumerate(zip(found, truth[heat])):
+    for settings in batches() if args.batches else cells(args.quick):
+        heat = {name: settings[name] for name in ("temperature", "seed")}
+        key = tuple(heat.values())
+        if key not in truth:
+            truth[key] = run(engine, prompts, heat | {"mode": "ar", "batch": BATCH}, new)
+        found = run(engine, prompts, settings, new)
+        for number, (ours, theirs) in enumerate(zip(found, truth[key])):
             if ours != theirs:
                 at = next(i for i, (a, b) in enumerate(zip(ours, theirs)) if a != b)
                 before, two = prompts[number] + theirs[:at], (ours[at], theirs[at])
                 distance, limit = gap(engine, before, two, settings, number)
-                where = {"prompt": number, "position": at, "gap": distance, "batch": batch}
-                where |= settings
+                where = {"prompt": number, "position": at, "gap": distance, **settings}
                 (ties if distance < limit else differences).append(where)
                 print(f"  {'tie' if distance < limit else 'DIFFERENT'}: {where}", flush=True)
-        done.append({"batch": batch, **settings})
-        print(f"{len(done):3d}: batch {batch} {settings}", flush=True)
+        done.append(settings)
+        print(f"{len(done):3d}: {settings}", flush=True)
         result = {"prompts": len(prompts), "new_tokens": new, "cells": len(done)}
         result |= {"texts": len(done) * len(prompts), "differences": len(differences)}
         result |= {"ties": len(ties), "details": differences + ties}

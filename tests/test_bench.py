@@ -1,5 +1,6 @@
 """scripts/bench.py with tiny models: every comparison runs, and its file says what was measured."""
 
+import itertools
 import json
 import os
 import re
@@ -282,16 +283,27 @@ def test_the_command_is_run_as_a_user_runs_it(demo):
 def test_the_grid_of_texts_covers_what_it_says():
     """Every temperature and seed with every K in both modes; all of the rest, cut and not."""
     cells = list(check_same_text.cells(quick=False))
-    ssd = [(batch, s) for batch, s in cells if s["mode"] == "ssd"]
+    ssd = [s for s in cells if s["mode"] == "ssd"]
     for mode in ("sd", "ssd"):
-        of = [(s["temperature"], s["seed"], s["k"]) for _, s in cells if s["mode"] == mode]
+        of = [(s["temperature"], s["seed"], s["k"]) for s in cells if s["mode"] == mode]
         assert sorted(of) == sorted(
             (*heat, k) for heat in check_same_text.HEAT for k in range(1, 9)
         )
-        assert {batch for batch, s in cells if s["mode"] == mode} == {1, 8}
+        assert {s["batch"] for s in cells if s["mode"] == mode} == {1, 8}
     cut_or_not = {(k, cut) for k in range(1, 9) for cut in (True, False)}
-    assert {(s["k"], s["cut"]) for _, s in ssd} == cut_or_not
+    assert {(s["k"], s["cut"]) for s in ssd} == cut_or_not
     choices = {"fan_out": check_same_text.BUDGETS, "fallback": check_same_text.FALLBACKS}
     for key, values in choices.items():
         wanted = {(value, cut) for value in values for cut in (True, False)}
-        assert {(s[key], s["cut"]) for _, s in ssd} == wanted
+        assert {(s[key], s["cut"]) for s in ssd} == wanted
+
+
+def test_the_grid_of_batches_covers_what_it_says():
+    found = {
+        (s["mode"], s["batch"], s.get("batch_halves"), s["temperature"])
+        for s in check_same_text.batches()
+    }
+    for batch, temperature in itertools.product((1, 4, 16), (0.0, 1.0)):
+        assert ("ar", batch, None, temperature) in found
+        for mode, halves in itertools.product(("sd", "ssd"), ("off", "on")):
+            assert batch == 1 or (mode, batch, halves, temperature) in found
