@@ -292,13 +292,21 @@ def test_the_grid_of_texts_covers_what_it_says():
         assert {s["batch"] for s in cells if s["mode"] == mode} == {1, 8}
     cut_or_not = {(k, cut) for k in range(1, 9) for cut in (True, False)}
     assert {(s["k"], s["cut"]) for s in ssd} == cut_or_not
+    assert all(cell["mode"] == "ar" for cell in first_of_each(cells))
     choices = {"fan_out": check_same_text.BUDGETS, "fallback": check_same_text.FALLBACKS}
     for key, values in choices.items():
         wanted = {(value, cut) for value in values for cut in (True, False)}
         assert {(s[key], s["cut"]) for s in ssd} == wanted
 
 
+def first_of_each(cells: list[dict]) -> list[dict]:
+    """The first cell of each temperature and seed, which prints what the others must print."""
+    return list({(c["temperature"], c["seed"]): c for c in reversed(cells)}.values())
+
+
 def test_the_grid_of_batches_covers_what_it_says():
+    first = first_of_each(list(check_same_text.batches()))
+    assert [(cell["mode"], cell["batch"]) for cell in first] == [("ar", 1)] * 2
     found = {
         (s["mode"], s["batch"], s.get("batch_halves"), s["temperature"])
         for s in check_same_text.batches()
