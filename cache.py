@@ -33,17 +33,24 @@ from model import Placement
 SLOT_BLOCK = 16
 
 
+def in_whole_blocks(slots: int) -> int:
+    """So many slots, rounded up to a multiple of SLOT_BLOCK."""
+    return slots + -slots % SLOT_BLOCK
+
+
 class KVCache:
     """Keys and values of one model for B rows.
 
-    A row has `trunk` ordinary slots, branches * steps of scratch, and one dead slot.
+    A row has at least `trunk` ordinary slots, in whole blocks, so that every mode reads the last
+    ones in the same blocks; then branches * steps of scratch, and one dead slot.
     """
 
     def __init__(
         self, config, batch: int, trunk: int, branches: int = 0, steps: int = 0, *, device, dtype
     ):
-        self.trunk, self.branches, self.steps = trunk, branches, steps
-        self.dead = trunk + branches * steps
+        self.trunk = in_whole_blocks(trunk)
+        self.branches, self.steps = branches, steps
+        self.dead = self.trunk + branches * steps
         self.heads_per_kv = config.num_heads // config.num_kv_heads
         shape = (config.num_layers, batch, config.num_kv_heads, self.dead + 1, config.head_dim)
         self.k_LBGSD = torch.zeros(shape, device=device, dtype=dtype)
@@ -83,7 +90,8 @@ class KVCache:
         mask = None
         if not limit_BT.is_cuda:  # a GPU's kernel reads the limits
             if tight:
-                extent = self._in_whole_blocks(extent)
+                self._zero_rest_of_block(extent)
+                extent = in_whole_blocks(extent)
             mask = self._mask(limit_BT, extent)
         return Placement(positions_BT, slots_BT, limit_BT, extent, tight, None, mask)
 
@@ -104,17 +112,14 @@ class KVCache:
         positions_BM = limit_BM + step_B[:, None]
         return Placement(positions_BM, slots_BM, limit_BM, extent, tight, chain, mask)
 
-    def _in_whole_blocks(self, extent: int) -> int:
-        """The extent, rounded up to a multiple of SLOT_BLOCK as far as the trunk goes.
+    def _zero_rest_of_block(self, extent: int) -> None:
+        """Zero the slots that whole blocks add to the rows' own.
 
-        With one row, the extra slots are zeroed, because attention gives them the weight 0, and 0
-        times NaN is NaN. With several rows, attention itself masks them.
+        Attention gives them the weight 0, and 0 times NaN is NaN. With several rows it masks them.
         """
-        whole = min(extent + -extent % SLOT_BLOCK, self.trunk)
         if self.k_LBGSD.shape[1] == 1:
             for kv_LBGSD in (self.k_LBGSD, self.v_LBGSD):
-                kv_LBGSD[:, :, :, extent:whole] = 0
-        return whole
+                kv_LBGSD[:, :, :, extent : in_whole_blocks(extent)] = 0
 
     def _mask(self, limit_BT, extent: int):
         """Placement.mask."""

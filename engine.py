@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from cache import in_whole_blocks
 from checkpoint.config import Config
 from checkpoint.tokenizer import Tokenizer, load_tokenizer, read_eos_ids, vocabulary_difference
 from checkpoint.weights import (
@@ -222,7 +223,8 @@ def fit_memory(
     free = {device: available_bytes(device) for device in per_slot}
     while left := [row for row in rows if row.finish is None]:
         longest = max(left, key=lambda row: row.limit)
-        trunk, wanted = longest.limit + k + 1, min(batch or 1, len(left))
+        trunk = in_whole_blocks(longest.limit + k + 1)
+        wanted = min(batch or 1, len(left))
         row_bytes = {
             device: sum(size * (trunk + more) for size, more in of)
             for device, of in per_slot.items()
