@@ -90,7 +90,9 @@ def test_a_prompt_that_cannot_fit_is_refused_by_itself(mode):
 
 
 def test_as_many_rows_as_memory_holds_are_decoded_at_once(pair, monkeypatch):  # noqa: F811
-    """The KV of a slot has 2 models * 2 layers * 2 heads * 8 numbers * 8 bytes, twice."""
+    """The KV of a slot has 2 models * 2 layers * 2 heads * 8 numbers * 8 bytes, twice. A row has
+    whole blocks of 16 of them, and one that is never read.
+    """
     import engine as module
 
     slot, said = 2 * 2 * 2 * 8 * 8, []
@@ -98,13 +100,13 @@ def test_as_many_rows_as_memory_holds_are_decoded_at_once(pair, monkeypatch):  #
     monkeypatch.setattr(pair, "warn", lambda text: None)
     prompts, settings = [[1]] * 6 + [[2] * 60], {"max_new_tokens": 20, "ignore_eos": True}
     whole = pair.generate(prompts, **settings)
-    monkeypatch.setattr(module, "available_bytes", lambda device: 3 * 83 * slot)
+    monkeypatch.setattr(module, "available_bytes", lambda device: 3 * 98 * slot)
     said.clear()
     assert pair.generate(prompts, **settings).token_ids == whole.token_ids
-    assert len(said) == 1 and "3 rows of 81 tokens" in said[0]
+    assert len(said) == 1 and "3 rows of 96 tokens" in said[0]
     got = pair.generate(prompts, batch=4, **settings)  # not so many with the long one
     assert got.finish_reason == ["length"] * 6 + ["refused"]
-    assert got.token_ids[:6] == whole.token_ids[:6] and "4 rows of 22 tokens" in said[1]
+    assert got.token_ids[:6] == whole.token_ids[:6] and "4 rows of 32 tokens" in said[1]
 
 
 def test_static_steps_are_not_compiled_again_by_rows_that_join(eager_backend):  # noqa: F811

@@ -300,7 +300,7 @@ def test_rolling_back_is_setting_a_length(model):
     same(feed(model, cache, [text[12:]], [12])[0], whole(model, text)[12:])
 
 
-def poison(cache, used: list[int], chain: set[int] = frozenset()):
+def poison(cache, used: list[int], chain=()):
     """NaN in every slot but the `used` trunk slots of each row and the scratch slots in `chain`."""
     for b, length in enumerate(used):
         dead = [s for s in range(length, cache.dead + 1) if s not in chain]
@@ -349,14 +349,14 @@ def test_each_branch_equals_the_branch_run_alone(model, batch, tight, poisoned):
     live_B, longest = torch.ones(batch, dtype=torch.bool), int((start_B[:, None] + depth_BM).max())
     for step in range(steps):
         if poisoned:
-            poison(cache, [len(text) for text in texts], {40 + s for s in range(step * M)})
+            poison(cache, [len(text) for text in texts], range(cache.trunk, cache.trunk + step * M))
         tokens_BM = torch.tensor([[chain[step] for chain in row] for row in chains])
         place = cache.place_chain(
             start_B,
             depth_BM,
             torch.full((batch,), step),
             live_B,
-            extent=longest if tight else 40,
+            extent=longest if tight else cache.trunk,
             tight=tight,
             steps=step + 1 if tight else None,
         )
