@@ -52,22 +52,33 @@ def shorten(value: object) -> str:
     return text if len(text) < 150 else f"{text[:80]}... of {len(text)} characters"
 
 
-def read_json(path: Path, limit: int = 1 << 20) -> dict:
-    """The object in a JSON file of at most `limit` bytes; a stranger's file costs no more than
-    that.
-    """
+class CheckpointError(ValueError):
+    """One sentence for the user: what there was, what was wanted, what to do."""
+
+
+def read_file(path: Path, limit: int) -> bytes:
+    """Content of a file of at most `limit` bytes; a stranger's file costs no more than that."""
     try:
         with open(path, "rb") as file:
             data = file.read(limit + 1)
-        value = json.loads(data) if len(data) <= limit else None
-    except (OSError, ValueError, RecursionError) as error:
-        reason = str(error).splitlines()[0][:200]
-        raise ValueError(
-            f"{path} is unreadable ({reason}), wanted a JSON object: fetch the checkpoint again"
-        ) from error
+    except OSError as error:
+        raise CheckpointError(f"{path} is unreadable ({error}): fetch it again") from error
+    if len(data) > limit:
+        raise CheckpointError(f"{path} has more than {limit} bytes: fetch the checkpoint again")
+    return data
+
+
+def read_json(path: Path, limit: int = 1 << 20) -> dict:
+    """The object in a JSON file of at most `limit` bytes."""
+    try:
+        value = json.loads(read_file(path, limit))
+        got = f"holds a {type(value).__name__}"
+    except CheckpointError:
+        raise
+    except (ValueError, RecursionError) as error:
+        value, got = None, f"is unreadable ({str(error)[:200]})"
     if not isinstance(value, dict):
-        got = f"a {type(value).__name__}" if len(data) <= limit else f"more than {limit} bytes"
-        raise ValueError(f"{path} holds {got}, wanted a JSON object: fetch the checkpoint again")
+        raise CheckpointError(f"{path} {got}, wanted a JSON object: fetch the checkpoint again")
     return value
 
 
@@ -116,7 +127,7 @@ class Config:
         """
         kind = _choice(raw, "model_type", MODEL_TYPES)
         if raw.get("quantization_config"):
-            raise ValueError(
+            raise CheckpointError(
                 "the checkpoint is quantised, wanted plain weights: use the unquantised checkpoint"
             )
         hidden, heads = _whole(raw, "hidden_size"), _whole(raw, "num_attention_heads")
@@ -161,7 +172,7 @@ def _consistent(config: Config) -> None:
         (config.head_tokens > config.vocab_size, "head_tokens is more than vocab_size"),
     ):
         if wrong:
-            raise ValueError(f"{what}: the checkpoint is damaged, fetch it again")
+            raise CheckpointError(f"{what}: the checkpoint is damaged, fetch it again")
 
 
 def _value(raw: dict, key: str, default, fits: Callable, wanted: str, advice="fetch it again"):
@@ -169,7 +180,7 @@ def _value(raw: dict, key: str, default, fits: Callable, wanted: str, advice="fe
     value = raw.get(key)
     value = default if value is None else value
     if not fits(value):
-        raise ValueError(f"{key} = {shorten(value)}, wanted {wanted}: {advice}")
+        raise CheckpointError(f"{key} = {shorten(value)}, wanted {wanted}: {advice}")
     return value
 
 
@@ -204,7 +215,7 @@ def _rope(raw: dict) -> tuple[dict, float]:
         _choice(raw | rope, key, [value], value)
     kind = _choice({"type": "default"} | rope, "rope_type" if "rope_type" in rope else "type", ROPE)
     for key in rope.keys() - ROPE_KEYS:
-        raise ValueError(f"{shorten(key)} of RoPE is not implemented: use another checkpoint")
+        raise CheckpointError(f"{shorten(key)} of RoPE is not implemented: use another checkpoint")
     if kind == "yarn":
         rope = {"original_max_position_embeddings": raw.get("max_position_embeddings")} | rope
     flat = {key: _real(rope, key, default) for key, default in ROPE[kind].items()}
@@ -215,7 +226,9 @@ def _rope(raw: dict) -> tuple[dict, float]:
         factors = _value(rope, "factors", None, lambda value: isinstance(value, list), "a list")
         flat["factor"] = tuple(_real({"factor": each}, "factor") for each in factors)
     if kind == "llama3" and flat["low_freq_factor"] >= flat["high_freq_factor"]:
-        raise ValueError("RoPE has low_freq_factor >= high_freq_factor: fetch config.json again")
+        raise CheckpointError(
+            "RoPE has low_freq_factor >= high_freq_factor: fetch config.json again"
+        )
     return {"type": kind, **flat}, _real(raw | rope, "rope_theta", 10000.0, above=1.0)
 
 

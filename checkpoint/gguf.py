@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import torch
 
-from checkpoint.config import shorten
+from checkpoint.config import CheckpointError, shorten
 from checkpoint.tokenizer import LLAMA3_PATTERN, Files
 
 # Bytes of metadata and tensor names; 262,144 tokens and their merges take 16 MB.
@@ -64,8 +64,8 @@ class Cursor:
         self.path, self.data, self.at = path, data, 4  # after the magic bytes
         self.end = min(len(data), HEADER_LIMIT)
 
-    def damaged(self, what: str) -> ValueError:
-        return ValueError(f"{self.path} is a damaged GGUF file ({what}): fetch it again")
+    def damaged(self, what: str) -> CheckpointError:
+        return CheckpointError(f"{self.path} is a damaged GGUF file ({what}): fetch it again")
 
     def skip(self, size: int, what: str) -> int:
         """The place of the next `size` bytes, which are passed over."""
@@ -148,25 +148,25 @@ def open_gguf(path: str | Path) -> File:
             # it.
             data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     except (OSError, ValueError) as error:  # ValueError: it is empty
-        raise ValueError(
+        raise CheckpointError(
             f"{path} is unreadable ({error}), wanted a GGUF file: fetch it again"
         ) from error
     if data[:4] != b"GGUF":
-        raise ValueError(
+        raise CheckpointError(
             f"{path} is a file but not a GGUF file, wanted one, or a folder with config.json: "
             f"give {path.parent} if it holds a checkpoint"
         )
     cursor = Cursor(path, data)
     (version,), (tensors, keys) = cursor.numbers("I", "its version"), cursor.numbers("Q", "it", 2)
     if version not in (2, 3):
-        raise ValueError(
+        raise CheckpointError(
             f"{path} is GGUF version {version}, wanted 2 or 3 (little-endian): convert it again"
         )
     metadata = cursor.table("metadata key", keys, cursor.value)
     entries = cursor.table("tensor", tensors, cursor.entry)
     parts = metadata.get("split.count", 0)
     if parts not in (0, 1):
-        raise ValueError(
+        raise CheckpointError(
             f"{path} is one of {shorten(parts)} parts, wanted a whole model: join them with "
             "`llama-gguf-split --merge`"
         )
@@ -206,7 +206,7 @@ def blocks_of(kind: int, what: str) -> Blocks:
         import gguf
         from gguf.quants import dequantize
     except ImportError as error:
-        raise ValueError(
+        raise CheckpointError(
             f"{what} has type number {kind}, which the package gguf reads, and it is not "
             f"installed: run `{INSTALL}`"
         ) from error
@@ -215,7 +215,7 @@ def blocks_of(kind: int, what: str) -> Blocks:
         weights, size = gguf.GGML_QUANT_SIZES[known]
         dequantize(torch.zeros(1, size, dtype=torch.uint8).numpy(), known)
     except (ValueError, KeyError, NotImplementedError) as error:
-        raise ValueError(
+        raise CheckpointError(
             f"{what} has type number {kind}, which nothing here can read: use another file"
         ) from error
     return Blocks(
@@ -460,8 +460,8 @@ def open_checkpoint(path: str | Path) -> tuple[dict, dict[str, Quantised]]:
 def config_json(file: File) -> dict:
     """What config.json would say. ValueError names what is missing, and what is not understood."""
 
-    def refuse(what: str) -> ValueError:
-        return ValueError(f"{file.path} has {what}: use another checkpoint")
+    def refuse(what: str) -> CheckpointError:
+        return CheckpointError(f"{file.path} has {what}: use another checkpoint")
 
     kind, entries = file.metadata.get("general.architecture"), file.entries
     if kind not in ARCHITECTURES:
@@ -521,7 +521,7 @@ def rope_scaling(file: File, said: dict) -> dict:
     if ROPE_FACTORS not in file.entries:
         return rope
     if rope:
-        raise ValueError(
+        raise CheckpointError(
             f"{file.path} has {ROPE_FACTORS} and another RoPE scaling, wanted one: use another file"
         )
     return {"type": "factors", "factors": Quantised(file, ROPE_FACTORS)[:].flatten().tolist()}
@@ -588,10 +588,12 @@ def read_tokenizer(path: str | Path) -> Files | None:
     tokens, types = values.get("tokens", []), values.get("token_type", [])
     texts = all(isinstance(token, str) for token in tokens)
     if not tokens or not texts or len(types) != len(tokens):
-        raise ValueError(f"{path} has no tokens, or not a type for each of them: fetch it again")
+        raise CheckpointError(
+            f"{path} has no tokens, or not a type for each of them: fetch it again"
+        )
     for key in ("add_eos_token", "remove_extra_whitespaces", "precompiled_charsmap"):
         if values.get(key):
-            raise ValueError(f"{path} has {key}, which is not implemented: use another file")
+            raise CheckpointError(f"{path} has {key}, which is not implemented: use another file")
     if model == "llama":
         values = {"bos_token_id": 1, "eos_token_id": 2} | values
         splitting, merges = SENTENCEPIECE, pieces_by_score(path, values, tokens, types)
@@ -631,12 +633,12 @@ def splitting_of(path: str | Path, values: dict) -> Splitting:
     """How a byte-level BPE splits text. ValueError where that, or another tokenizer, is unknown."""
     model, pre = values["model"], values.get("pre")
     if model != "gpt2":
-        raise ValueError(
+        raise CheckpointError(
             f"{path} has the tokenizer model {shorten(model)}, wanted gpt2 or llama: use another "
             "file"
         )
     if not isinstance(pre, str) or pre not in SPLITTINGS:
-        raise ValueError(
+        raise CheckpointError(
             f"{path} splits text as {shorten(pre)} does (tokenizer.ggml.pre), wanted one of "
             f"{', '.join(SPLITTINGS)}: use another file"
         )
@@ -649,8 +651,8 @@ def pieces_by_score(path: str | Path, values: dict, tokens: list[str], types) ->
     Which halves a piece is made from does not matter, so each is told whole.
     """
     scores = values.get("scores", ())
-    if len(scores) != len(tokens):
-        raise ValueError(f"{path} has no score for each token: fetch it again")
+    if len(scores) != len(tokens) or not isinstance(scores, memoryview):
+        raise CheckpointError(f"{path} has no score for each token: fetch it again")
     ids = [id for id, kind in enumerate(types) if kind == NORMAL]
     return [[tokens[id], ""] for id in sorted(ids, key=lambda id: -scores[id])]
 

@@ -11,25 +11,22 @@ opens with a space keeps it, BOS is on unless tokenizer_config.json has "add_bos
 text after a special token opens with "▁" unless it has "legacy": false. (transformers 5 drops that
 space, and takes both flags for false where they lack.)
 
-Does not know: models, devices, tensors. Read next: inflation.py.
+Does not know: models, devices, tensors. Read next: chat.py.
 """
 
 import base64
 import codecs
-import json
 import re
-import subprocess
-import sys
 import unicodedata
 from collections.abc import Callable, Iterable
-from contextlib import suppress
-from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
 
+from checkpoint.chat import render_chat
+from checkpoint.config import CheckpointError, read_file, read_json, shorten
+
 MAX_FILE_BYTES = 64 << 20  # the largest tokenizer.json in use (Gemma's) has 33 MB
 MAX_TOKEN_ID = 1 << 24  # no loop here gets longer because a file made up an id
-MAX_TEMPLATE_CHARS, MAX_CHAT_CHARS, CHAT_BYTES, CHAT_SECONDS = 256 << 10, 8 << 20, 512 << 20, 10
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # Llama 3's tokenizer.model holds ranks only; how it splits text and its special tokens were
 # published as code. The special tokens are Llama 3.1's; in 3.0 finetune_right_pad_id, eom_id and
@@ -50,10 +47,6 @@ Encoder = Callable[[str, bool], list[int]]
 Coder = tuple[Encoder, dict[int, bytes], bool]
 
 
-class TokenizerError(ValueError):
-    """One sentence for the user: what there was, what was wanted, what to do."""
-
-
 class Files(NamedTuple):
     """What the files of a tokenizer say: tokenizer.json or else tokenizer.model, and
     tokenizer_config.json; the added tokens that are named elsewhere; the ids that end a text.
@@ -66,50 +59,24 @@ class Files(NamedTuple):
     eos_ids: tuple[int, ...]
 
 
-def _read(path: Path) -> bytes | None:
-    """Content of a file, None where there is none. ValueError when it is larger than any real
-    tokenizer file.
-    """
-    if path.is_file() and path.stat().st_size > MAX_FILE_BYTES:
-        raise TokenizerError(
-            f"{path} has over {MAX_FILE_BYTES >> 20} MiB, the limit for a tokenizer file: replace "
-            "it"
-        )
-    # Devices and pipes, which may have no end, are no files.
-    return path.read_bytes() if path.is_file() else None
-
-
 def _read_json(path: Path) -> dict:
-    """A JSON object from a file, {} where there is none. ValueError when it holds anything else."""
-    data = _read(path)
-    try:
-        return {} if data is None else {**json.loads(data)}
-    except (ValueError, TypeError, RecursionError) as error:
-        raise TokenizerError(f"{path} is not a JSON object ({error}): download it again") from error
-
-
-def _read_gguf(path: Path):
-    """Files of a GGUF file, or None."""
-    from checkpoint.gguf import read_tokenizer
-
-    try:
-        return read_tokenizer(path)
-    except ValueError as error:
-        raise TokenizerError(str(error)) from error
+    """The object in a file, {} where there is none. Devices and pipes, which may have no end, are
+    no files.
+    """
+    return read_json(path, MAX_FILE_BYTES) if path.is_file() else {}
 
 
 def read_eos_ids(folder: Path) -> tuple[int, ...]:
     """Ids that end a text: eos_token_id, an id or a list, of generation_config.json, else of
     config.json, else (). A GGUF file names them with its tokenizer's tokens only.
     """
-    folder = Path(folder)
-    for path in (folder / "generation_config.json", folder / "config.json"):
-        value = _read_json(path).get("eos_token_id")
-        ids = value if isinstance(value, list) else [] if value is None else [value]
+    for name in ("generation_config.json", "config.json"):
+        value = _read_json(Path(folder) / name).get("eos_token_id")
+        ids = [] if value is None else value if isinstance(value, list) else [value]
         if not all(type(id) is int and 0 <= id < MAX_TOKEN_ID for id in ids):
-            raise TokenizerError(
-                f"{path}: got eos_token_id {str(value):.80}, wanted a token id or a list: correct "
-                "it"
+            raise CheckpointError(
+                f"{name} in {folder} has eos_token_id {shorten(value)}, wanted a token id or a "
+                "list: correct it"
             )
         if ids:
             return tuple(dict.fromkeys(ids))
@@ -120,22 +87,27 @@ def _bpe(
     id_of: dict[bytes, int],
     merged: list[bytes],
     patterns: list[str | None],
-    ignore_merges: bool,
-    lacking: Callable[[bytes], list[int]] = lambda token: [],
+    ignore_merges: bool = False,
+    unknown: Iterable[int] = (),
     prepare: Callable[[str, bool], str] = lambda text, first: text,
 ) -> Encoder:
     """Byte-pair encoding by tiktoken: prepare the text, split it by pattern after pattern, merge
     each piece's bytes.
 
     tiktoken merges the neighbours whose union has the lowest rank, so `merged` is in the order of
-    merges. Ids need not follow that order (special tokens may come first), nor exist (`lacking`
-    tells what to write instead).
+    merges. Ids need not follow that order (special tokens may come first), nor exist: what has none
+    is written in bytes, and a byte that has none as `unknown`.
     """
     import regex  # here and below, what only some checkpoints need is imported where it is used
     import tiktoken
 
+    def ids_of(token: bytes) -> list[int]:
+        if token in id_of:
+            return [id_of[token]]
+        return [id for byte in token for id in ids_of(bytes([byte]))] if token[1:] else [*unknown]
+
     ranked = list(dict.fromkeys([bytes([byte]) for byte in range(256)] + merged))
-    ids = [[id_of[token]] if token in id_of else lacking(token) for token in ranked]
+    ids = list(map(ids_of, ranked))
     # Text is split before tiktoken sees it, so its own split, pat_str, leaves every piece whole.
     ranks = {token: rank for rank, token in enumerate(ranked)}
     merge = tiktoken.Encoding(
@@ -146,16 +118,14 @@ def _bpe(
     def split(step: "regex.Pattern | None", text: str) -> list[str]:
         if step is None:  # ByteLevel's add_prefix_space
             return [text if text.startswith(" ") else " " + text]
-        cuts = sorted(
-            {0, len(text), *(end for match in step.finditer(text) for end in match.span())}
-        )
-        return [text[start:end] for start, end in zip(cuts, cuts[1:])]
+        cuts = {0, len(text), *(end for match in step.finditer(text) for end in match.span())}
+        ends = sorted(cuts)
+        return [text[start:end] for start, end in zip(ends, ends[1:])]
 
     def encode(text: str, first: bool) -> list[int]:
         pieces, out = [prepare(text, first)], []
-        for (
-            step
-        ) in steps:  # each sees one piece at a time: a look-ahead never sees past an earlier cut
+        # Each step sees one piece at a time: a look-ahead never sees past an earlier cut.
+        for step in steps:
             pieces = [part for piece in pieces for part in split(step, piece)]
         for piece in pieces:  # Llama 3 ignores merges for a piece that is a token: it stays whole
             whole = id_of.get(piece.encode()) if ignore_merges else None
@@ -169,46 +139,35 @@ def _from_ranks(data: bytes) -> tuple[Coder, list[dict]]:
     """Llama 3's tokenizer.model, lines of a token in base64 and its rank, which is its id; and its
     added tokens.
     """
-    tokens = {
-        int(rank): base64.b64decode(token, validate=True)
-        for token, rank in map(bytes.split, data.splitlines())
-    }
+    lines = map(bytes.split, data.splitlines())
+    tokens = {int(rank): base64.b64decode(token, validate=True) for token, rank in lines}
     id_of = {token: id for id, token in tokens.items()}
-    encode = _bpe(
-        id_of, [tokens[id] for id in sorted(tokens)], [LLAMA3_PATTERN], ignore_merges=True
-    )
+    merged = [tokens[id] for id in sorted(tokens)]
+    encode = _bpe(id_of, merged, [LLAMA3_PATTERN], ignore_merges=True)
     special = enumerate(LLAMA3_SPECIAL, max(tokens) + 1)
-    return (encode, tokens, False), [
-        {"id": id, "content": f"<|{name}|>", "special": True} for id, name in special
-    ]
+    added = [{"id": id, "content": f"<|{name}|>", "special": True} for id, name in special]
+    return (encode, tokens, False), added
 
 
 def _from_pieces(data: bytes, legacy: bool) -> tuple[Coder, list[dict]]:
     """sentencepiece's tokenizer.model, and its control tokens. `legacy`: "▁" opens text after one
     of those, too.
     """
-    import sentencepiece
+    from sentencepiece import SentencePieceProcessor
 
-    sp = sentencepiece.SentencePieceProcessor(model_proto=data)
+    sp = SentencePieceProcessor(model_proto=data)
     # Protobuf messages add up: these four bytes, appended, say normalizer_spec { add_dummy_prefix:
     # false }.
-    later = (
-        sp
-        if legacy
-        else sentencepiece.SentencePieceProcessor(model_proto=data + b"\x1a\x02\x18\x00")
-    )
-    pieces = [sp.id_to_piece(id) for id in range(len(sp))]
-    tokens = {id: _piece_bytes(piece, sp.is_byte(id)) for id, piece in enumerate(pieces)}
+    later = sp if legacy else SentencePieceProcessor(model_proto=data + b"\x1a\x02\x18\x00")
+    ids = range(len(sp))
+    tokens = {id: _piece_bytes(sp.id_to_piece(id), sp.is_byte(id)) for id in ids}
     added = [
-        {"id": n, "content": pieces[n], "special": True}
-        for n in tokens
-        if sp.is_control(n) or sp.is_unknown(n)
+        {"id": id, "content": sp.id_to_piece(id), "special": True}
+        for id in ids
+        if sp.is_control(id) or sp.is_unknown(id)
     ]
-    return (
-        lambda text, first: (sp if first else later).encode(text),
-        tokens,
-        sp.normalize("a") == "▁a",
-    ), added
+    encode = lambda text, first: (sp if first else later).encode(text)  # noqa: E731
+    return (encode, tokens, sp.normalize("a") == "▁a"), added
 
 
 def _piece_bytes(piece: str, is_byte: bool) -> bytes:
@@ -216,9 +175,9 @@ def _piece_bytes(piece: str, is_byte: bool) -> bytes:
     return bytes([int(piece[3:5], 16)]) if is_byte else piece.replace("▁", " ").encode()
 
 
-def _unsupported(part: str, got: object, wanted: str) -> TokenizerError:
-    return TokenizerError(
-        f"tokenizer: got {part} {json.dumps(got)[:200]}, wanted {wanted}: use another checkpoint"
+def _unsupported(part: str, got: object, wanted: str) -> CheckpointError:
+    return CheckpointError(
+        f"tokenizer: got {part} {shorten(got)}, wanted {wanted}: use another checkpoint"
     )
 
 
@@ -262,15 +221,12 @@ def _byte_level(
         id: token.translate(alphabet).encode("latin-1", "backslashreplace")
         for token, id in vocab.items()
     }
-    # A byte that the vocabulary lacks becomes its unknown token or, without one, nothing: so the
-    # reference does.
-    unknown = [vocab[model["unk_token"]]] if model.get("unk_token") in vocab else []
     encode = _bpe(
         {token: id for id, token in tokens.items()},
         [tokens[vocab[token]] for token in merged],
         _patterns(splitters),
         bool(model.get("ignore_merges")),
-        lambda token: unknown,
+        [vocab[name] for name in [model.get("unk_token")] if name in vocab],
         lambda text, first: unicodedata.normalize("NFC", text) if normalizers else text,
     )
     return encode, tokens, False
@@ -312,29 +268,20 @@ def _character_level(
     scheme, metaspace = _spacing(normalizers + splitters)
 
     def prepare(text: str, first: bool) -> str:
-        text = text.replace(" ", "▁")
+        text = text.replace("▁", " ")  # which both mean "▁"
         spaced = scheme == "always" or (scheme == "first" and first)
-        return "▁" + text if spaced and not (metaspace and text[0] == "▁") else text
+        return " " + text if spaced and not (metaspace and text[0] == " ") else text
 
     vocab = model["vocab"]
-    byte_ids = [vocab[f"<0x{byte:02X}>"] for byte in range(256)]
+    bytes_ = dict.fromkeys(f"<0x{byte:02X}>" for byte in range(256))
+    tokens = {id: _piece_bytes(piece, piece in bytes_) for piece, id in vocab.items()}
     characters = [piece for piece in vocab if len(piece) == 1]
-    beginnings = [
-        char.encode()[:end] for char in characters for end in range(2, len(char.encode()))
-    ]
-    id_of = {piece.encode(): vocab[piece] for piece in [*characters, *merged]}
-    encode = _bpe(
-        id_of,
-        beginnings + list(id_of),
-        [],
-        False,
-        lambda token: [byte_ids[byte] for byte in token],
-        prepare,
-    )
-    tokens = {
-        id: _piece_bytes(piece, piece.startswith("<0x") and id in byte_ids)
-        for piece, id in vocab.items()
-    }
+    # Of two for the same bytes the later one wins: a character that is a piece is not spelt.
+    ids = [vocab[piece] for piece in [*bytes_, *characters, *merged]]
+    known = [tokens[id] for id in ids[256:]]
+    beginnings = [c[:end] for c in known[: len(characters)] for end in range(2, len(c))]
+    id_of = {tokens[id]: id for id in ids}
+    encode = _bpe(id_of, beginnings + known, [], prepare=prepare)
     return encode, tokens, scheme != "never"
 
 
@@ -342,124 +289,33 @@ def _from_json(spec: dict) -> tuple[Coder, list[int]]:
     """tokenizer.json: its model, and the ids that its post_processor puts before a text (BOS)."""
 
     def nodes(part: str, inner: str) -> list[dict]:
-        node = spec.get(part)
-        return node[inner] if node and node["type"] == "Sequence" else [node] if node else []
+        node = spec.get(part) or {"type": "Sequence", inner: []}
+        return node[inner] if node["type"] == "Sequence" else [node]
 
     model = {key: value for key, value in spec["model"].items() if key not in ("vocab", "merges")}
-    odd = any(
-        model.get(key) for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix")
-    )
-    normalizers, splitters = (
-        nodes("normalizer", "normalizers"),
-        nodes("pre_tokenizer", "pretokenizers"),
-    )
+    odd = {"dropout", "continuing_subword_prefix", "end_of_word_suffix"}
+    normalizers = nodes("normalizer", "normalizers")
+    splitters = nodes("pre_tokenizer", "pretokenizers")
     byte_level = any(node["type"] == "ByteLevel" for node in splitters)
-    if odd or model.get("type", "BPE") != "BPE" or not (byte_level or model.get("byte_fallback")):
-        raise _unsupported(
-            "model",
-            model,
-            "BPE, byte-level or with byte_fallback, and no dropout, prefix or suffix",
-        )
+    known = model.get("type", "BPE") == "BPE" and (byte_level or model.get("byte_fallback"))
+    if not known or any(map(model.get, odd)):
+        wanted = "BPE, byte-level or with byte_fallback, and no dropout, prefix or suffix"
+        raise _unsupported("model", model, wanted)
     bos = []
     for node in nodes("post_processor", "processors"):
         match node:
             case {"type": "ByteLevel"}:
                 pass  # about offsets only
             case {"type": "TemplateProcessing", "single": [*parts, {"Sequence": _}]}:
-                bos += [
-                    id
-                    for part in parts
-                    for id in node["special_tokens"][part["SpecialToken"]["id"]]["ids"]
-                ]
+                for part in parts:
+                    bos += node["special_tokens"][part["SpecialToken"]["id"]]["ids"]
             case _:
-                raise _unsupported(
-                    "post_processor",
-                    node,
-                    "one that adds BOS before the text, and nothing after it",
-                )
-    # Str: older.
-    pairs = (
-        merge.split(" ") if isinstance(merge, str) else merge for merge in spec["model"]["merges"]
-    )
+                wanted = "one that adds BOS before the text, and nothing after it"
+                raise _unsupported("post_processor", node, wanted)
+    merges = spec["model"]["merges"]  # pairs, or in older files texts
+    merged = [m.replace(" ", "") if isinstance(m, str) else "".join(m) for m in merges]
     build = _byte_level if byte_level else _character_level
-    return build(
-        spec["model"], normalizers, splitters, [left + right for left, right in pairs]
-    ), bos
-
-
-def render_chat(template: str, variables: dict) -> str:
-    """The text of a chat, from its jinja2 template. ValueError when the template fails or exceeds a
-    limit.
-
-    A template is a stranger's program. jinja2's sandbox keeps it from Python, not from looping for
-    ever or asking for 10 GB ({{ 'x' * 10**10 }}): so it runs in a child process with limits (0.1 s,
-    once per turn of a chat).
-    """
-    if len(template) > MAX_TEMPLATE_CHARS:
-        raise TokenizerError(
-            f"the chat template has over {MAX_TEMPLATE_CHARS} characters, the limit: replace it"
-        )
-    job = json.dumps([template, variables]).encode()
-    try:
-        child = subprocess.run(
-            [sys.executable, __file__], input=job, capture_output=True, timeout=CHAT_SECONDS
-        )
-        text, error = json.loads(child.stdout or '["", "it died; is jinja2 installed?"]')
-    except subprocess.TimeoutExpired:
-        text, error = "", f"it was not done after {CHAT_SECONDS} s"
-    if error:
-        raise TokenizerError(
-            f"the chat template failed ({error}): check the messages, or use a plain prompt"
-        )
-    return text
-
-
-def _render_in_child() -> tuple[str, str]:
-    """Text and error of the job that render_chat wrote to stdin."""
-    # debug is for when a template fails
-    from jinja2 import TemplateError, debug, ext, nodes, sandbox  # noqa: F401
-
-    class Generation(ext.Extension):
-        """{% generation %} marks the assistant's words, for those who train on them; it writes what
-        is inside.
-        """
-
-        tags = {"generation"}
-
-        def parse(self, parser) -> nodes.Node:
-            line = next(parser.stream).lineno
-            return nodes.Scope(
-                parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line
-            )
-
-    def raise_exception(message: str) -> None:
-        raise TemplateError(message)
-
-    template, variables = json.load(sys.stdin)
-    environment = sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    environment.add_extension("jinja2.ext.loopcontrols")
-    environment.add_extension(Generation)
-    environment.filters["tojson"] = lambda value, **options: json.dumps(
-        value, **{"ensure_ascii": False} | options
-    )
-    environment.globals |= {
-        "raise_exception": raise_exception,
-        "strftime_now": datetime.now().strftime,
-    }
-    environment.from_string(
-        "{{ 'x' }}"
-    ).render()  # what jinja2 opens late is opened now: soon no file can be
-    if sys.platform != "win32":  # there, only the time is limited
-        import resource
-
-        for name, most in {"AS": CHAT_BYTES, "CPU": CHAT_SECONDS, "FSIZE": 0, "NOFILE": 0}.items():
-            with suppress(ValueError):  # macOS knows no limit on memory
-                resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (most, most))
-    try:
-        text = environment.from_string(template).render(variables)
-    except Exception as error:  # whatever a stranger's program may raise is reported, in one line
-        return "", " ".join(f"{type(error).__name__}: {error}".split())[:300]
-    return (text, "") if len(text) <= MAX_CHAT_CHARS else ("", f"it wrote {len(text)} characters")
+    return build(spec["model"], normalizers, splitters, merged), bos
 
 
 class Detokenizer:
@@ -510,7 +366,7 @@ class Tokenizer:
         self._tokens = tokens | {token["id"]: name.encode() for name, token in added.items()}
         self._hidden = {token["id"] for token in added.values() if token["special"]}
         if not all(type(id) is int and 0 <= id < MAX_TOKEN_ID for id in self._tokens):
-            raise TokenizerError(
+            raise CheckpointError(
                 f"the tokenizer has ids outside 0..{MAX_TOKEN_ID - 1}: download its files again"
             )
         self.vocab_size = max(self._tokens) + 1
@@ -526,7 +382,7 @@ class Tokenizer:
         a lone surrogate.
         """
         if re.search("[\ud800-\udfff]", text):  # Python's picture of a byte that is not UTF-8
-            raise TokenizerError(
+            raise CheckpointError(
                 "got a text with a byte that is not UTF-8, wanted UTF-8: convert it"
             )
         ids = list(self._before) if bos else []
@@ -564,7 +420,7 @@ class Tokenizer:
         (Qwen3's knows it); None says nothing.
         """
         if not isinstance(self._template, str):
-            raise TokenizerError(
+            raise CheckpointError(
                 "this checkpoint has no chat template: use one trained to chat, or a plain prompt"
             )
         if system is not None:
@@ -587,107 +443,75 @@ def vocabulary_difference(a: Tokenizer, b: Tokenizer) -> tuple[int, bytes, bytes
     """The first id, below both sizes, that means different tokens, with its bytes in a and in b;
     None without one.
     """
-    id = next(
-        (
-            id
-            for id in range(min(a.vocab_size, b.vocab_size))
-            if a.token_bytes(id) != b.token_bytes(id)
-        ),
-        None,
-    )
-    return None if id is None else (id, a.token_bytes(id), b.token_bytes(id))
+    for id in range(min(a.vocab_size, b.vocab_size)):
+        ours, theirs = a.token_bytes(id), b.token_bytes(id)
+        if ours != theirs:
+            return id, ours, theirs
+    return None
 
 
-def _load(folder: Path) -> Tokenizer | None:
-    """Read the files of a folder, or the metadata of a GGUF file, which says the same in other
-    words.
-    """
-    if folder.is_file():
-        files = _read_gguf(folder)
-        return files and _build(*files)
-    spec, data = _read_json(folder / "tokenizer.json"), _read(folder / "tokenizer.model")
-    if not spec and data is None:
+def _read_folder(folder: Path) -> Files | None:
+    spec, model = _read_json(folder / "tokenizer.json"), folder / "tokenizer.model"
+    if not spec and not model.is_file():
         return None
-    config = _read_json(folder / "special_tokens_map.json") | _read_json(
-        folder / "tokenizer_config.json"
-    )
-    template = (_read(folder / "chat_template.jinja") or b"").decode() or config.get(
-        "chat_template"
-    )
-    entries = [
-        {"id": id, "content": token}
-        for token, id in _read_json(folder / "added_tokens.json").items()
-    ]
-    entries += [
-        token | {"id": int(id)} for id, token in config.get("added_tokens_decoder", {}).items()
-    ]
-    config |= {"chat_template": template}
-    return _build(spec, data, config, entries, read_eos_ids(folder))
+    config = _read_json(folder / "special_tokens_map.json")
+    config |= _read_json(folder / "tokenizer_config.json")
+    template = folder / "chat_template.jinja"
+    if template.is_file():
+        config["chat_template"] = read_file(template, MAX_FILE_BYTES).decode()
+    named = _read_json(folder / "added_tokens.json")
+    added = [{"id": id, "content": token} for token, id in named.items()]
+    decoder = config.get("added_tokens_decoder", {})
+    added += [token | {"id": int(id)} for id, token in decoder.items()]
+    data = None if spec else read_file(model, MAX_FILE_BYTES)
+    return Files(spec, data, config, added, read_eos_ids(folder))
 
 
-def _build(
-    spec: dict, data: bytes | None, config: dict, entries: list[dict], eos_ids: tuple[int, ...]
-) -> Tokenizer:
-    """From tokenizer.json or else tokenizer.model, tokenizer_config.json, added tokens named
-    elsewhere, and EOS.
-    """
-    names = {
-        key: value["content"]
-        if isinstance(value, dict)
-        else value  # a token is a text, or an object that has it
+def _build(files: Files) -> Tokenizer:
+    config, added, before, usual = files.config, {}, [], {}
+    if files.spec:
+        model, before = _from_json(files.spec)
+        entries = files.added + files.spec.get("added_tokens", [])
+    elif re.fullmatch(rb"(?:[A-Za-z0-9+/]+=* \d+\s+)*", files.model):
+        model, special = _from_ranks(files.model)
+        entries = special + files.added
+        usual = {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"}
+    else:
+        model, special = _from_pieces(files.model, config.get("legacy") is not False)
+        entries = special + files.added
+        usual = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    names = usual | {
+        key: value["content"] if isinstance(value, dict) else value
         for key, value in config.items()
         if key.endswith("_token") and isinstance(value, str | dict)
     }
-    if spec:
-        model, before = _from_json(spec)
-        entries += spec.get("added_tokens", [])
-    elif re.fullmatch(rb"(?:[A-Za-z0-9+/]+=* \d+\s+)*", data):
-        model, found = _from_ranks(data)
-        names, entries = (
-            {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"} | names,
-            found + entries,
-        )
-    else:
-        model, found = _from_pieces(data, config.get("legacy") is not False)
-        names, entries = (
-            {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"} | names,
-            found + entries,
-        )
-    added = {}
     for entry in entries:  # of two for one text, the later
-        if any(entry.get(flag) for flag in ("single_word", "lstrip", "rstrip")):
+        if any(map(entry.get, ("single_word", "lstrip", "rstrip"))):
             raise _unsupported("added token", entry, "one without single_word, lstrip and rstrip")
-        added[entry["content"]] = entry | {
-            "special": entry.get("special") or entry["content"] in names.values()
-        }
-    if not spec:
-        before = [
-            added[bos]["id"]
-            for bos in {names["bos_token"]} & added.keys()
-            if config.get("add_bos_token", True)
-        ]
+        special = entry.get("special") or entry["content"] in names.values()
+        added[entry["content"]] = entry | {"special": special}
+    if usual and config.get("add_bos_token", True) and names["bos_token"] in added:
+        before = [added[names["bos_token"]]["id"]]
     template = config.get("chat_template")
     if isinstance(template, list):  # of named ones
         template = {each["name"]: each["template"] for each in template}.get("default")
-    return Tokenizer(model, added, before, names, eos_ids, template)
+    return Tokenizer(model, added, before, names, files.eos_ids, template)
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer | None:
     """The tokenizer of a checkpoint's folder or GGUF file; None where it has none. ValueError: it
     is of no use.
     """
+    from checkpoint.gguf import read_tokenizer
+
     try:
-        return _load(Path(folder))
-    except TokenizerError:
+        read = read_tokenizer if Path(folder).is_file() else _read_folder
+        files = read(Path(folder))
+        return None if files is None else _build(files)
+    except CheckpointError:
         raise
-    except (
-        Exception
-    ) as error:  # a file that is not what it should be fails in many ways, each of them here
+    except Exception as error:  # a file that is not what it should be fails in many ways
         what = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise TokenizerError(
+        raise CheckpointError(
             f"the tokenizer in {folder} is damaged ({what}): download it again"
         ) from error
-
-
-if __name__ == "__main__":  # the child process of render_chat
-    json.dump(_render_in_child(), sys.stdout)
