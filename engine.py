@@ -20,12 +20,15 @@ from checkpoint.tokenizer import Tokenizer, load_tokenizer, read_eos_ids, vocabu
 from checkpoint.weights import (
     available_bytes,
     default_target,
+    load_config,
     load_model,
     resolve,
 )
 from figures import run_stats
 from linear import FORMATS, finish_all, finisher, speeds
 from model import Transformer
+from parallel import ALONE, Group
+from ranks import join
 from rows import AUTO, Row, Settings, make_rows
 from runtime import Devices, Policy, one_thread, peak_memory_gb
 from sampling import Params
@@ -70,13 +73,21 @@ class Model:
         compile: bool | None = None,
         target: "Model | None" = None,
         quantize: str | None = None,
+        group: Group = ALONE,
     ) -> "Model":
-        """target: the loaded target, for a draft that was trained for it and uses its embedding."""
+        """target: the loaded target, for a draft that was trained for it and uses its embedding.
+        group: the ranks that share the model.
+        """
         where, plain = resolve(name), compile or (compile is None and device.type == "cuda")
-        numbers, bits = choose_format(where, device, dtype, quantize, plain)
+        numbers, bits = group.same(choose_format(where, device, dtype, quantize, plain))
+        share, of = group.share if group.ranks > 1 else None, target and target.transformer
         with one_thread():
-            finish, of = finisher(bits, not plain), target and target.transformer
-            transformer = load_model(name, device, numbers, Transformer, of, finish, bits)
+            if of is not None and of.group.ranks > 1 and load_config(name).head_tokens:
+                of = load_model(target.name, device, numbers, Transformer, ends=True)
+            finish = finisher(bits, not plain, group)
+            transformer = load_model(name, device, numbers, Transformer, of, finish, bits, share)
+            if share is not None:
+                group.split(transformer)
         tokenizer = load_tokenizer(where)
         eos = frozenset() if tokenizer else frozenset(read_eos_ids(where))
         return cls.of(transformer, str(name), tokenizer, eos, compile, bits)
@@ -143,12 +154,19 @@ class Model:
         """A runner that knows how the first `batch` of these rows sample, with the KV of the tokens
         that the runner `before` has read.
         """
-        runner = self.runner(role, batch, trunk, k, branches, vocab)
         values = zip(*((*row.sampling, row.number) for row in rows))  # rows that wait count, too
-        params = Params.make(*values, runner.device).narrow(range(batch))
-        runner.set_rows(params, settings.coupling, settings.saguaro_c)
-        if before is not None:
-            runner.cache.copy_trunk(before.cache, rows[0].target_read)
+        params = Params.make(*values, "cpu").narrow(range(batch))
+        shape = role, batch, trunk, k, branches, vocab
+        how, read = (settings.coupling, settings.saguaro_c), before and rows[0].target_read
+        return self.ready(before, shape, params, how, read)
+
+    def ready(self, before, shape: tuple, params: Params, how: tuple, read: int | None) -> Runner:
+        """set_up of numbers: all ranks run it alike. read: how many tokens' KV to take over."""
+        self.transformer.group.tell("set_up", shape, params, how, read)
+        runner = self.runner(*shape)
+        runner.set_rows(params.to(runner.device), *how)
+        if read is not None:
+            runner.cache.copy_trunk(before.cache, read)
         return runner
 
 
@@ -361,8 +379,8 @@ class Engine:
         """The planner of a run, and all the K and M that it may choose. The plan is what makes a
         mode.
         """
-        mode = settings.mode
-        common = min(m.transformer.head.out_features for m in (self.target, *drafts))
+        mode, configs = settings.mode, [m.config for m in (self.target, *drafts)]
+        common = min(c.head_tokens or c.vocab_size for c in configs)
         if mode == "ar":
             return SamePlan(Plan(0, 0)), (0,), (0,)
         if mode == "ssd" and settings.fan_out != AUTO and settings.fan_out >= common:
@@ -418,7 +436,8 @@ class Engine:
         if self.draft and stats["draft"]:
             stats["draft_quantize"] = self.draft.numbers()["quantize"]
         peak = peak_memory_gb(decoding.target_lane.device)
-        bandwidth = self.devices.bandwidth(decoding.target_lane)
+        lost = self.target.transformer.group.broken  # then the lane may wait for ever
+        bandwidth = None if lost else self.devices.bandwidth(decoding.target_lane)
         stats |= run_stats(
             decoding, self.settings, bandwidth and self.target.step_bytes / bandwidth
         )
@@ -462,10 +481,16 @@ def load(
     for name, bits in (("quantize", quantize), ("draft_quantize", draft_quantize)):
         if bits is not None and bits not in FORMATS:
             raise ValueError(f"{name} is {bits!r}, wanted one of {', '.join(FORMATS)}")
+    flags = {"dtype": dtype, "compile": compile, "quantize": quantize}
+    group, device, draft_device = join(target, device, draft_device, flags)
     if target is None:
         target, draft = default_target(), draft or DEFAULT_DRAFT
     devices = Devices(device, draft_device)
-    loaded = Model.load(target, devices.target, dtype, compile, None, quantize)
+    whole = target, devices.target, dtype, compile, None, quantize, group
+    if group.rank > 0:
+        group.serve(lambda: Model.load(*whole), devices.lanes("ar")[0])
+    loaded = Model.load(*whole)
+    group.serving = True
     if draft not in (None, NGRAM):
         draft = Model.load(draft, devices.draft, dtype, compile, loaded, draft_quantize)
     engine = Engine(loaded, draft, devices)

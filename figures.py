@@ -1,7 +1,7 @@
 """What happened in a run: a record for each round, one line, a table of modes, a trace.
 
 Knows: times and counts, and how they combine. Does not know: tensors, models, why a round was
-played as it was. The method ends here. Read next: checkpoint/config.py, for files on disk.
+played as it was. The method ends here. Read next: parallel.py.
 
 With equal K, SSD gains at most (1 + t_draft / t_verify) over SD: it hides the drafting, it does not
 make a verification cheaper. All times are seconds of the host's clock. A round lasts from the start

@@ -10,6 +10,7 @@ ssd.py.
 
 import argparse
 import hashlib
+import io
 import json
 import os
 import sys
@@ -444,6 +445,12 @@ def load_pair(args, mode: str):
 
 
 def run(args) -> int:
+    # torch misses NumPy at each start; nobody here does.
+    warnings.filterwarnings("ignore", "Failed to initialize NumPy")
+    mode = "ssd" if args.ssd or args.compare else "sd" if args.sd else "ar"
+    if int(os.environ.get("RANK", 0)):  # torchrun started others: rank 0 has the text
+        sys.stderr = io.StringIO()
+        load_pair(args, mode)  # serves rank 0 until that ends
     if args.chat and (args.compare or args.json is not None or args.trace is not None):
         raise ValueError(
             "--chat was given with --compare, --json or --trace, which are of one text: choose"
@@ -458,9 +465,6 @@ def run(args) -> int:
     if out is not None and not out.left:
         return 0
     prompts = prompts if out is None else [prompts[n] for n in out.left]
-    mode = "ssd" if args.ssd or args.compare else "sd" if args.sd else "ar"
-    # torch misses NumPy at each start; nobody here does.
-    warnings.filterwarnings("ignore", "Failed to initialize NumPy")
     from rows import Settings  # before the models: a wrong flag should not wait for them
 
     Settings(**settings_of(args, mode))

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from checkpoint.gguf import GROUP, Groups
+from parallel import ALONE, Group, is_summed
 from runtime import one_thread
 
 FORMATS = ("none", "int8", "int4")
@@ -61,10 +62,11 @@ class Int8Linear(nn.Module):
     many there are.
     """
 
-    def __init__(self, linear: nn.Linear):
+    def __init__(self, linear: nn.Linear, group: Group = ALONE):
+        """group: whose ranks have the other columns of the weight."""
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        codes_NK, scale_N = to_int8(linear.weight.detach())
+        codes_NK, scale_N = to_int8(linear.weight.detach(), group)
         # PyTorch's operator reads whole vectors of 16 numbers and does not check that there are.
         self.fast = not codes_NK.is_cuda and self.in_features % 16 == 0
         self.register_buffer("codes_NK", codes_NK)
@@ -113,13 +115,14 @@ class Int4Linear(nn.Module):
 # ---- weights to codes
 
 
-def to_int8(weight_NK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def to_int8(weight_NK: torch.Tensor, group: Group = ALONE) -> tuple[torch.Tensor, torch.Tensor]:
     """codes_NK int8 and scale_N bfloat16: each row in steps of a 127th of its largest weight."""
     codes_NK = torch.empty(weight_NK.shape, dtype=torch.int8, device=weight_NK.device)
     scale_N = torch.empty(len(weight_NK), dtype=torch.bfloat16, device=weight_NK.device)
+    most_N = torch.cat([weight_NK[part].float().abs().amax(1) for part in parts(weight_NK)])
+    scale_N.copy_((group.largest(most_N) / 127).clamp(min=1e-30))
     for part in parts(weight_NK):
         rows = weight_NK[part].float()
-        scale_N[part] = (rows.abs().amax(1) / 127).clamp(min=1e-30)
         codes_NK[part] = (rows / scale_N[part, None].float()).round_().clamp_(-127, 127)
     return codes_NK, scale_N
 
@@ -171,31 +174,29 @@ def fits_int4(outputs: int, inputs: int) -> bool:
     return inputs % GROUP == 0 and outputs % 16 == 0
 
 
-def quantised(linear: nn.Linear, name: str, bits: str) -> nn.Module:
-    """The layer with its weights in `bits`, "int8" or "int4".
-
-    In int4 the head stays int8: its errors would be the text's own. So does what does not fit.
-    """
-    if bits == "int4" and name != "head" and fits_int4(*linear.weight.shape):
-        return Int4Linear(to_int4(linear.weight.detach()), linear.bias)
-    return Int8Linear(linear)
-
-
-def finisher(bits: str, pack: bool) -> Callable:
+def finisher(bits: str, pack: bool, group: Group = ALONE) -> Callable:
     """What becomes of each linear layer of a model: (linear, name, stored) -> a module.
 
     bits: "none", "bfloat16", "int8", "int4", or "stored", as a GGUF file has them. stored: what it
-    has (checkpoint.gguf.Groups, "int8", or None). pack: whether floats are packed.
+    has (checkpoint.gguf.Groups, "int8", or None). pack: whether floats are packed. group: the ranks
+    that share the model.
+
+    In int4 the head stays int8: its errors would be the text's own. So does what does not fit.
     """
 
     def finish(linear: nn.Linear, name: str = "", stored: Groups | str | None = None) -> nn.Module:
-        wanted = stored if bits == "stored" else bits
+        wanted, others = stored if bits == "stored" else bits, group if is_summed(name) else ALONE
+        four = isinstance(stored, Groups) or (wanted == "int4" and name != "head")
+        if bits in ("int4", "stored"):  # all ranks, or none: int8 has one scale for a row of all
+            shape = stored.codes_NK.shape if isinstance(stored, Groups) else linear.weight.shape
+            misfit = torch.tensor([float(not (four and fits_int4(*shape)))])
+            if not others.largest(misfit):
+                groups = stored if isinstance(stored, Groups) else to_int4(linear.weight.detach())
+                return Int4Linear(groups, linear.bias)
         if isinstance(stored, Groups):
-            if fits_int4(*stored.codes_NK.shape):
-                return Int4Linear(stored, linear.bias)
-            linear.weight, wanted = nn.Parameter(stored.dense(), requires_grad=False), "int8"
-        if wanted in ("int8", "int4"):
-            return quantised(linear, name, wanted)
+            linear.weight = nn.Parameter(stored.dense(), requires_grad=False)
+        if wanted in ("int8", "int4") or isinstance(stored, Groups):
+            return Int8Linear(linear, others)
         dtype = torch.bfloat16 if bits == "bfloat16" else linear.weight.dtype
         return PackedLinear(linear, dtype) if pack and can_pack(linear.weight, dtype) else linear
 

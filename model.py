@@ -17,6 +17,7 @@ from torch import nn
 
 from checkpoint.config import Config, rope_frequencies
 from kernels import script, tree_attention
+from parallel import ALONE
 
 Pair = tuple[torch.Tensor, torch.Tensor]  # cos and sin, keys and values, or a mask's two parts
 
@@ -53,15 +54,16 @@ class Transformer(nn.Module):
     """
 
     rope: Pair | None = None  # cos_PD, sin_PD
+    group = ALONE  # the processes that share the model
 
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
-        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        V = config.own_tokens or config.vocab_size
+        self.embed = nn.Embedding(V, config.hidden_size)
         self.layers = Layers(Block(config, window) for window in config.windows)
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
-        V = config.head_tokens or config.vocab_size
-        self.head = nn.Linear(config.hidden_size, V, bias=False)
+        self.head = nn.Linear(config.hidden_size, config.head_tokens or V, bias=False)
         if config.tied and not config.head_tokens:
             self.head.weight = self.embed.weight
         self.register_buffer("token_ids_V", None, persistent=False)

@@ -71,6 +71,9 @@ class Params(NamedTuple):
             filtered=any(top_k) or any(p < 1 for p in top_p),
         )
 
+    def to(self, device) -> "Params":
+        return Params(*(x_B.to(device) for x_B in self[:6]), *self[6:])
+
     def narrow(self, part: range) -> "Params":
         """Views of these rows alone."""
         return Params(*(x_B[part.start : part.stop] for x_B in self[:6]), *self[6:])

@@ -102,10 +102,11 @@ class Runner:
         )
         model.set_positions(trunk + 2 * k)
         self.rope = model.rope  # captured graphs read these tables, whatever the model makes later
-        ids_V = model.token_ids_V
+        self.group, ids_V = model.group, model.token_ids_V
         if ids_V is None:  # tokens that the target does not have are never proposed
             ids_V = torch.arange(min(model.head.out_features, vocab), device=weight.device)
-        self.ids_V, self.words_V = ids_V, ids_V.to(torch.int32)
+        self.own_V = self.ids_V = ids_V
+        self.words_V = ids_V.to(torch.int32)
         # This model's index of each of the target's tokens; len(ids_V) for one it cannot draw.
         self.index_of = torch.full((vocab,), len(ids_V), device=weight.device)
         self.index_of[ids_V] = torch.arange(len(ids_V), device=weight.device)
@@ -114,6 +115,7 @@ class Runner:
         self.views: dict[range, tuple] = {}  # the cache and params of a part
         self.params: Params | None = None
         self.coupling, self.saguaro_c = "shared", 1.0
+        self.by_draws, self.gathers, self.apart = True, False, False  # as set_rows decides
         self.lengths: list[int] = []  # of verifications and extends, where steps are static
         self.step_of: dict = {}
         self.warm: tuple | None = None  # what the compiled and captured steps were made for
@@ -123,7 +125,18 @@ class Runner:
     def set_rows(self, params: Params, coupling: str, saguaro_c: float) -> None:
         """Take over how the rows of this run sample. Static policies keep the tensors, so that
         graphs read the new values.
+
+        by_draws: a draft token is accepted if it is the target's own draw. Several ranks draw
+        apart, each among its own tokens, unless that needs all logits: then rank 0 gathers them.
         """
+        several = self.group.ranks > 1
+        self.by_draws = coupling == "shared" or (several and params.greedy)
+        needs_all = not params.greedy and (coupling != "shared" or params.filtered)
+        self.gathers, self.apart = several and needs_all, several and not needs_all
+        if several:
+            every = self.gathers and self.group.rank == 0
+            self.ids_V = torch.arange(self.vocab, device=self.device) if every else self.own_V
+            self.words_V = self.ids_V.to(torch.int32)
         same = self.params is not None and self.policy.static and self.coupling == coupling
         if same and self.params[6:] == params[6:] and self.saguaro_c == saguaro_c:
             for old, new in zip(self.params[:6], params[:6]):
@@ -136,6 +149,7 @@ class Runner:
         """Let another row, of this number, sample in this place: its temperature, top-k, top-p and
         seed. The tensors stay, since views and graphs read them.
         """
+        self.group.tell("seat", place, sampling, number)
         new = Params.make(*([value] for value in sampling), [number], self.device)
         for mine, its in zip(self.params[:6], new[:6]):
             mine[place] = its[0]
@@ -227,7 +241,7 @@ class Runner:
         logq[b]: for a CHAIN each token's `LogQ`, unless the coupling is `shared`.
         """
         K, tensors, part = len(feed.tokens[0]) - 1, (), self.part_of(feed)
-        if self.coupling != "shared" and K:
+        if not self.by_draws and K:
             logq_BKV = torch.full((len(part), K, self.vocab), float("-inf"), dtype=self.noise_dtype)
             logq_BKV = logq_BKV.to(self.device)
             for at, b in enumerate(part):
@@ -243,12 +257,12 @@ class Runner:
     def _verify(self, x, logq_BKV=None, *, extent, tight):
         warped_BTV = self._warped(x, extent, tight)
         length_B, first_B = (x.count - 1).clamp(min=0), x.start + 1
-        if self.coupling == "shared":
+        if self.by_draws:
             at_BT = self._predicted(x.start, x.tokens.shape[1])
-            draws_BT = self.noisy(warped_BTV, x.params, at_BT, self.words_V).argmax(-1)
-            return (
-                _join(warped_BTV.amax(-1), *accept_shared(draws_BT, x.tokens[:, 1:], length_B)),
-            )
+            best_BT, draws_BT = self.noisy(warped_BTV, x.params, at_BT, self.words_V).max(-1)
+            if self.apart:
+                best_BT, draws_BT = self.group.best(best_BT, self.ids_V[draws_BT])
+            return (_join(best_BT, *accept_shared(draws_BT, x.tokens[:, 1:], length_B)),)
         if logq_BKV is None:  # nothing was drafted: an ordinary draw
             draws_B1 = self.noisy(
                 warped_BTV[:, :1], x.params, first_B[:, None], self.words_V
@@ -397,7 +411,8 @@ class Runner:
         return warp(self._logits(x, place), x.params, penalty)
 
     def _logits(self, x, place):
-        return self.model(self._known(x.tokens), place, x.cache)[..., : len(self.ids_V)]
+        logits = self.model(self._known(x.tokens), place, x.cache)[..., : len(self.own_V)]
+        return self.group.whole(logits, self.vocab) if self.gathers else logits
 
     def _known(self, tokens_BT):
         """The tokens, but one that the draft's embedding does not have becomes its last one."""
@@ -458,6 +473,13 @@ class Runner:
         numbers, layout = _pack(
             {name: values[part.start : part.stop] for name, values in columns.items()}
         )
+        with self.group.guard():
+            self.group.tell("run", work.__name__, numbers, layout, part, static)
+            return self.run(work.__name__, numbers, layout, part, static, *tensors)
+
+    def run(self, name: str, numbers: list, layout: tuple, part: range, static: dict, *tensors):
+        """_step of packed numbers: all ranks run it alike."""
+        work = getattr(self, name)
         packed, beside = self.policy.send(numbers), self._views_of(part)
         if not self.policy.static:
             return work(_views(packed, layout, *beside), *tensors, **static)

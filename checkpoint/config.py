@@ -88,7 +88,8 @@ class Config:
     attention.
 
     head_tokens: the rows of a draft's output head, which may know fewer tokens than it reads; 0 for
-    all.
+    all. own_tokens: the rows of embedding and head that this process has, of a model that several
+    share; 0 for all. The other numbers of such a config are this process's share as well.
     """
 
     model_type: str
@@ -110,6 +111,7 @@ class Config:
     qk_norm: bool
     windows: tuple[int, ...]
     head_tokens: int = 0
+    own_tokens: int = 0
 
     @property
     def own_embed(self) -> bool:

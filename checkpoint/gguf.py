@@ -14,6 +14,7 @@ import math
 import mmap
 import struct
 from collections.abc import Callable, Iterator
+from copy import copy
 from pathlib import Path
 from typing import NamedTuple
 
@@ -346,16 +347,24 @@ class Quantised:
 
     def __init__(self, file: File, name: str, interleaved: int = 0):
         self.data, self.entry, self.interleaved = file.data, file.entries[name], interleaved
+        self.part = [slice(0, size) for size in self.entry.shape]  # of each axis, what is read
         self.bits = 8 * self.entry.nbytes / math.prod(self.entry.shape)  # a weight
 
+    def narrow(self, axis: int, part: range) -> "Quantised":
+        """The tensor that has only these rows (axis 0) or columns (axis 1)."""
+        less = copy(self)
+        less.part = [*self.part]
+        less.part[axis] = slice(part.start, part.stop)
+        return less
+
     def get_shape(self) -> list[int]:
-        return list(self.entry.shape)
+        return [part.stop - part.start for part in self.part]
 
     def get_dtype(self) -> str:
         return "F32"
 
     def __getitem__(self, everything: slice) -> torch.Tensor:
-        return self.copy_to(torch.empty(self.entry.shape))
+        return self.copy_to(torch.empty(self.get_shape()))
 
     def parts(self) -> Iterator[tuple[slice, torch.Tensor]]:
         """Slices of the rows with the bytes of their blocks, (blocks, size), in our order."""
@@ -365,7 +374,8 @@ class Quantised:
         if self.interleaved:
             raw = raw[torch.arange(rows).view(self.interleaved, -1, 2).transpose(1, 2).flatten()]
         step = max(1, CHUNK * rows // math.prod(self.entry.shape))
-        for start in range(0, rows, step):
+        raw = raw[self.part[0]]
+        for start in range(0, len(raw), step):
             part = slice(start, start + step)
             yield part, raw[part].reshape(-1, blocks_of(kind, "a tensor").size)
         if hasattr(mmap, "MADV_DONTNEED"):  # pages that were read count as this process's memory
@@ -377,23 +387,29 @@ class Quantised:
         memory.
         """
         by_row, blocks = out.view(out.shape[0], -1), blocks_of(self.entry.kind, "a tensor")
+        width = math.prod(self.entry.shape[1:])
+        columns = self.part[1] if len(self.part) > 1 else slice(None)
         for part, raw in self.parts():
-            by_row[part].copy_(blocks.unpack(raw).view(-1, by_row.shape[1]))
+            by_row[part].copy_(blocks.unpack(raw).view(-1, width)[:, columns])
         return out
 
     def has_groups(self) -> bool:
-        return self.entry.kind in FOUR_BITS and len(self.entry.shape) == 2
+        """Whether these are weights in four bits, and whole groups of them."""
+        edges = self.part[-1].start, self.part[-1].stop
+        whole = all(edge % GROUP == 0 for edge in edges)
+        return self.entry.kind in FOUR_BITS and len(self.part) == 2 and whole
 
     def groups(self) -> Groups:
         """The weights in the four bits that the file has them in."""
-        N, K = self.entry.shape
+        (N, K), (_, width), columns = self.get_shape(), self.entry.shape, self.part[1]
+        groups = slice(columns.start // GROUP, columns.stop // GROUP)
         codes_NK = torch.empty(N, K, dtype=torch.uint8)
         scale_NG, zero_NG = torch.empty(2, N, K // GROUP)
         for part, raw in self.parts():
             codes, scale, least = FOUR_BITS[self.entry.kind](raw)
-            codes_NK[part] = codes.view(-1, K)
-            scale_NG[part] = scale.reshape(-1, K // GROUP)
-            zero_NG[part] = (least + 8 * scale).reshape(-1, K // GROUP)
+            codes_NK[part] = codes.view(-1, width)[:, columns]
+            scale_NG[part] = scale.reshape(-1, width // GROUP)[:, groups]
+            zero_NG[part] = (least + 8 * scale).reshape(-1, width // GROUP)[:, groups]
         return Groups(codes_NK, scale_NG, zero_NG)
 
 

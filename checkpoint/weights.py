@@ -19,6 +19,7 @@ import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -104,7 +105,8 @@ Fill = Callable[[Piece, torch.Tensor], object]
 def pieces(config: Config) -> Iterator[Piece]:
     """Every tensor that a checkpoint of this config has to hold, in the order of the pass."""
     D = config.head_dim
-    sizes = {"V": config.vocab_size, "E": config.hidden_size, "F": config.intermediate_size}
+    sizes = {"V": config.own_tokens or config.vocab_size, "E": config.hidden_size}
+    sizes |= {"F": config.intermediate_size}
     sizes |= {"Q": config.num_heads * D, "K": config.num_kv_heads * D, "D": D}
     filled: dict[str, int] = {}  # rows of our parameter taken so far: q, k and v are stacked
     layers = [(layer, row) for layer in range(config.num_layers) for row in LAYER]
@@ -234,13 +236,16 @@ def load_model(
     target: nn.Module | None = None,
     finish: Finish | None = None,
     bits: str = "none",
+    share: Callable[[Config, Tensors], tuple[Config, Tensors]] | None = None,
+    ends: bool = False,
 ) -> nn.Module:
     """The checkpoint `name` on `device` in `dtype`, with no second copy in host memory.
 
     make: the class of the model. target: the loaded target, for a draft that was trained for it and
     uses its embedding. finish: what becomes of each linear layer as soon as its weights are there.
     bits: what `finish` makes of them, as in engine.choose_format; for "int4" and "stored" it is
-    given the weights of a GGUF file as they are there. ValueError: what is wrong.
+    given the weights of a GGUF file as they are there. share: cuts config and tensors down to what
+    this process has of them. ends: embedding, norm and head only. ValueError: what is wrong.
     """
     folder, inflated = resolve(name), split_inflate(name)
     if inflated:
@@ -256,6 +261,9 @@ def load_model(
     if config.head_tokens:
         ids_V = check_draft(config, raw, tensors, folder, target)
         given = shared_weights(target, ids_V, device, dtype)
+    config = replace(config, num_layers=0, windows=()) if ends else config
+    if share is not None:
+        config, tensors = share(config, tensors)
     check_room(config, tensors, torch.device(device), dtype, bits)
 
     def copy(piece: Piece, out: torch.Tensor) -> None:
@@ -269,6 +277,8 @@ def load_model(
     if bits in ("int4", "stored"):
         stored = lambda pieces: stored_weight(pieces, tensors)  # noqa: E731
     workers = min(8, len(available_cores()))  # they share one memory
+    if share is not None:  # those who share finish their layers in one order
+        workers = 1
     model = build_model(config, copy, device, dtype, make, given, finish, stored, workers)
     if ids_V is not None:
         model.token_ids_V = ids_V.to(device)
