@@ -202,8 +202,8 @@ def about(target: str | None, ranks: int) -> dict[str, str]:
     if ranks > config.num_kv_heads:
         numbers = " or ".join(map(str, range(1, config.num_kv_heads + 1)))
         raise ValueError(
-            f"{ranks} ranks cannot share {config.num_kv_heads} key/value heads, of which each needs "
-            f"one: start {numbers}"
+            f"{ranks} ranks cannot share {config.num_kv_heads} key/value heads: each needs "
+            f"its own one: start {numbers}"
         )
     files = [path]
     if path.is_dir():
