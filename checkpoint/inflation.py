@@ -25,6 +25,7 @@ Everything else is random, and not zero, since zeros draw less power and let a G
 it would.
 """
 
+import re
 from pathlib import Path
 
 import torch
@@ -72,18 +73,13 @@ def parse_shape(text: str) -> dict[str, int]:
         return {name: size for name, size in zip(NAMES, SHAPES[text], strict=True) if size}
     shape = {}
     for part in text.split(","):
-        name, _, size = part.partition("=")
-        if (
-            name not in NAMES
-            or not (size.isascii() and size.isdigit())
-            or not 1 <= len(size) <= 8
-            or int(size) == 0
-        ):
+        size = re.fullmatch(r"(\w+)=([1-9][0-9]{0,7})", part)
+        if size is None or size[1] not in NAMES:
             raise ValueError(
                 f"shape {text[:100]!r} is unknown: give one of {', '.join(SHAPES)}, or sizes of "
                 f"{', '.join(NAMES)}, like hidden=1024,layers=12"
             )
-        shape[name] = int(size)
+        shape[size[1]] = int(size[2])
     return shape
 
 
@@ -99,43 +95,46 @@ def grow_config(raw: dict, shape: dict[str, int]) -> dict:
                 f"{name}={new[name]} is less than the checkpoint's {size}: ask for at least "
                 f"{name}={size}"
             )
-    if new["head_dim"] % old["head_dim"]:
-        raise ValueError(
-            f"head_dim={new['head_dim']} is not a multiple of the checkpoint's: use "
-            f"{2 * old['head_dim']}"
-        )
-    if new["heads"] % new["kv_heads"]:
-        raise ValueError(
-            f"heads={new['heads']} is not a multiple of kv_heads={new['kv_heads']}: choose one "
-            "that is"
-        )
-    need = old["kv_heads"] * _copies(
-        small.num_heads // small.num_kv_heads, new["heads"] // new["kv_heads"]
-    )
-    if new["kv_heads"] < need:
-        raise ValueError(
-            f"heads={new['heads']} over kv_heads={new['kv_heads']} has no room for the "
-            f"checkpoint's {old['heads']} "
-            f"over {old['kv_heads']}: ask for kv_heads={need} or more heads"
-        )
-    if small.rope["type"] == "yarn" and new["head_dim"] != old["head_dim"]:
-        raise ValueError(
-            "head_dim cannot grow with yarn RoPE, whose bands depend on it: leave head_dim as it is"
-        )
-    words = new["vocab"] > old["vocab"]
-    if words and new["hidden"] == old["hidden"]:
-        raise ValueError(f"vocab={new['vocab']} needs a spare column: make hidden larger as well")
+    heads, groups, head_dim = new["heads"], new["kv_heads"], new["head_dim"]
+    need = small.num_kv_heads * copies_of(small, max(1, heads // groups))
+    words, wider = new["vocab"] > small.vocab_size, head_dim > small.head_dim
+    for wrong, what in (
+        (
+            head_dim % small.head_dim,
+            f"head_dim={head_dim} is not a multiple of the checkpoint's: use {2 * small.head_dim}",
+        ),
+        (heads % groups, f"heads={heads} is not a multiple of kv_heads={groups}: choose one"),
+        (
+            groups < need,
+            f"heads={heads} over kv_heads={groups} has no room for the checkpoint's "
+            f"{small.num_heads} over {small.num_kv_heads}: ask for kv_heads={need} or more heads",
+        ),
+        (
+            wider and small.rope["type"] == "yarn",
+            "head_dim cannot grow with yarn RoPE, whose bands depend on it: leave it as it is",
+        ),
+        (
+            words and new["hidden"] == small.hidden_size,
+            f"vocab={new['vocab']} needs a spare column: make hidden larger as well",
+        ),
+    ):
+        if wrong:
+            raise ValueError(what)
     grown = raw | {NAMES[name]: size for name, size in new.items()}
-    grown["rms_norm_eps"] = small.norm_eps * old["hidden"] / new["hidden"] / (2 if words else 1)
-    grown["tie_word_embeddings"] = small.tied and not words
+    # Half of eps is left for the constant column, where there is one.
+    share = small.hidden_size / new["hidden"] / (2 if words else 1)
+    grown |= {
+        "rms_norm_eps": small.norm_eps * share,
+        "tie_word_embeddings": small.tied and not words,
+    }
     if types := raw.get("layer_types"):
-        grown["layer_types"] = types + types[-1:] * (new["layers"] - old["layers"])
+        grown["layer_types"] = types + types[-1:] * (new["layers"] - small.num_layers)
     return grown
 
 
-def _copies(queries: int, room: int) -> int:
-    """KV heads it takes to serve `queries` query heads at `room` of them for each."""
-    return -(-queries // room)
+def copies_of(small: Config, room: int) -> int:
+    """KV heads it takes to serve a KV head's query heads at `room` of them for each."""
+    return -(-small.num_heads // small.num_kv_heads // room)
 
 
 class Growth:
@@ -150,13 +149,10 @@ class Growth:
         self.generator = torch.Generator(self.device).manual_seed(seed)
         self.old = pieces_of(source)
         self.old.setdefault("lm_head.weight", source.embed.weight.data)
-        self.axes = self._axes()
-        n = config.head_dim // small.head_dim
-        self.scale = {
-            "input_layernorm": (small.hidden_size / config.hidden_size) ** 0.5,
-            "q_proj": n**0.5,
-        }
-        self.scale["post_attention_layernorm"] = self.scale["norm"] = self.scale["input_layernorm"]
+        self.axes = {letter: index.to(self.device) for letter, index in self._axes().items()}
+        n, narrow = config.head_dim // small.head_dim, small.hidden_size / config.hidden_size
+        norms = ("input_layernorm", "post_attention_layernorm", "norm")
+        self.scale = dict.fromkeys(norms, narrow**0.5) | {"q_proj": n**0.5}
         if config.qk_norm:
             shared = (n * config.norm_eps / small.norm_eps) ** 0.5
             self.scale |= {"q_proj": shared, "k_proj": shared, "k_norm": n**-0.5}
@@ -165,10 +161,8 @@ class Growth:
             self.constant = (small.norm_eps * small.hidden_size / 2) ** 0.5
             # The final norm makes of c: weight * sqrt(eps*D/2) / rms. Half of the volume goes to
             # the norm's weight and half to lm_head, so that neither leaves float16.
-            most = (small.norm_eps * config.hidden_size / 2) ** 0.5 / smallest_rms(
-                source, self.generator
-            )
-            self.loud = (LOWEST / most) ** 0.5
+            most = (small.norm_eps * config.hidden_size / 2) ** 0.5
+            self.loud = (LOWEST * smallest_rms(source, self.generator) / most) ** 0.5
 
     def _axes(self) -> dict[str, torch.Tensor]:
         """For each letter of a piece's axes: where each index of the large model comes from, or
@@ -177,50 +171,38 @@ class Growth:
         small, large = self.small, self.config
         h, n = small.head_dim, large.head_dim // small.head_dim
         queries, room = small.num_heads // small.num_kv_heads, large.num_heads // large.num_kv_heads
-        copies = _copies(queries, room)
         spread = torch.full((large.head_dim,), ZERO)
         spread[::n] = torch.arange(h)
-        q, k = [], []
+        new = torch.full_like(spread, RANDOM)
+
+        def head_at(place: int, rest: int) -> torch.Tensor:
+            """The rows of a head, from those of the small model's head number `place`."""
+            return torch.where(spread >= 0, spread + place * h, rest)
+
+        # Between a spread query's numbers anything may stand, as k is zero there: unless a norm
+        # adds it up.
+        rest, q, k = ZERO if large.qk_norm else RANDOM, [], []
         for head in range(large.num_kv_heads):
-            kv, copy = divmod(head, copies)
+            kv, copy = divmod(head, copies_of(small, room))
             used = kv < small.num_kv_heads
-            k.append(
-                torch.where(spread >= 0, spread + kv * h, ZERO)
-                if used
-                else torch.full_like(spread, RANDOM)
-            )
+            k.append(head_at(kv, ZERO) if used else new)
             for query in range(copy * room, (copy + 1) * room):
-                first = (kv * queries + query) * h
                 mine = used and query < queries
-                # Between a spread query's numbers anything may stand, as k is zero there: unless a
-                # norm adds it up.
-                rest = ZERO if large.qk_norm else RANDOM
-                q.append(
-                    torch.where(spread >= 0, spread + first, rest)
-                    if mine
-                    else torch.full_like(spread, RANDOM)
-                )
+                q.append(head_at(kv * queries + query, rest) if mine else new)
         axes = {"Q": torch.cat(q), "K": torch.cat(k), "D": spread}
-        for letter, size, old in (
-            ("E", large.hidden_size, small.hidden_size),
-            ("F", large.intermediate_size, small.intermediate_size),
-            ("V", large.vocab_size, small.vocab_size),
-        ):
-            index = torch.arange(size)
-            axes[letter] = torch.where(index < old, index, RANDOM)
-        return {letter: index.to(self.device) for letter, index in axes.items()}
+        for letter, name in (("E", "hidden_size"), ("F", "intermediate_size"), ("V", "vocab_size")):
+            index = torch.arange(getattr(large, name))
+            axes[letter] = torch.where(index < getattr(small, name), index, RANDOM)
+        return axes
 
     def fill(self, piece: Piece, out: torch.Tensor) -> None:
         """Write one tensor of the large model. To be called in the order of weights.pieces, for the
         same noise.
         """
         role, kind = piece.theirs.split(".")[-2:]
-        d, new_layer = self.small.hidden_size, piece.layer >= self.small.num_layers
-        rows = (
-            torch.full_like(self.axes[piece.axes[0]], RANDOM)
-            if new_layer
-            else self.axes[piece.axes[0]]
-        )
+        new_layer = piece.layer >= self.small.num_layers
+        rows, *columns = (self.axes[letter] for letter in piece.axes)
+        rows = torch.full_like(rows, RANDOM) if new_layer else rows
         if role.endswith("norm"):
             out.fill_(self.scale.get(role, 1.0))
         elif kind == "bias" or role in ("o_proj", "down_proj", "embed_tokens"):
@@ -231,9 +213,17 @@ class Growth:
             out.uniform_(-bound, bound, generator=self.generator)
             out[rows == ZERO] = 0.0
         if not new_layer:
-            self._copy(piece, role, rows, out)
-        if not self.constant:
-            return
+            old = self.old[piece.theirs] * self.scale.get(role, 1.0)
+            to = [(index >= 0).nonzero()[:, 0] for index in (rows, *columns)]
+            of = [index[at] for index, at in zip((rows, *columns), to, strict=True)]
+            out[torch.meshgrid(*to, indexing="ij")] = old[torch.meshgrid(*of, indexing="ij")].to(
+                out.dtype
+            )
+        if self.constant:
+            self._place_constant(role, rows, out)
+
+    def _place_constant(self, role: str, rows: torch.Tensor, out: torch.Tensor) -> None:
+        d = self.small.hidden_size
         if role in ("input_layernorm", "post_attention_layernorm"):
             out[d] = 0.0  # no layer sees the constant
         elif role == "norm":
@@ -242,16 +232,6 @@ class Growth:
             out[:, d] = self.constant
         elif role == "lm_head":
             out[:, d] = torch.where(rows >= 0, 0.0, -self.loud).to(out.dtype)
-
-    def _copy(self, piece: Piece, role: str, rows: torch.Tensor, out: torch.Tensor) -> None:
-        old = self.old[piece.theirs] * self.scale.get(role, 1.0)
-        to = (rows >= 0).nonzero()[:, 0]
-        if len(piece.axes) == 1 or piece.theirs.endswith("bias"):
-            out[to] = old[rows[to]].to(out.dtype)
-            return
-        columns = self.axes[piece.axes[1]]
-        at = (columns >= 0).nonzero()[:, 0]
-        out[to[:, None], at] = old[rows[to][:, None], columns[at]].to(out.dtype)
 
 
 @torch.no_grad()
