@@ -6,6 +6,7 @@ next: inflation.py.
 """
 
 import json
+import re
 import subprocess
 import sys
 from contextlib import suppress
@@ -44,28 +45,16 @@ def render_chat(template: str, variables: dict) -> str:
 def _render_in_child() -> tuple[str, str]:
     """Text and error of the job that render_chat wrote to stdin."""
     # debug is for when a template fails
-    from jinja2 import TemplateError, debug, ext, nodes, sandbox  # noqa: F401
-
-    class Generation(ext.Extension):
-        """{% generation %} marks the assistant's words, for those who train on them; it writes what
-        is inside.
-        """
-
-        tags = {"generation"}
-
-        def parse(self, parser) -> nodes.Node:
-            line = next(parser.stream).lineno
-            return nodes.Scope(
-                parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line
-            )
+    from jinja2 import TemplateError, debug, sandbox  # noqa: F401
 
     def raise_exception(message: str) -> None:
         raise TemplateError(message)
 
     template, variables = json.load(sys.stdin)
+    # {% generation %} marks the words of the assistant for those who train on them: a "with" block.
+    template = re.sub(r"(\{%[-+]?\s*(?:end)?)generation(?=\s*[-+]?%\})", r"\1with", template)
     environment = sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
     environment.add_extension("jinja2.ext.loopcontrols")
-    environment.add_extension(Generation)
     environment.filters["tojson"] = lambda value, **options: json.dumps(
         value, **{"ensure_ascii": False} | options
     )
@@ -73,9 +62,8 @@ def _render_in_child() -> tuple[str, str]:
         "raise_exception": raise_exception,
         "strftime_now": datetime.now().strftime,
     }
-    environment.from_string(
-        "{{ 'x' }}"
-    ).render()  # what jinja2 opens late is opened now: soon no file can be
+    # What jinja2 opens late is opened now: soon no file can be.
+    environment.from_string("{{ 'x' }}").render()
     if sys.platform != "win32":  # there, only the time is limited
         import resource
 

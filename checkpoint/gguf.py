@@ -42,7 +42,7 @@ class Entry(NamedTuple):
     """A tensor as the header describes it: its shape in PyTorch's order, and its bytes."""
 
     shape: tuple[int, ...]
-    kind: int
+    blocks: "Blocks"
     offset: int
     nbytes: int
 
@@ -135,7 +135,7 @@ class Cursor:
         row = shape[-1] if axes > 1 else 1  # in one axis, numbers that are not in blocks
         if not all(shape) or row % blocks.weights:
             raise self.damaged(f"{what} has rows of {row}, wanted whole blocks of {blocks.name}")
-        return Entry(shape, kind, offset, math.prod(shape) // blocks.weights * blocks.size)
+        return Entry(shape, blocks, offset, math.prod(shape) // blocks.weights * blocks.size)
 
 
 def open_gguf(path: str | Path) -> File:
@@ -189,12 +189,16 @@ def open_gguf(path: str | Path) -> File:
 
 
 class Blocks(NamedTuple):
-    """A tensor type: weights and bytes of a block; unpack makes float32 of bytes (blocks, size)."""
+    """A tensor type: weights and bytes of a block; unpack makes float32 of bytes (blocks, size).
+
+    codes: of a type in four bits, what those are.
+    """
 
     name: str
     weights: int
     size: int
     unpack: Callable[[torch.Tensor], torch.Tensor]
+    codes: "Unpack | None" = None
 
 
 def blocks_of(kind: int, what: str) -> Blocks:
@@ -308,16 +312,19 @@ def plain(dtype: torch.dtype):
     return lambda blocks: blocks.contiguous().view(dtype).float()
 
 
-FOUR_BITS = {2: simple(False, False), 3: simple(True, False), 12: eight_groups(False)}
+def four_bits(name: str, weights: int, size: int, codes: Unpack) -> Blocks:
+    return Blocks(name, weights, size, affine(codes), codes)
+
+
 TYPES = {  # the layouts of blocks are ggml's (ggml-common.h)
     0: Blocks("F32", 1, 4, plain(torch.float32)),
     1: Blocks("F16", 1, 2, plain(torch.float16)),
-    2: Blocks("Q4_0", 32, 18, affine(FOUR_BITS[2])),
-    3: Blocks("Q4_1", 32, 20, affine(FOUR_BITS[3])),
+    2: four_bits("Q4_0", 32, 18, simple(False, False)),
+    3: four_bits("Q4_1", 32, 20, simple(True, False)),
     6: Blocks("Q5_0", 32, 22, affine(simple(False, True))),
     7: Blocks("Q5_1", 32, 24, affine(simple(True, True))),
     8: Blocks("Q8_0", 32, 34, q8_0),
-    12: Blocks("Q4_K", 256, 144, affine(FOUR_BITS[12])),
+    12: four_bits("Q4_K", 256, 144, eight_groups(False)),
     13: Blocks("Q5_K", 256, 176, affine(eight_groups(True))),
     14: Blocks("Q6_K", 256, 210, q6_k),
     28: Blocks("F64", 1, 8, plain(torch.float64)),
@@ -368,7 +375,7 @@ class Quantised:
 
     def parts(self) -> Iterator[tuple[slice, torch.Tensor]]:
         """Slices of the rows with the bytes of their blocks, (blocks, size), in our order."""
-        (rows, *_), kind, offset, nbytes = self.entry
+        (rows, *_), blocks, offset, nbytes = self.entry
         raw = torch.frombuffer(self.data, dtype=torch.uint8, count=nbytes, offset=offset)
         raw = raw.view(rows, -1)
         if self.interleaved:
@@ -377,7 +384,7 @@ class Quantised:
         raw = raw[self.part[0]]
         for start in range(0, len(raw), step):
             part = slice(start, start + step)
-            yield part, raw[part].reshape(-1, blocks_of(kind, "a tensor").size)
+            yield part, raw[part].reshape(-1, blocks.size)
         if hasattr(mmap, "MADV_DONTNEED"):  # pages that were read count as this process's memory
             start = offset // mmap.PAGESIZE * mmap.PAGESIZE
             self.data.madvise(mmap.MADV_DONTNEED, start, offset + nbytes - start)
@@ -386,18 +393,16 @@ class Quantised:
         """Write the weights into `out`, a part at a time, so that no second copy of them is ever in
         memory.
         """
-        by_row, blocks = out.view(out.shape[0], -1), blocks_of(self.entry.kind, "a tensor")
-        width = math.prod(self.entry.shape[1:])
+        by_row, width = out.view(out.shape[0], -1), math.prod(self.entry.shape[1:])
         columns = self.part[1] if len(self.part) > 1 else slice(None)
         for part, raw in self.parts():
-            by_row[part].copy_(blocks.unpack(raw).view(-1, width)[:, columns])
+            by_row[part].copy_(self.entry.blocks.unpack(raw).view(-1, width)[:, columns])
         return out
 
     def has_groups(self) -> bool:
         """Whether these are weights in four bits, and whole groups of them."""
-        edges = self.part[-1].start, self.part[-1].stop
-        whole = all(edge % GROUP == 0 for edge in edges)
-        return self.entry.kind in FOUR_BITS and len(self.part) == 2 and whole
+        whole = all(edge % GROUP == 0 for edge in (self.part[-1].start, self.part[-1].stop))
+        return self.entry.blocks.codes is not None and len(self.part) == 2 and whole
 
     def groups(self) -> Groups:
         """The weights in the four bits that the file has them in."""
@@ -406,7 +411,7 @@ class Quantised:
         codes_NK = torch.empty(N, K, dtype=torch.uint8)
         scale_NG, zero_NG = torch.empty(2, N, K // GROUP)
         for part, raw in self.parts():
-            codes, scale, least = FOUR_BITS[self.entry.kind](raw)
+            codes, scale, least = self.entry.blocks.codes(raw)
             codes_NK[part] = codes.view(-1, width)[:, columns]
             scale_NG[part] = scale.reshape(-1, width // GROUP)[:, groups]
             zero_NG[part] = (least + 8 * scale).reshape(-1, width // GROUP)[:, groups]

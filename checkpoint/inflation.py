@@ -35,8 +35,6 @@ from checkpoint.config import Config
 from checkpoint.weights import (
     Fill,
     Piece,
-    build_model,
-    check_room,
     load_model,
     parse_config,
     pieces_of,
@@ -261,15 +259,3 @@ def grown(
     exact = torch.float64 if dtype == torch.float64 else torch.float32
     source = load_model(folder, device, exact, make)
     return raw, config, Growth(source, config, seed).fill
-
-
-def load_inflated(
-    text: str, folder: Path, device, dtype: torch.dtype, make, finish=None, bits: str = "none"
-) -> nn.Module:
-    """The grown model, made on the device layer by layer; only the small one is read.
-
-    finish and bits are load_model's.
-    """
-    _, config, fill = grown(text, folder, device, dtype, make)
-    check_room(config, {}, torch.device(device), dtype, bits)
-    return build_model(config, fill, device, dtype, make, finish=finish)

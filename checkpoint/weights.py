@@ -121,14 +121,6 @@ def pieces(config: Config) -> Iterator[Piece]:
         yield Piece(*names, start, shape, axes, layer)
 
 
-def by_module(config: Config) -> dict[str, list[Piece]]:
-    """The pieces of each module of a model, by the module's name."""
-    found: dict[str, list[Piece]] = {}
-    for piece in pieces(config):
-        found.setdefault(piece.ours.rpartition(".")[0], []).append(piece)
-    return found
-
-
 def split_inflate(name: str | Path) -> tuple[str, str] | None:
     """`inflate:SHAPE:NAME` -> (SHAPE, NAME); any other name -> None."""
     kind, *rest = str(name).split(":", 2)
@@ -248,41 +240,47 @@ def load_model(
     this process has of them. ends: embedding, norm and head only. ValueError: what is wrong.
     """
     folder, inflated = resolve(name), split_inflate(name)
+    tensors, ids_V, given, stored, workers = {}, None, None, None, 1
     if inflated:
-        from checkpoint.inflation import load_inflated
+        from checkpoint.inflation import grown
 
-        return load_inflated(inflated[0], folder, device, dtype, make, finish, bits)
+        _, config, fill = grown(inflated[0], folder, device, dtype, make)
+    else:
+        config, raw, tensors = open_whole(folder)
+        if config.head_tokens:
+            ids_V = check_draft(config, raw, tensors, folder, target)
+            given = shared_weights(target, ids_V, device, dtype)
+        config = replace(config, num_layers=0, windows=()) if ends else config
+        if share is not None:
+            config, tensors = share(config, tensors)
+        else:  # those who share finish their layers in one order
+            workers = min(8, len(available_cores()))  # they share one memory
+        fill = lambda piece, out: fill_from(tensors[piece.theirs], out)  # noqa: E731
+        if bits in ("int4", "stored"):
+            stored = lambda pieces: stored_weight(pieces, tensors)  # noqa: E731
+    check_room(config, tensors, torch.device(device), dtype, bits)
+    model = build_model(config, fill, device, dtype, make, given, finish, stored, workers)
+    if ids_V is not None:
+        model.token_ids_V = ids_V.to(device)
+    return model
+
+
+def open_whole(folder: Path) -> tuple[Config, dict, Tensors]:
+    """Config, config.json and tensors of a folder or a GGUF file, all of which fit together."""
     if os.path.isfile(folder):
         raw, tensors = open_checkpoint(folder)
     else:
         raw, tensors = read_config(folder), open_tensors(folder)
     config = parse_config(raw, folder)
-    tensors, ids_V, given = check_tensors(config, tensors, folder), None, None
-    if config.head_tokens:
-        ids_V = check_draft(config, raw, tensors, folder, target)
-        given = shared_weights(target, ids_V, device, dtype)
-    config = replace(config, num_layers=0, windows=()) if ends else config
-    if share is not None:
-        config, tensors = share(config, tensors)
-    check_room(config, tensors, torch.device(device), dtype, bits)
+    return config, raw, check_tensors(config, tensors, folder)
 
-    def copy(piece: Piece, out: torch.Tensor) -> None:
-        tensor = tensors[piece.theirs]
-        if isinstance(tensor, Quantised):
-            tensor.copy_to(out)
-        else:
-            out.copy_(tensor[:].to(out.device))
 
-    stored = None
-    if bits in ("int4", "stored"):
-        stored = lambda pieces: stored_weight(pieces, tensors)  # noqa: E731
-    workers = min(8, len(available_cores()))  # they share one memory
-    if share is not None:  # those who share finish their layers in one order
-        workers = 1
-    model = build_model(config, copy, device, dtype, make, given, finish, stored, workers)
-    if ids_V is not None:
-        model.token_ids_V = ids_V.to(device)
-    return model
+def fill_from(tensor, out: torch.Tensor) -> None:
+    """Write a tensor of a file into `out`."""
+    if isinstance(tensor, Quantised):
+        tensor.copy_to(out)
+    else:
+        out.copy_(tensor[:].to(out.device))
 
 
 def check_draft(
@@ -309,8 +307,8 @@ def check_draft(
             f"target has {ours.vocab_size} and {ours.hidden_size}: {advice}"
         )
     ids_V, sample = tensors["token_ids"][:], tensors["embedding_sample"][:].float()
-    whole, rising = not ids_V.is_floating_point(), bool((ids_V.diff() > 0).all())
-    if not (whole and rising and ids_V[0] >= 0 and ids_V[-1] < config.vocab_size):
+    rising = not ids_V.is_floating_point() and torch.equal(ids_V, ids_V.unique())
+    if not (rising and ids_V[0] >= 0 and ids_V[-1] < config.vocab_size):
         raise ValueError(
             f"token_ids in {folder} are not rising ids below {config.vocab_size}: train the draft "
             "again"
@@ -333,7 +331,7 @@ def shared_weights(
     """A trained draft's embedding, the target's own where that is possible, and its head, rows of
     the target's.
     """
-    embed, device = target.embed.weight, torch.device(device)
+    embed = target.embed.weight
     ids_V = ids_V.to(embed.device)
     if target.config.tied:
         rows = embed.detach()[ids_V].to(device, dtype)
@@ -342,9 +340,9 @@ def shared_weights(
         with torch.inference_mode():
             columns = [target.head(part)[:, ids_V] for part in ones]
         rows = torch.cat(columns).T.to(device, dtype, copy=True)
-    same = embed.device.type == device.type and device.index in (None, embed.device.index)
-    if embed.dtype != dtype or not same:
-        embed = nn.Parameter(embed.detach().to(device, dtype), requires_grad=False)
+    moved = embed.to(device, dtype)  # itself, if it is there already
+    if moved is not embed:
+        embed = nn.Parameter(moved.detach(), requires_grad=False)
     return {"embed": embed, "head": nn.Parameter(rows, requires_grad=False)}
 
 
@@ -452,10 +450,6 @@ def listed(names) -> str:
     return ", ".join(map(shorten, first)) + (f" and {more[0]} more" if more[0] > 0 else "")
 
 
-def weight_bytes(config: Config, dtype: torch.dtype) -> int:
-    return sum(math.prod(piece.shape) for piece in pieces(config)) * dtype.itemsize
-
-
 def available_bytes(device) -> int | None:
     """Memory that is free on a device, without pushing anything out; None if unknown."""
     device = torch.device(device)
@@ -556,7 +550,9 @@ def build_model(
             if model.get_submodule(name) is module:
                 scratch.room = None  # it stays
 
-    jobs = by_module(config)
+    jobs: dict[str, list[Piece]] = {}
+    for piece in pieces(config):
+        jobs.setdefault(piece.ours.rpartition(".")[0], []).append(piece)
     order = list(jobs.items())
     if workers > 1:  # the largest first: none is left to be waited for at the end
         order.sort(key=lambda job: -sum(math.prod(piece.shape) for piece in job[1]))

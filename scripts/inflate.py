@@ -20,9 +20,9 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from checkpoint.inflation import NAMES, SHAPES, grown  # noqa: E402
-from checkpoint.weights import TEXT_FILES, pieces, resolve, weight_bytes  # noqa: E402
+from checkpoint.weights import TEXT_FILES, pieces, resolve  # noqa: E402
 from model import Transformer  # noqa: E402
-from scripts.save import save_model  # noqa: E402
+from scripts.save import save_model, weight_bytes  # noqa: E402
 
 
 def inflate(

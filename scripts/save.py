@@ -16,7 +16,11 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from checkpoint.config import Config  # noqa: E402
-from checkpoint.weights import Fill, Piece, pieces, pieces_of, weight_bytes  # noqa: E402
+from checkpoint.weights import Fill, Piece, pieces, pieces_of  # noqa: E402
+
+
+def weight_bytes(config: Config, dtype: torch.dtype) -> int:
+    return sum(math.prod(piece.shape) for piece in pieces(config)) * dtype.itemsize
 
 
 def split_pieces(config: Config, dtype: torch.dtype, shard_bytes: int) -> list[list[Piece]]:

@@ -23,10 +23,9 @@ from checkpoint.weights import (
     pieces,
     resolve,
     split_inflate,
-    weight_bytes,
 )
 from model import Transformer
-from scripts.save import save_model
+from scripts.save import save_model, weight_bytes
 
 
 def load_model(name, device="cpu", dtype=torch.float32):
