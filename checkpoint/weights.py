@@ -121,6 +121,14 @@ def pieces(config: Config) -> Iterator[Piece]:
         yield Piece(*names, start, shape, axes, layer)
 
 
+def by_module(config: Config) -> dict[str, list[Piece]]:
+    """The pieces of each module of a model, by the module's name."""
+    found: dict[str, list[Piece]] = {}
+    for piece in pieces(config):
+        found.setdefault(piece.ours.rpartition(".")[0], []).append(piece)
+    return found
+
+
 def split_inflate(name: str | Path) -> tuple[str, str] | None:
     """`inflate:SHAPE:NAME` -> (SHAPE, NAME); any other name -> None."""
     kind, *rest = str(name).split(":", 2)
@@ -550,9 +558,7 @@ def build_model(
             if model.get_submodule(name) is module:
                 scratch.room = None  # it stays
 
-    jobs: dict[str, list[Piece]] = {}
-    for piece in pieces(config):
-        jobs.setdefault(piece.ours.rpartition(".")[0], []).append(piece)
+    jobs = by_module(config)
     order = list(jobs.items())
     if workers > 1:  # the largest first: none is left to be waited for at the end
         order.sort(key=lambda job: -sum(math.prod(piece.shape) for piece in job[1]))
