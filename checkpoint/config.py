@@ -70,11 +70,10 @@ def read_file(path: Path, limit: int) -> bytes:
 
 def read_json(path: Path, limit: int = 1 << 20) -> dict:
     """The object in a JSON file of at most `limit` bytes."""
+    data = read_file(path, limit)
     try:
-        value = json.loads(read_file(path, limit))
-        got = f"holds a {type(value).__name__}"
-    except CheckpointError:
-        raise
+        value = json.loads(data)
+        got = f"holds {shorten(value)}"
     except (ValueError, RecursionError) as error:
         value, got = None, f"is unreadable ({str(error)[:200]})"
     if not isinstance(value, dict):

@@ -33,6 +33,7 @@ INSTALL = 'pip install "gguf>=0.19"'
 # Struct's letters of metadata types.
 SCALARS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
+COUNTS = "the number of tensors and of keys"
 
 
 # ---- the header
@@ -113,16 +114,17 @@ class Cursor:
 
     def value(self, what: str):
         """A value of the metadata: a number, a text, or an array of one of these."""
-        (kind,), count = self.numbers("I", what), None
-        if kind == ARRAY:
+        (kind,), count = self.numbers("I", what), 1
+        array = kind == ARRAY
+        if array:
             (kind,), (count,) = self.numbers("I", what), self.numbers("Q", what)
         if kind == STRING:
-            found = self.texts(1 if count is None else count, what)
+            found = self.texts(count, what)
         elif kind in SCALARS:
-            found = self.numbers(SCALARS[kind], what, 1 if count is None else count)
+            found = self.numbers(SCALARS[kind], what, count)
         else:
             raise self.damaged(f"{what} has a value of the unknown type {kind}")
-        return found[0] if count is None else found
+        return found if array else found[0]
 
     def entry(self, what: str) -> Entry:
         """The description of a tensor; its offset counts from the end of the header."""
@@ -158,7 +160,7 @@ def open_gguf(path: str | Path) -> File:
             f"give {path.parent} if it holds a checkpoint"
         )
     cursor = Cursor(path, data)
-    (version,), (tensors, keys) = cursor.numbers("I", "its version"), cursor.numbers("Q", "it", 2)
+    (version,), (tensors, keys) = cursor.numbers("I", "its version"), cursor.numbers("Q", COUNTS, 2)
     if version not in (2, 3):
         raise CheckpointError(
             f"{path} is GGUF version {version}, wanted 2 or 3 (little-endian): convert it again"
@@ -541,9 +543,10 @@ def rope_scaling(file: File, said: dict) -> dict:
         rope.setdefault("factor", said.get(OLD_LINEAR))
     if ROPE_FACTORS not in file.entries:
         return rope
-    if rope:
+    if rope or len(file.entries[ROPE_FACTORS].shape) > 1:
         raise CheckpointError(
-            f"{file.path} has {ROPE_FACTORS} and another RoPE scaling, wanted one: use another file"
+            f"{file.path} has {ROPE_FACTORS}, wanted one row of factors and no other RoPE scaling: "
+            "use another file"
         )
     return {"type": "factors", "factors": Quantised(file, ROPE_FACTORS)[:].flatten().tolist()}
 

@@ -273,11 +273,11 @@ def _character_level(
         return " " + text if spaced and not (metaspace and text[0] == " ") else text
 
     vocab = model["vocab"]
-    bytes_ = dict.fromkeys(f"<0x{byte:02X}>" for byte in range(256))
-    tokens = {id: _piece_bytes(piece, piece in bytes_) for piece, id in vocab.items()}
+    byte_names = dict.fromkeys(f"<0x{byte:02X}>" for byte in range(256))
+    tokens = {id: _piece_bytes(piece, piece in byte_names) for piece, id in vocab.items()}
     characters = [piece for piece in vocab if len(piece) == 1]
     # Of two for the same bytes the later one wins: a character that is a piece is not spelt.
-    ids = [vocab[piece] for piece in [*bytes_, *characters, *merged]]
+    ids = [vocab[piece] for piece in [*byte_names, *characters, *merged]]
     known = [tokens[id] for id in ids[256:]]
     beginnings = [c[:end] for c in known[: len(characters)] for end in range(2, len(c))]
     id_of = {tokens[id]: id for id in ids}

@@ -55,8 +55,8 @@ def edit_tensors(folder: Path, change) -> None:
     [
         ("", "unreadable"),
         ("{", "unreadable"),
-        ("[1]", "holds a list"),
-        ("null", "holds a NoneType"),
+        ("[1]", r"holds \[1\], wanted"),
+        ("null", "holds None, wanted"),
         ("[" * 200_000, "unreadable"),
         ('{"a":' * 100_000, "unreadable"),
         (" " * (1 << 20) + "{}", "more than 1048576 bytes"),

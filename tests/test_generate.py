@@ -155,10 +155,10 @@ MISTAKES = {
         "is a file but not a GGUF file, wanted one, or a folder",
     ),
     "folder without anything": (["--target", "EMPTY"], "no config.json"),
-    "folder without weights": (["--target", "BARE"], "no weights, wanted model.safetensors"),
+    "folder without weights": (["--target", "BARE"], "no 'model.safetensors', wanted safetensors only"),
     "unknown architecture": (
         ["--target", "FOREIGN"],
-        "model_type is 'gpt2', wanted one of llama, mistral",
+        "model_type = 'gpt2', wanted one of llama, mistral",
     ),
     "no draft": (["--target", "SCRIPTED", "--ssd"], "no --draft was given"),
     "ngram for SSD": (["--ssd", "--draft", "ngram"], "--draft is ngram, which only --sd can use"),

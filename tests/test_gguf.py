@@ -267,6 +267,8 @@ def test_llama3_factors_are_a_tensor(tmp_path):
     assert torch.allclose(rope_frequencies(again)[0], rope_frequencies(model.config)[0], rtol=1e-6)
     write(tmp_path / "n.gguf", LLAMA, spell(model), **{"rope_freqs.weight": factors[:-1]})
     refuses("has 5 factors, wanted 6", tmp_path / "n.gguf", load_model)
+    cube = {"rope_freqs.weight": factors.view(1, 2, 3)}
+    refuses("wanted one row", write(tmp_path / "o.gguf", LLAMA, spell(model), **cube), load_model)
 
 
 @pytest.mark.parametrize("changes", [{"attention_bias": True, "mlp_bias": True},
