@@ -157,7 +157,7 @@ def join(
     if wrong := disagreement(known):
         if rank == 0:
             raise ValueError(wrong)
-        time.sleep(LOST_S)  # the first to end would be taken for the culprit
+        time.sleep(ENDS_S)  # the first to end would be taken for the culprit
         os._exit(2)
     if cuda:
         torch.cuda.set_device(device)

@@ -2,17 +2,27 @@
 
 import json
 import os
+import re
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from families import LLAMA
+from test_gguf import write
 from tiny import transformer
 
 import engine
+import parallel
+import ranks
+from checkpoint.weights import load_model, pieces_of
+from linear import finisher
+from model import Transformer
+from runtime import Devices, one_thread
 from scripts.save import save_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -113,3 +123,176 @@ def test_ranks_print_what_one_process_does(tmp_path, count, family, dtype):
         sampled = settings.get("temperature", 0.0) != 0.0
         needed = sampled and (settings.get("coupling") or "top_k" in settings)
         assert bool(got["gathers"]) == bool(needed), settings
+
+
+# ---- weights of few bits, and every rank's memory
+
+
+class Parts(torch.nn.Module):
+    """What ranks do with one layer, in one process: its parts' results, summed in order."""
+
+    def __init__(self, parts):
+        super().__init__()
+        self.parts = torch.nn.ModuleList(parts)
+
+    def forward(self, x):
+        pieces = x.split([part.in_features for part in self.parts], -1)
+        total = self.parts[0](pieces[0])
+        for part, piece in zip(list(self.parts)[1:], pieces[1:]):
+            total = total + part(piece)
+        return total
+
+
+def in_parts(name: Path, count: int, bits: str) -> Transformer:
+    """One process' model of few bits, but products are rounded where ranks round theirs.
+
+    Codes and scales are those of the whole layer: ranks that chose their own would differ.
+    """
+    plain = finisher(bits, True)
+
+    def finish(linear, name="", stored=None):
+        if not parallel.is_summed(name):
+            return plain(linear, name, stored)
+        weight, parts = linear.weight.detach(), []
+        together = parallel.Group()
+        most = weight.abs().amax(1)
+        together.largest = lambda x: most if len(x) > 1 else x
+        for piece in weight.chunk(count, 1):
+            part = torch.nn.Linear(piece.shape[1], len(weight), bias=False)
+            part.weight = torch.nn.Parameter(piece.contiguous(), requires_grad=False)
+            parts.append(finisher(bits, True, together)(part, name, None))
+        return Parts(parts)
+
+    with one_thread():
+        return load_model(name, "cpu", torch.float32, Transformer, finish=finish, bits=bits)
+
+
+@pytest.mark.parametrize("count,bits", [(2, "int8"), (2, "int4"), (4, "int8")])
+def test_ranks_with_few_bits_print_what_one_process_does(tmp_path, count, bits):
+    """One process that rounds the parts of a sum, as ranks do. Rounding the whole is another."""
+    target = checkpoint(tmp_path / "target")
+    draft = checkpoint(tmp_path / "draft", noise=0.05)
+    load = {"target": str(target), "draft": str(draft), "dtype": "float32", "quantize": bits}
+    load |= {"device": "cpu", "draft_quantize": "none"}
+    asked = runs()
+    found = texts_of_ranks(count, tmp_path, load, asked)
+    model = engine.Model.of(in_parts(target, count, bits), "target", bits=bits)
+    draft = engine.Model.load(str(draft), torch.device("cpu"), "float32")
+    one = engine.Engine(model, draft, Devices("cpu", "cpu"))
+    for (prompts, settings), got in zip(asked, found):
+        assert got["ids"] == one.generate(prompts, **settings).token_ids, settings
+
+
+def test_ranks_read_their_own_part_of_a_gguf_file(tmp_path):
+    """Its four bits as they are; types of other widths become int8."""
+    raw = SHAPE | {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2}
+    raw |= {"vocab_size": 96}
+    model = transformer(0, 96, **{k: v for k, v in raw.items() if k != "vocab_size"})
+    model = model.float()
+    kinds = {"attn_q.weight": "Q8_0", "ffn_gate.weight": "Q5_0"}
+    path = write(tmp_path / "m.gguf", raw, pieces_of(model), lambda name: kinds.get(name, "Q4_0"))
+    asked = [([[5, 6, 7]], {"max_new_tokens": 8, "ignore_eos": True})]
+    for bits in ("none", None):
+        load = {"target": str(path), "quantize": bits, "device": "cpu"}
+        fast = {"float32": 1.0, "int4": 0.5}
+        found = texts_of_ranks(2, tmp_path, load, asked, speeds=fast)
+        one = engine.load(str(path), device="cpu", quantize="none")
+        if bits == "none":
+            assert found[0]["ids"] == one.generate(*asked[0][:1], **asked[0][1]).token_ids
+        weights = [json.loads((tmp_path / f"job2.target{r}").read_text())[0] for r in (0, 1)]
+        whole = engine.load(str(path), device="cpu", quantize="none").target.step_bytes
+        assert all(w < 1.1 * whole / (2 if bits else 4) for w in weights), (weights, whole)
+
+
+def test_a_rank_takes_the_memory_of_its_share(tmp_path):
+    """Weights at most 1.1 times the share, and while it loads no more than that and one layer."""
+    sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 6}
+    target = checkpoint(tmp_path / "target", vocab_size=8192, **sizes)
+    whole = (target / "model.safetensors").stat().st_size // 2  # float64 there, float32 here
+    load = {"target": str(target), "dtype": "float32", "device": "cpu"}
+    texts_of_ranks(2, tmp_path, load, [([[1, 2]], {"max_new_tokens": 2})])
+    for rank in (0, 1):
+        weights, grown = json.loads((tmp_path / f"job2.target{rank}").read_text())
+        assert weights <= 1.1 * whole / 2, (weights, whole)
+        assert grown <= 1.1 * whole / 2 + 24e6, (grown, whole)  # 24 MB for TorchScript
+
+
+# ---- a rank that is lost
+
+
+FAULTS = {
+    "killed": (signal.SIGKILL, {1}, 1, "error: rank 1 ended or does not answer"),
+    "stopped": (signal.SIGSTOP, {1}, 1, "error: rank 1 ended or does not answer"),
+    "Ctrl-C": (signal.SIGINT, {0, 1}, 130, ""),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_lost_rank_ends_the_run_with_a_sentence(demo, fault):
+    sent, where, code, says = FAULTS[fault]
+    flags = ["--ssd", "--target", demo / "target", "--draft", demo / "draft", "--device", "cpu"]
+    flags += ["--k", "2", "--fan-out", "4", "--max-new-tokens", "280", "--ignore-eos"]
+    processes = start(2, "generate.py", *flags, "--prompt", "def")
+    try:
+        first = processes[0].stdout.read(3)  # the text has begun
+        began = time.monotonic()
+        for rank in where:
+            processes[rank].send_signal(sent)
+        (got, out, error), (other, *_) = ended(processes, 30)
+    finally:
+        for process in processes:
+            process.kill()
+    assert got == code and first + out and time.monotonic() - began < 15, (got, error)
+    told = [line for line in error.splitlines() if line.startswith("error:")]
+    assert (len(told) == 1 and told[0].startswith(says)) if says else not told, error
+    assert "Traceback" not in error
+    if fault == "Ctrl-C":
+        assert other == 130 and "tokens/s" in error
+
+
+def test_a_rank_without_memory_ends_the_run_with_its_sentence(tmp_path):
+    target, job = checkpoint(tmp_path / "target"), tmp_path / "job.json"
+    load = {"target": str(target), "device": "cpu", "dtype": "float64"}
+    asked = [([[1, 2, 3]] * 500, {"max_new_tokens": 200})]  # 200 MB of KV on each
+    job.write_text(json.dumps({"load": load, "runs": asked, "spare": 16 << 20}))
+    (code, _, error), (other, *_) = ended(start(2, "tests/rank.py", job), 30)
+    assert code == 1 and other == 1
+    assert "rank 1 failed" in error and "memory" in error, error
+
+
+def test_what_ranks_must_share_is_checked_before_anything_loads(tmp_path):
+    few = checkpoint(tmp_path / "few", num_key_value_heads=1)
+    one, other = checkpoint(tmp_path / "one"), checkpoint(tmp_path / "other", seed=5)
+    cases = [
+        (few, few, "2 ranks cannot share 1 key/value heads: each needs its own one: start 1"),
+        (one, other, "rank 1 has checkpoint"),
+        (one, tmp_path / "nowhere", "rank 1: there is no folder"),
+    ]
+    for first, second, says in cases:
+        job = tmp_path / "job.json"
+        loads = [{"load": {"target": str(x), "device": "cpu"}} for x in (first, second)]
+        job.write_text(json.dumps({"runs": [], "of_rank": {"0": loads[0], "1": loads[1]}}))
+        (code, _, error), _ = ended(start(2, "tests/rank.py", job), 30)
+        assert code == 1 and f"ValueError: {says}" in error, error
+        assert not list(tmp_path.glob("job.target*"))
+
+
+def test_what_differs_between_ranks_is_named():
+    same = {"torch": "2.13", "checkpoint": "a"}
+    assert ranks.disagreement([same, dict(same)]) == ""
+    assert ranks.disagreement([same, same | {"torch": "2.11"}]).startswith(
+        "rank 1 has torch 2.11 and rank 0 2.13, wanted the same"
+    )
+    assert ranks.disagreement([{"error": "no"}, same]) == "no"
+
+
+@pytest.mark.smollm2
+def test_the_readmes_command_prints_what_one_process_does(tmp_path):
+    """By torchrun itself, with the default model, whose three key/value heads are two and one."""
+    (command,) = re.findall(r"^torchrun (.* --device cpu)$", (ROOT / "README.md").read_text(), re.M)
+    run = [sys.executable, "-m", "torch.distributed.run", *command.split()]
+    flags, how = ["--max-new-tokens", "12", "--dtype", "float32"], {"cwd": ROOT, "text": True}
+    found = subprocess.run([*run, *flags, "--quantize", "none"], stdout=subprocess.PIPE, **how)
+    one = [sys.executable, "generate.py", "--device", "cpu", *flags, "--quantize", "none"]
+    assert found.returncode == 0 and "sky" in found.stdout
+    assert found.stdout == subprocess.run(one, stdout=subprocess.PIPE, **how).stdout
