@@ -1,26 +1,29 @@
 """What a run on a GPU would launch, seen without one: kernels a step, and what a round costs the
-host.
+host. And a rehearsal of gpu_check.py: whether its parts run to their end at full size.
 
 Knows: the null GPU's counters, two shapes, three modes. Does not know: values, which are garbage
 there, or how long a kernel takes. Read next: runtime.py, whose graphs are looked at.
 
-    NULLGPU/run PYTHON scripts/check_graphs.py       some minutes; PYTHON has a CUDA build of torch
+    NULLGPU/run PYTHON scripts/check_graphs.py                            the table, some minutes
+    NULLGPU/run PYTHON scripts/check_graphs.py --gpu-check --only decode  parts of gpu_check.py
 
-NULLGPU is the folder of the null GPU (shared/tools/nullgpu, whose README says how to make such an
-environment): a library that answers for the CUDA runtime and cuBLAS. Dynamo, Inductor, Triton,
-streams, captures and replays are the real ones; kernels are counted and not launched, and what CUDA
-forbids in a capture fails there too. A graph's replay lasts so long for each of its kernels that a
-verification takes a few milliseconds.
+PYTHON has a CUDA build of torch. NULLGPU is the folder of the null GPU (shared/tools/nullgpu, whose
+README says how to make such an environment): a library that answers for the CUDA runtime and
+cuBLAS. Dynamo, Inductor, Triton, streams, captures and replays are the real ones; kernels are
+counted and not launched, and what CUDA forbids in a capture fails there too. A graph's replay lasts
+so long for each of its kernels that a verification takes a few milliseconds.
 
-First table: kernels of each captured graph, and copies and memsets in brackets; `a layer` is what
-each layer adds. Second table, of rounds after the warm-up: forbidden calls in captures and
-allocations of device memory (wanted: none), graphs, copies and waits a round, and the host's time
-from one verification's end to the next one's begin.
+The table has a column for each run. Its first rows are kernels of each captured graph; then the
+calls that a capture forbids and the allocations of device or pinned memory in a round after the
+warm-up (wanted: none of both); graphs, launches, copies and waits a round; and the host's time from
+one verification's end to the next one's begin. All that follows --gpu-check is handed to
+gpu_check.py: what it finds right or wrong there means nothing, only that it ends.
 
 Exit code 0: all right; 1: forbidden calls, or allocations in rounds.
 """
 
 import argparse
+import json
 import os
 import re
 import sys
@@ -28,19 +31,22 @@ import tempfile
 from pathlib import Path
 from statistics import median
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT)]
-
 LOG = Path(tempfile.mkdtemp()) / "captures"
 # The library reads these when it logs, or replays a graph, for the first time.
 os.environ |= {"NULLCUDA_LOG": str(LOG), "NULL_US_HI": "12", "NULL_US_LO": "4"}
 
 import nullgpu  # noqa: E402  before torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
+
+import gpu_check  # noqa: E402
+import gpu_parts  # noqa: E402
 import torch  # noqa: E402
 
 import runtime  # noqa: E402
 from checkpoint.config import Config  # noqa: E402
-from checkpoint.inflation import NAMES, parse_shape  # noqa: E402
+from checkpoint.inflation import NAMES, Growth, parse_shape  # noqa: E402
 from engine import Engine, Model  # noqa: E402
 from model import Transformer  # noqa: E402
 from runtime import Devices, Graph, Policy  # noqa: E402
@@ -105,52 +111,63 @@ def play(pair: Engine, mode: str, temperature: float, coupling: str) -> dict:
     each = {key: (after[key] - before[key]) / played for key in after}
     done = decoding.figures.rounds[1:]
     waits = [(b.begin - a.end) * 1e6 for a, b in zip(done, done[1:]) if not a.drafted]
-    return {
-        "forbidden": after["bad"], "allocations": each["mallocs"] + each["hostallocs"],
-        "graphs": each["graph_launches"], "launches": each["launches"], "copies": each["copies"],
-        "waits": each["syncs"], "host us": median(waits) if waits else float("nan"),
-        "round us": median((b.begin - a.begin) * 1e6 for a, b in zip(done, done[1:])),
-    }  # fmt: skip
+    told = {"forbidden calls": after["bad"], "allocations": each["mallocs"] + each["hostallocs"]}
+    names = {"graphs": "graph_launches", "launches": "launches", "copies": "copies"}
+    told |= {name: each[key] for name, key in names.items()} | {"waits": each["syncs"]}
+    told["us between verifications"] = median(waits) if waits else float("nan")
+    lasts = [(b.begin - a.begin) * 1e6 for a, b in zip(done, done[1:])]
+    return told | {"us of a round": median(lasts)}
 
 
-def print_kernels(found: dict, ways: list[tuple]) -> None:
-    """The first table; found[layers, temperature, coupling] is counts(), with 1 layer and all."""
-    print(f"{'step':30}" + "".join(f"{f'T={t:g}, {c}':>22}{'a layer':>9}" for t, c in ways))
-    for step in sorted({step for of in found.values() for step in of}):
-        role, name, width = step
-        text = f"{role}: {name} of {width}"
-        for way in ways:
-            whole, one = (found[(layers, *way)].get(step) for layers in (None, 1))
-            if whole is None:
-                text = f"{text:30}" + " " * 31
-                continue
-            layers = parse_shape(MODELS[role])["layers"]
-            text = f"{text:30}" + f"{f'{whole[0]} (+{whole[1]})':>22}"
-            text += f"{(whole[0] - one[0]) / (layers - 1):>9.3g}"
+def print_table(kernels: dict, rounds: dict) -> None:
+    """kernels[layers, run] is counts(), with 1 layer and all; rounds[run] is what play() tells."""
+    names = [f"{mode} {t:g} {coupling}" for mode, t, coupling in rounds]
+    print(f"{'mode, temperature, coupling':32}" + "".join(f"{name:>15}" for name in names))
+    for step in sorted({step for of in kernels.values() for step in of}):
+        text, layers = "{}: {} of {}".format(*step), parse_shape(MODELS[step[0]])["layers"]
+        text = f"{text:32}"
+        for run in rounds:
+            whole, one = (kernels[n, run].get(step) for n in (None, 1))
+            each = f"{whole[0]} ({(whole[0] - one[0]) / (layers - 1):.3g})" if whole else ""
+            text += f"{each:>15}"
         print(text)
+    for name in next(iter(rounds.values())):
+        print(f"{name:32}" + "".join(f"{told[name]:>15.4g}" for told in rounds.values()))
+
+
+def rehearse(part: str, how: str) -> None:
+    """One part of gpu_check.py, as gpu_parts.py plays it, with garbage for weights and without
+    cuDNN, which finds no driver.
+    """
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    Policy.read = read_as_hits
+    Growth.__init__ = Growth.fill = lambda *given: None
+    gpu_parts.run(part, json.loads(how), lambda found: print(json.dumps(found), flush=True))
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.parse_args(arguments)
+    parser.add_argument("part", nargs="*", help="used by gpu_check.py: a part and its settings")
+    parser.add_argument("--gpu-check", nargs=argparse.REMAINDER, help="run gpu_check.py with these")
+    args = parser.parse_args(arguments)
+    if args.part:
+        rehearse(*args.part)
+        return 0
+    if args.gpu_check is not None:
+        gpu_check.PROGRAM = Path(__file__)
+        return gpu_check.main(args.gpu_check)
     runtime.Graph, Policy.read = CountedGraph, read_as_hits
-    found, rounds, devices = {}, {}, Devices("cuda:0")
+    kernels, rounds, devices = {}, {}, Devices("cuda:0")
     for layers in (1, None):
         models = [random_model(role, layers) for role in MODELS]
         for run in RUNS:
             pair = Engine(*models, devices, lambda text: None)
-            told = play(pair, *run)
-            found.setdefault((layers, *run[1:]), {}).update(counts(pair))
-            if layers is None:
-                rounds[run] = told
-    print(f"torch {torch.__version__}; {MODELS['target']} and {MODELS['draft']}, K={K}, M={M}\n")
-    print_kernels(found, list(dict.fromkeys(run[1:] for run in RUNS)))
-    columns = list(rounds[RUNS[0]])
-    print("\n" + f"{'run, figures a round':30}" + "".join(f"{name:>12}" for name in columns))
-    for (mode, temperature, coupling), told in rounds.items():
-        label = f"{mode.upper()} T={temperature:g}, {coupling}"
-        print(f"{label:30}" + "".join(f"{told[name]:>12.4g}" for name in columns))
-    wrong = [run for run, told in rounds.items() if told["forbidden"] or told["allocations"]]
+            rounds[run] = play(pair, *run)
+            kernels[layers, run] = counts(pair)
+    print(f"torch {torch.__version__}; {MODELS['target']} and {MODELS['draft']}, K={K}, M={M};")
+    print("kernels of a step, in brackets what each layer adds; all else is of a round\n")
+    print_table(kernels, rounds)
+    wrong = [run for run, told in rounds.items() if told["forbidden calls"] or told["allocations"]]
     print(f"\n{'wrong' if wrong else 'all right'}")
     return 1 if wrong else 0
 

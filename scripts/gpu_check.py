@@ -1,18 +1,22 @@
 """What only a GPU can show: correctness on CUDA, and times as fractions of what the machine can do.
 
-Knows: parts, time limits, the environment, the pair of models, the file of results and its table.
-Does not know: how anything is checked or timed (gpu_parts.py, gpu_pair.py). Read next:
-gpu_parts.py.
+Knows: parts, time limits, the environment, the pair of models, the file of results and its tables.
+Does not know: how anything is checked or timed (gpu_parts.py). Read next: gpu_parts.py.
 
-    python scripts/gpu_check.py                           all parts on cuda:0, under 8 minutes
-    python scripts/gpu_check.py --only kernels,decode     some of them, each under 2 minutes
-    python scripts/gpu_check.py --only correct --sanitize the kernel's checks under compute-
-    sanitizer python scripts/gpu_check.py --device cpu              every line of it at toy size:
-    figures without meaning python scripts/gpu_check.py --show results/FILE.json  the table again
+    python scripts/gpu_check.py --call 1 --out F.json     on cuda:0, under 9 minutes
+    python scripts/gpu_check.py --call 2 --out F.json     the other parts, under 9 minutes
+    python scripts/gpu_check.py --only kernels,decode     some parts
+    python scripts/gpu_check.py --only correct --sanitize the kernel's checks, compute-sanitizer
+    python scripts/gpu_check.py --device cpu              every line at toy size, without meaning
+    python scripts/gpu_check.py --show F.json             the tables again
 
-Each part is a process of its own, killed at its limit; what it had found by then is kept, and so
-are the other parts of a file that is there already. Exit code 0: all right; 1: something is wrong,
-too slow, failed or unfinished; 2: a mistake of the caller.
+What is worth most comes first, in case that the machine goes away. Each part is a process of its
+own, killed at its limit. What it had found by then is kept, and so are the other parts of a file
+that is there already. Beside F.json lie F.log, all that was printed (with the compiler's reasons to
+compile anew), and the trace of a round. All parts share one folder of compiled code.
+
+Exit code 0: all right; 1: something is wrong, too slow, failed or unfinished; 2: a mistake of the
+caller.
 """
 
 import argparse
@@ -30,6 +34,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+PROGRAM = ROOT / "scripts" / "gpu_parts.py"
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 import torch  # noqa: E402
@@ -38,10 +43,16 @@ from checkpoint.config import Config  # noqa: E402
 from checkpoint.weights import load_config  # noqa: E402
 from model import Transformer  # noqa: E402
 from runtime import parse_device  # noqa: E402
+from scripts.gpu_parts import GOALS  # noqa: E402
 from scripts.save import save_model  # noqa: E402
 
-# Part -> its limit in seconds; in this order, and together under 8 minutes.
-PARTS = {"kernels": 90, "decode": 110, "ssd": 110, "loop": 90, "linear": 30, "transformers": 45}
+# Call -> its parts, what is worth most first, and their limits in seconds. A call may be all that
+# there is time for on a machine, and the next one may find another, with no compiled code.
+CALLS = {
+    1: {"decode": 80, "ssd": 240, "profile": 90, "tuner": 110},
+    2: {"kernels": 60, "loop": 120, "wide": 110, "linear": 60, "transformers": 120},
+}
+PARTS = CALLS[1] | CALLS[2]
 EXTRA = {"correct": 120}  # only by name: a part of kernels
 WRONG, MISTAKE = 1, 2
 # The random pair, where none is given, and how far its draft is from it.
@@ -51,7 +62,10 @@ SHAPE = {
     "max_position_embeddings": 4096,
 }  # fmt: skip
 NOISE = 0.05
-SMALL_TARGET, LARGE = "inflate:llama-3.1-8b:", ("decode", "ssd")
+# Parts with a large target, and those whose draft is grown as well; `ssd` grows its own.
+LARGE_TARGET, TARGETS = "inflate:llama-3.1-8b:", ("decode", "ssd", "profile", "tuner", "wide")
+LARGE_DRAFT, DRAFTS = "inflate:llama-3.2-1b:", ("decode", "profile", "tuner", "wide")
+CODE = Path(tempfile.gettempdir()) / "gpu_check"  # compiled code of all parts
 
 
 # ---- the environment
@@ -106,27 +120,32 @@ def nvidia_smi(device: torch.device) -> dict:
 # ---- one part, in a process of its own
 
 
-def run_part(part: str, how: dict, limit_s: float, sanitizer: str | None = None) -> dict:
-    """{"records", "seconds", "end"}: end is "done", or in a sentence why not."""
-    command = [sys.executable, str(ROOT / "scripts" / "gpu_parts.py"), part, json.dumps(how)]
+def run_part(part: str, how: dict, limit_s: float, log: Path, sanitizer: str | None = None) -> dict:
+    """{"records", "seconds", "end"}: end is "done", or in a sentence why not. What the part prints
+    is added to `log`.
+    """
+    command = [sys.executable, str(PROGRAM), part, json.dumps(how)]
     if sanitizer:
         command = [sanitizer, "--error-exitcode", "99", *command]
-    env = dict(os.environ)
-    if how["device"].startswith("cpu") and part in ("kernels", "correct"):
+    env = {"TORCHINDUCTOR_CACHE_DIR": str(CODE), "TRITON_CACHE_DIR": str(CODE / "triton")}
+    env |= {"TORCH_LOGS": "recompiles"} | os.environ
+    if how["spec"].startswith("cpu") and part == "correct":
         env["TRITON_INTERPRET"] = "1"
     began, records, tail = time.perf_counter(), [], []
     both = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "start_new_session": True}
     child = subprocess.Popen(command, env=env, text=True, errors="replace", **both)
 
     def listen():
-        for line in child.stdout:
-            record = parse(line)
-            if record is None:
-                tail.append(line.rstrip())
-                del tail[:-40]
-            else:
-                records.append(record)
-                say(f"  {part}: {row(record)}")
+        with log.open("a") as file:
+            for line in child.stdout:
+                file.write(line)
+                record = parse(line)
+                if record is None:
+                    tail.append(line.rstrip())
+                    del tail[:-25]
+                else:
+                    records.append(record)
+                    say(f"  {part}: {row(record)}")
 
     listener = threading.Thread(target=listen, daemon=True)
     listener.start()
@@ -139,9 +158,9 @@ def run_part(part: str, how: dict, limit_s: float, sanitizer: str | None = None)
     listener.join(5)
     if end != "done":
         say(f"  {part} {end}")
-        say("    " + "\n    ".join(tail[-25:]))
+        say("    " + "\n    ".join(tail))
     out = {"records": records, "seconds": round(time.perf_counter() - began, 1), "end": end}
-    return out if end == "done" else out | {"last_lines": tail[-25:]}
+    return out if end == "done" else out | {"last_lines": tail}
 
 
 def kill(child: subprocess.Popen) -> None:
@@ -163,7 +182,7 @@ def parse(line: str) -> dict | None:
     return record if isinstance(record, dict) and "name" in record else None
 
 
-# ---- the table
+# ---- the tables
 
 
 def row(record: dict) -> str:
@@ -171,42 +190,54 @@ def row(record: dict) -> str:
     text = value if isinstance(value, str) else f"{value:.4g} {unit}".rstrip()
     if record.get("low") is not None:
         text += f" ({record['low']:.4g} to {record['high']:.4g})"
-    if record.get("limit") is not None:
-        text += f"  wanted at {record['kind']} {record['limit']:g}"
-        text += f", aim {record['aim']:g}" if record["aim"] else ""
     verdict = {True: "PASS", False: "FAIL", None: ""}[record.get("pass")]
     more = "".join(
         f", {key} {record[key]}"
-        for key in ("near_ties", "differences", "worst_case")
+        for key in ("near_ties", "differences", "worst_case", "rounds")
         if record.get(key)
     )
-    more = more if verdict == "FAIL" or record.get("near_ties") else ""
-    return f"{verdict:5}{record['name']}: {text}{more}"
+    lines = [f"{verdict:5}{record['name']}: {text}{more}"]
+    if kernels := record.get("kernels"):
+        lines[0] += f", of it gaps {record['gaps_us']:.4g} us"
+        lines += [f"{n:14.4g} x{us:10.4g} us{share:7.1%}  {name}" for name, n, us, share in kernels]
+    return "\n".join(lines)
 
 
-def table(results: dict) -> str:
-    """The whole file as text; the first rows are what the machine can do."""
-    lines = []
+def goals(results: dict) -> list[str]:
+    """The first table: each goal, what was measured, and its fraction of the goal: 1 or more is
+    reached.
+    """
+    records = [(part, r) for part, found in results["parts"].items() for r in found["records"]]
+    lines = [f"{'goal':46}{'wanted':>9}{'aim':>6}{'measured':>10}{'fraction':>10}"]
+    for key, (what, kind, limit, aim) in GOALS.items():
+        begin = f"{what:46}{'>= <='.split()[kind == 'most']:>3}{limit:6g}{aim or '':>6}"
+        measured = [(part, r) for part, r in records if r.get("goal") == key]
+        lines += [begin + f"{'-':>10}{'-':>10}  not measured"] * (not measured)
+        for part, r in measured:
+            value = max(r["value"], 1e-9)
+            fraction = value / limit if kind == "least" else limit / value
+            verdict = {True: "PASS", False: "FAIL", None: "toy "}[r["pass"]]
+            lines += [f"{begin}{value:10.4g}{fraction:10.3g}  {verdict} {part}: {r['name']}"]
+    return lines
+
+
+def tables(results: dict) -> str:
+    """The whole file as text: the goals, then everything by parts."""
+    lines = goals(results)
     for part, found in results["parts"].items():
         where = found["environment"]
         head = f"{part}: {found['end']}, {found['seconds']:.0f} s, {where['device']}"
         lines += ["", f"{head}, torch {where['torch']}, commit {where['commit']}"]
         lines += [f"  {row(record)}" for record in found["records"]]
     lines += ["", summary(results)]
-    return "\n".join(lines).lstrip("\n")
+    return "\n".join(lines)
 
 
 def summary(results: dict) -> str:
-    verdicts = [
-        record.get("pass") for found in results["parts"].values() for record in found["records"]
-    ]
-    broken = [
-        f"{part} {found['end']}"
-        for part, found in results["parts"].items()
-        if found["end"] != "done"
-    ]
-    text = f"{verdicts.count(True)} PASS, {verdicts.count(False)} FAIL"
-    return text + "".join(f"; {sentence}" for sentence in broken)
+    parts = results["parts"].items()
+    verdicts = [record.get("pass") for _, found in parts for record in found["records"]]
+    broken = [f"; {part} {found['end']}" for part, found in parts if found["end"] != "done"]
+    return f"{verdicts.count(True)} PASS, {verdicts.count(False)} FAIL" + "".join(broken)
 
 
 def all_right(results: dict, parts) -> bool:
@@ -231,6 +262,9 @@ def parser() -> argparse.ArgumentParser:
         "--device", default="cuda:0", help="cuda:N, or cpu for toy sizes (default cuda:0)"
     )
     out.add_argument(
+        "--call", type=int, choices=CALLS, help="the parts of a call (default: of both)"
+    )
+    out.add_argument(
         "--only", default="", help=f"parts, with commas between: {', '.join([*PARTS, *EXTRA])}"
     )
     out.add_argument(
@@ -242,13 +276,15 @@ def parser() -> argparse.ArgumentParser:
         "--sanitize", action="store_true", help="run the parts under compute-sanitizer"
     )
     out.add_argument("--out", type=Path, help="file of results (default results/DEVICE.json)")
-    out.add_argument("--show", type=Path, help="print the table of a file and do nothing else")
+    out.add_argument("--show", type=Path, help="print the tables of a file and do nothing else")
     return out
 
 
 def plan(args) -> tuple[torch.device, list[str], str | None]:
     """Device, parts and sanitizer; ValueError with one sentence for a mistake of the caller."""
-    parts = [part for part in args.only.split(",") if part] or list(PARTS)
+    if args.only and args.call:
+        raise ValueError("--only and --call were given, wanted one: leave out the other")
+    parts = [part for part in args.only.split(",") if part] or list(CALLS.get(args.call, PARTS))
     if unknown := [part for part in parts if part not in PARTS | EXTRA]:
         raise ValueError(f"--only has {unknown[0]!r}, wanted some of {', '.join([*PARTS, *EXTRA])}")
     if args.limit < 0:
@@ -268,15 +304,16 @@ def plan(args) -> tuple[torch.device, list[str], str | None]:
     return device, parts, sanitizer
 
 
-def play(part: str, args, where: dict, sanitizer: str | None, results: dict) -> None:
+def play(part: str, args, out: Path, where: dict, sanitizer: str | None, results: dict) -> None:
     """Run a part and put what it found into the results, in their order."""
     say(f"{part} on {where['device']}")
     tiny = args.device.startswith("cpu")
-    grow = SMALL_TARGET if part in LARGE and not tiny else ""
-    how = {"device": args.device, "target": grow + args.target, "draft": args.draft, "tiny": tiny}
-    if part == "decode" and not tiny:
-        how["draft"] = f"inflate:llama-3.2-1b:{args.draft}"
-    found = run_part(part, how, args.limit or (PARTS | EXTRA)[part], sanitizer)
+    target = LARGE_TARGET if part in TARGETS and not tiny else ""
+    draft = LARGE_DRAFT if part in DRAFTS and not tiny else ""
+    how = {"spec": args.device, "target": target + args.target, "draft": draft + args.draft}
+    how |= {"tiny": tiny, "folder": str(out.parent.resolve())}
+    limit_s = args.limit or (PARTS | EXTRA)[part]
+    found = run_part(part, how, limit_s, out.with_suffix(".log"), sanitizer)
     results["parts"][part] = found | {"environment": where, "sanitized": bool(sanitizer)}
     order = [*PARTS, *EXTRA]
     results["parts"] = dict(sorted(results["parts"].items(), key=lambda item: order.index(item[0])))
@@ -303,7 +340,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
         if args.show:
-            print(table(json.loads(args.show.read_text())))
+            print(tables(json.loads(args.show.read_text())))
             return 0
         device, parts, sanitizer = plan(args)
     except (ValueError, OSError, KeyError) as error:
@@ -313,14 +350,14 @@ def main(argv: list[str] | None = None) -> int:
     name = re.sub(r"[^a-z0-9]+", "-", where["device"].lower()).strip("-")
     out = args.out or ROOT / "results" / (f"{name}-toy.json" if tiny else f"{name}.json")
     results = json.loads(out.read_text()) if out.exists() else {"parts": {}}
+    out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         if args.target is None:
             args.target, args.draft = random_pair(Path(folder))
         for part in parts:
-            play(part, args, where, sanitizer, results)
-            out.parent.mkdir(parents=True, exist_ok=True)
+            play(part, args, out, where, sanitizer, results)
             out.write_text(json.dumps(results, indent=1) + "\n")
-    print(table(results))
+    print(tables(results))
     print(f"written to {out}")
     return 0 if all_right(results, parts) else WRONG
 

@@ -5,7 +5,9 @@ Knows: engines, placements of target and draft, which texts must be equal. Does 
 single steps (gpu_parts.py), time limits, tables (gpu_check.py). Read next: gpu_check.py.
 """
 
+import gc
 import time
+from collections import Counter
 from dataclasses import replace
 from itertools import product
 from statistics import median
@@ -13,6 +15,7 @@ from statistics import median
 import torch
 
 import engine
+import runtime
 import steps
 from cache import KVCache
 from engine import Engine, Model
@@ -50,12 +53,13 @@ def own(model: Model) -> Model:
 
 
 def play(pair: Engine, prompts, **settings) -> tuple[dict, Figures]:
-    decoding = pair.start(prompts, ignore_eos=True, **settings)
+    decoding, said = pair.start(prompts, ignore_eos=True, **settings), []
+    decoding.warn = lambda text: (said.append(text), pair.warn(text))
     for _ in decoding.rounds():
         pass
     stats = pair.finish(decoding).stats
     if decoding.lost:
-        raise RuntimeError(f"the draft was lost in mode {settings['mode']}")
+        raise RuntimeError(f"mode {settings['mode']}: {said[-1]}")
     # Chains of the last round may still run: they would slow down what is timed next.
     if settings["mode"] == "ssd":
         decoding.draft_lane.start(lambda: None).result(60)
@@ -72,28 +76,30 @@ def gap(lane: Lane, model: Model, ids: list[int], row: int, temperature: float, 
         device, n = lane.device, len(ids)
         cache = KVCache(model.config, 1, n, device=device, dtype=model.dtype)
         model.transformer.set_positions(n)
-        place = cache.place(
-            torch.tensor([0], device=device), torch.tensor([n], device=device), n, n
-        )
-        logits = model.transformer(torch.tensor([ids], device=device), place, cache)[:, -1:]
+        at_B1, start_B = torch.tensor([[n]], device=device), torch.zeros(1, device=device).long()
+        place = cache.place(start_B, at_B1[0], n, n)
+        with torch.compiler.set_stance("force_eager"):  # a length that nobody needs again
+            logits = model.transformer(torch.tensor([ids], device=device), place, cache)[:, -1:]
         params = Params.make([temperature], [0], [1.0], [seed], [row], device)
-        best = (
-            noisy(
-                warp(logits, params), params, torch.tensor([[n]], device=device), logits.shape[-1]
-            )
-            .topk(2)
-            .values.flatten()
-        )
-        return (best[0] - best[1]).item()
+        scores = noisy(warp(logits, params), params, at_B1, logits.shape[-1])
+        best, second = scores.flatten().topk(2).values.tolist()
+        return best - second
 
     return lane.start(work).result()
+
+
+def parted(a: list[int], b: list[int]) -> int | None:
+    """Where two texts begin to differ, None if they are equal."""
+    at = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+    return None if a == b else at
 
 
 def exactness(check) -> None:
     """float32: SD and SSD write AR's text, eager and captured, with the draft on this GPU, the next
     one, the CPU.
     """
-    steps.PREFILL_CHUNKS = (64,)
+    # Eager steps compile their Triton kernels when they first run, and a draft's in a round.
+    steps.PREFILL_CHUNKS, runtime.PATIENCE_S = (64,), 60.0
     cpu = "cpu:" + ",".join(map(str, available_cores()[: 1 if check.tiny else 8]))
     places = [check.spec]
     if check.on_gpu and check.device.index + 1 < torch.cuda.device_count():
@@ -101,53 +107,42 @@ def exactness(check) -> None:
     places += [cpu] if check.on_gpu else []
     eager = Model.load(check.target, check.device, "float32", compile=False)
     prompts, new = ids_of(eager), 8 if check.tiny else 96
+    options = {"seed": 5, "max_new_tokens": new}
     plain, truth = Engine(eager, None, Devices(check.spec)), {}
     for temperature in (0.0, 1.0):
-        truth[temperature] = play(
-            plain, prompts, mode="ar", temperature=temperature, seed=5, max_new_tokens=new
-        )[0]
+        of = play(plain, prompts, mode="ar", temperature=temperature, **options)[0]
+        truth[temperature] = of["token_ids"]
     lane = plain.devices.lanes("ar")[0]
-    for graphs in (False, True) if check.on_gpu else (False,):
-        target = (
-            Model.load(check.target, check.device, "float32", compile=True) if graphs else eager
-        )
-        steps_are = "graphs" if graphs else "eager"
-        for place in places:
-            devices, said = Devices(check.spec, place), []
-            draft = Model.load(
-                check.draft, devices.draft, "float32", compile=graphs and place != cpu
-            )
-            both = Engine(target, draft, devices, said.append)
-            for temperature, mode in product(
-                (0.0, 1.0), ("ar", "sd", "ssd") if graphs else ("sd", "ssd")
-            ):
-                options = {
-                    "temperature": temperature,
-                    "seed": 5,
-                    "max_new_tokens": new,
-                    "k": 3,
-                    "fan_out": 8,
-                }
-                stats, _ = play(both, prompts, mode=mode, **options)
-                label = f"{mode} == AR, T={temperature:g}, draft on {place}, {steps_are}"
-                compare(check, lane, eager, prompts, truth[temperature], stats, temperature, label)
-            # The other couplings promise the distribution, not the text: here, that log q crosses
-            # and nothing breaks.
-            for coupling in ("maximal", "independent") if not graphs else ("maximal",):
-                stats, _ = play(both, prompts, mode="ssd", coupling=coupling, **options)
-                whole = all(len(row) == new for row in stats["token_ids"])
-                label = f"ssd, {coupling}, T=1, draft on {place}, {steps_are}: whole texts"
-                check.right(label, whole, acceptance=stats["acceptance_rate"])
-            for text in said:
-                check.say({"name": f"draft on {place}", "value": text, "unit": ""})
+    options |= {"k": 3, "fan_out": 8}
+    for graphs, place in product((False, True) if check.on_gpu else (False,), places):
+        if graphs and place == places[0]:  # the draft's place changes, the target stays
+            target = Model.load(check.target, check.device, "float32", compile=True)
+        devices, said, how = Devices(check.spec, place), [], "graphs" if graphs else "eager"
+        draft = Model.load(check.draft, devices.draft, "float32", compile=graphs and place != cpu)
+        both = Engine(target if graphs else eager, draft, devices, said.append)
+        for temperature, mode in product((0.0, 1.0), ("ar", "sd", "ssd")[not graphs :]):
+            stats, _ = play(both, prompts, mode=mode, temperature=temperature, **options)
+            label = f"{mode} == AR, T={temperature:g}, draft on {place}, {how}"
+            compare(check, lane, eager, prompts, truth[temperature], stats, temperature, label)
+        # The other couplings promise the distribution, not the text: here, that log q crosses and
+        # nothing breaks.
+        for coupling in ("maximal", "independent")[: 2 - graphs]:
+            more = options | {"mode": "ssd", "temperature": 1.0, "coupling": coupling}
+            stats, _ = play(both, prompts, **more)
+            whole = all(len(row) == new for row in stats["token_ids"])
+            label = f"ssd, {coupling}, T=1, draft on {place}, {how}: whole texts"
+            check.right(label, whole, acceptance=stats["acceptance_rate"])
+        for text in said:
+            check.say({"name": f"draft on {place}", "value": text, "unit": ""})
+        del draft, both
+        gc.collect()  # a compiled block holds itself
 
 
 def compare(check, lane, model, prompts, want, got, temperature, label) -> None:
     """Equal texts, or a near-tie where they part, which is counted and told."""
     ties, wrong = [], []
-    for row, (prompt, a, b) in enumerate(zip(prompts, want["token_ids"], got["token_ids"])):
-        if a != b:
-            at = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+    for row, (prompt, a, b) in enumerate(zip(prompts, want, got["token_ids"])):
+        if (at := parted(a, b)) is not None:
             apart = gap(lane, model, prompt + a[:at], row, temperature, 5)
             (ties if apart < NEAR_TIE else wrong).append({"row": row, "token": at, "gap": apart})
     check.right(
@@ -159,15 +154,18 @@ def compare(check, lane, model, prompts, want, got, temperature, label) -> None:
 
 
 def plans(check) -> list[tuple]:
-    """(what it is called, the draft, where it runs, is the target's stream preferred)."""
+    """(temperature, what the draft is called, the draft, where it runs, is the target's stream
+    preferred), what is worth most first.
+    """
     cores = available_cores()
     small = f"cpu:{cores[0]}-{cores[len(cores) // 2]}" if check.on_gpu else check.spec
-    small = ("CPU, the checkpoint as it is", check.draft, small, True)
-    if check.tiny:
-        whole = ("the checkpoint as it is", check.draft, check.spec)
-        return [(*whole, True), ("no stream priority", *whole[1:], False), small]
+    slow = ("CPU, the checkpoint as it is", check.draft, small, True)
     grown = [(name, shape + check.draft, check.spec, True) for name, shape in DRAFTS.items()]
-    return [grown[0], ("1B, no stream priority", *grown[0][1:3], False), *grown[1:], small]
+    if check.tiny:
+        grown = [("the checkpoint as it is", check.draft, check.spec, True)]
+    grown.insert(1, (f"{grown[0][0]}, no stream priority", *grown[0][1:3], False))
+    last = [(temperature, *slow) for temperature in (0.0, 1.0)]
+    return [(0.0, *plan) for plan in grown] + [(1.0, *plan) for plan in grown if plan[-1]] + last
 
 
 def pairs(check) -> None:
@@ -178,79 +176,89 @@ def pairs(check) -> None:
     # One shape less to compile for each model, and the trunk of the part `decode`, whose code is on
     # disk.
     steps.PREFILL_CHUNKS, engine.SHORTEST_TRUNK = (64,), 64 if check.tiny else 1024
-    dtype = "bfloat16" if check.on_gpu else "float32"
-    target, last = Model.load(check.target, check.device, dtype), None
-    for name, path, place, priority in plans(check):
+    target, drafts = check.load(check.target), {}
+    for temperature, name, path, place, priority in plans(check):
         devices, said = Devices(check.spec, place), []
         if not priority:
             devices._lanes[check.spec, "target"] = Lane(check.spec, "target")
-        if (path, place) != last:
-            draft = None  # at most one beside the target
-            draft = Model.load(
-                path, devices.draft, dtype if devices.draft.type == "cuda" else "float32"
-            )
-            last = path, place
+        if (path, place) not in drafts:
+            drafts[path, place] = check.load(path, devices.draft)
         # Captured anew for every plan: kernels keep the priority of the stream that they were
         # captured on.
-        both = own(target)
+        both, draft = own(target), drafts[path, place]
         engines = {
             "ar": Engine(own(target), None, devices, said.append),
             "sd": Engine(both, own(draft), devices, said.append),
             "ssd": Engine(both, own(draft), devices, said.append),
         }
-        for temperature in (0.0, 1.0) if priority else (0.0,):
-            three_modes(check, engines, f"draft {name}, T={temperature:g}", temperature)
+        judged = priority and check.spec == place
+        three_modes(check, engines, f"draft {name}, T={temperature:g}", temperature, judged)
         for text in said:
             check.say({"name": f"draft {name}", "value": text, "unit": ""})
+        del both, engines
+        gc.collect()  # the plan's graphs and their buffers
 
 
-def three_modes(check, engines: dict, label: str, temperature: float) -> None:
-    """Runs in turn, on the same prompts; a ratio is the median of the runs' own ratios."""
+def sizes_of_runs(check) -> tuple[int, dict]:
+    """How often each prompt is played, and the options of a run that is timed."""
     k, M = (2, 4) if check.tiny else (7, 24)
-    prompts, new, repeats = (
-        ids_of(engines["ar"].target)[:2],
-        12 if check.tiny else 128,
-        1 if check.tiny else 3,
-    )
-    options = {"temperature": temperature, "seed": 1, "k": k, "fan_out": M}
+    options = {"seed": 1, "k": k, "fan_out": M, "max_new_tokens": 12 if check.tiny else 128}
+    return 1 if check.tiny else 3, options
+
+
+def three_modes(check, engines: dict, label: str, temperature: float, judged: bool) -> None:
+    """Runs in turn, on the same prompts; a ratio is the median of the runs' own ratios."""
+    repeats, options = sizes_of_runs(check)
+    prompts, options = ids_of(engines["ar"].target)[:2], options | {"temperature": temperature}
     for mode, pair in engines.items():
-        play(pair, prompts[:1], mode=mode, max_new_tokens=8, **options)
+        play(pair, prompts[:1], mode=mode, **options | {"max_new_tokens": 8})
     runs = {mode: [] for mode in engines}
-    for number in range(repeats):
-        order = list(engines)[:: -1 if number % 2 else 1]
-        for prompt, mode in product(prompts, order):
-            runs[mode].append(
-                play(engines[mode], [prompt], mode=mode, max_new_tokens=new, **options)
-            )
+    for number, prompt in product(range(repeats), prompts):
+        for mode in list(engines)[:: -1 if number % 2 else 1]:
+            runs[mode].append(play(engines[mode], [prompt], mode=mode, **options))
     rates = {mode: [stats["tokens_per_s"] for stats, _ in of] for mode, of in runs.items()}
     for mode, of in runs.items():
         middle = {}
         for key in ("acceptance_rate", "hit_rate", "tokens_per_round", "round_ms", "verify_ms",
-        "draft_ms",
-                    "exposed_ms", "hidden", "distinct_4grams", "bandwidth_fraction"):  # fmt: skip
+                    "draft_ms", "exposed_ms", "hidden", "distinct_4grams",
+                    "bandwidth_fraction"):  # fmt: skip
             values = [stats[key] for stats, _ in of if stats[key] is not None]
             middle[key] = median(values) if values else None
-        check.result(
-            f"{label}: {mode.upper()}", median(rates[mode]), "tokens/s", runs=rates[mode], **middle
-        )
+        name = f"{label}: {mode.upper()}"
+        check.result(name, median(rates[mode]), "tokens/s", runs=rates[mode], **middle)
         if (share := between(of, mode)) is not None:
-            check.result(
-                f"{label}: {mode.upper()}, between two verifications, of a round", share, most=0.02
-            )
+            told, goal = f"{name}, between two verifications, of a round", "between"
+            check.result(told, share, goal=goal if judged else "")
+        if middle["hit_rate"] is not None:
+            goal = "hits" if judged and temperature else ""
+            check.result(f"{name}, hits", middle["hit_rate"], goal=goal)
     for of, to in (("ssd", "sd"), ("ssd", "ar"), ("sd", "ar")):
         # Runs of a mode are in the order of the prompts.
         ratios = [a / b for a, b in zip(rates[of], rates[to])]
         ends = {"low": min(ratios), "high": max(ratios), "n": len(ratios)}
-        check.result(f"{label}: {of.upper()} / {to.upper()}", median(ratios), **ends)
-    texts = [[stats["token_ids"] for stats, _ in of] for of in runs.values()]
-    same = sum(a == b == c for a, b, c in zip(*texts))
-    check.say(
-        {
-            "name": f"{label}: runs with three equal texts",
-            "value": f"{same} of {len(texts[0])}",
-            "unit": "",
-        }
-    )
+        goal = "ssd" if judged and (of, to) == ("ssd", "sd") else ""
+        check.result(f"{label}: {of.upper()} / {to.upper()}", median(ratios), goal=goal, **ends)
+    tell_texts(check, engines["ar"], label, prompts * repeats, runs, temperature)
+
+
+def tell_texts(check, pair: Engine, label: str, prompts, runs: dict, temperature: float) -> None:
+    """How many runs wrote three equal texts, and for the others the token where they part and the
+    gap of the best two scores there: the rounding of bfloat16 may decide below 2 units.
+    """
+    texts = {mode: [stats["token_ids"][0] for stats, _ in of] for mode, of in runs.items()}
+    same = sum(a == b == c for a, b, c in zip(*texts.values()))
+    told = {"name": f"{label}: runs with three equal texts", "unit": ""}
+    check.say(told | {"value": f"{same} of {len(prompts)}"})
+    lane, seen = pair.devices.lanes("ar")[0], set()
+    for mode in ("sd", "ssd"):
+        for prompt, want, got in zip(prompts, texts["ar"], texts[mode]):
+            at = parted(want, got)
+            if at is None or (mode, *prompt, at) in seen:
+                continue
+            seen.add((mode, *prompt, at))
+            apart = gap(lane, pair.target, prompt + want[:at], 0, temperature, 1)
+            name = f"{label}: {mode.upper()} parts from AR at token {at}, gap of the best two"
+            check.result(name, apart, token=at)
 
 
 def between(runs: list[tuple], mode: str) -> float | None:
@@ -263,6 +271,26 @@ def between(runs: list[tuple], mode: str) -> float | None:
             if mode == "ar" or (mode == "ssd" and this.look_up and not this.missed):
                 shares.append((after.begin - this.end) / (after.begin - this.begin))
     return median(shares) if shares else None
+
+
+def tuner(check) -> None:
+    """K and M as the engine chooses them, against those that are fixed elsewhere here."""
+    steps.PREFILL_CHUNKS, engine.SHORTEST_TRUNK = (64,), 64 if check.tiny else 1024
+    target, draft = check.load(check.target), check.load(check.draft)
+    (repeats, options), auto = sizes_of_runs(check), {"k": "auto", "fan_out": "auto"}
+    prompts, devices, rates = ids_of(target)[:2], Devices(check.spec), {}
+    for name, more in (("auto", auto), ("fixed", {})):
+        pair, of = Engine(own(target), own(draft), devices, lambda text: None), options | more
+        play(pair, prompts[:1], mode="ssd", **of)
+        runs = [play(pair, [prompt], mode="ssd", **of) for prompt in prompts * repeats]
+        rates[name] = [stats["tokens_per_s"] for stats, _ in runs]
+        sizes = Counter((r.plan.k, r.plan.m) for _, figures in runs for r in figures.rounds)
+        played = ", ".join(f"K={k} M={m}: {n}" for (k, m), n in sizes.most_common(5))
+        check.result(f"SSD, K and M {name}", median(rates[name]), "tokens/s", rounds=played)
+        del pair
+        gc.collect()
+    ratios = [a / b for a, b in zip(rates["auto"], rates["fixed"])]
+    check.result("SSD, auto / fixed", median(ratios), low=min(ratios), high=max(ratios))
 
 
 # ---- what one would use instead

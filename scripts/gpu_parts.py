@@ -1,11 +1,10 @@
 """What gpu_check.py checks and measures, a function for each part, each run in a process of its
 own.
 
-Knows: shapes, reference results, how a step is timed, which figure is held against which limit.
-Does not know: time limits, files, tables (gpu_check.py). Read next: PARTS at the end, then the
-functions it names.
+Knows: how a time is taken, goals, attention and linear layers by themselves. Does not know: time
+limits, files, tables (gpu_check.py). Read next: gpu_steps.py.
 
-    python scripts/gpu_parts.py decode '{"device": "cuda:0", "target": ..., "draft": ...}'
+    python scripts/gpu_parts.py decode '{"spec": "cuda:0", "target": ..., "draft": ..., ...}'
 
 prints one JSON object a line, as soon as it is known: what is killed later keeps what it has said.
 Times are medians with the lowest and highest quarter; on CUDA by events, or by the host's clock
@@ -13,6 +12,7 @@ where it says wall. Every child measures the copy bandwidth first and states its
 """
 
 import json
+import math
 import sys
 import time
 from dataclasses import dataclass
@@ -24,17 +24,31 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
-from gpu_pair import exactness, pairs, transformers_static  # noqa: E402
+from gpu_pair import exactness, pairs, transformers_static, tuner  # noqa: E402
+from gpu_steps import decode, profile_part, wide  # noqa: E402
 
 import kernels  # noqa: E402
 from engine import Model  # noqa: E402
 from runtime import Lane, parse_device  # noqa: E402
 from sampling import TOKEN, Params, hash_words  # noqa: E402
-from steps import Feed, Runner  # noqa: E402
 
 # Share of the largest output. 2 bytes: weights and outputs are each rounded by half a unit, and
 # half as much to spare.
 ALLOWED = {torch.float32: 1e-5, torch.float16: 1.5 * 2.0**-10, torch.bfloat16: 1.5 * 2.0**-7}
+# What the first table holds measured figures against, by key: what it is, "least" or "most", the
+# limit, the aim. Shares are of the copy bandwidth that the same process measured.
+GOALS = {
+    "decode": ("8B decode step, of copy bandwidth", "least", 0.88, 0.95),
+    "verify": ("8B verification of 8 / decode step", "most", 1.10, 1.05),
+    "single": ("1B single-row step, of copy bandwidth", "least", 0.60, 0.78),
+    "chain": ("1B chain step of 24, of copy bandwidth", "least", 0.70, None),
+    "branches": ("1B chain step of 24 / single-row step", "most", 1.25, 1.15),
+    "attention": ("tree attention, 32 at 8k, of copy bandwidth", "least", 0.60, 0.75),
+    "sdpa": ("SDPA with a mask / tree attention, 32 at 8k", "least", 3.0, None),
+    "ssd": ("SSD / SD, 8B, one card, two streams", "least", 1.15, None),
+    "hits": ("hits at temperature 1", "least", 0.9, None),
+    "between": ("between two verifications, of a round", "most", 0.02, None),
+}
 
 
 @dataclass
@@ -46,6 +60,7 @@ class Check:
     target: str
     draft: str
     tiny: bool
+    folder: str  # for what is too large for a record
     say: object  # called with a dict, one for each result
     copy: float = 0.0  # bytes a second, read plus written
 
@@ -57,28 +72,24 @@ class Check:
     def repeats(self) -> int:
         return 3 if self.tiny else 30
 
-    def result(
-        self, name: str, value, unit: str = "", least=None, most=None, aim=None, **more
-    ) -> None:
-        """least, most: the limit; it is judged only at full size."""
-        limit = least if least is not None else most
+    def load(self, name: str, device: torch.device | None = None, quantize=None) -> Model:
+        """A model in bfloat16 on a GPU, in float32 on a CPU."""
+        device = device or self.device
+        dtype = "bfloat16" if device.type == "cuda" else "float32"
+        return Model.load(name, device, dtype, quantize=quantize)
+
+    def result(self, name: str, value, unit: str = "", goal: str = "", **more) -> None:
+        """goal: the key of what it is held against; it is judged only at full size."""
         record = {"name": name, "value": value, "unit": unit, **more}
-        if limit is not None:
-            holds = value >= limit if least is not None else value <= limit
-            record |= {"limit": limit, "kind": "least" if least is not None else "most", "aim": aim}
-            record["pass"] = None if self.tiny else bool(holds)
+        if goal:
+            _, kind, limit, _ = GOALS[goal]
+            holds = value >= limit if kind == "least" else value <= limit
+            record |= {"goal": goal, "pass": None if self.tiny else bool(holds)}
         self.say(record)
 
     def right(self, name: str, holds: bool, **more) -> None:
-        self.say(
-            {
-                "name": name,
-                "value": "right" if holds else "WRONG",
-                "unit": "",
-                "pass": bool(holds),
-                **more,
-            }
-        )
+        value = "right" if holds else "WRONG"
+        self.say({"name": name, "value": value, "unit": "", "pass": bool(holds), **more})
 
     def spread(self, name: str, seconds: list[float], unit: str = "us") -> float:
         """Report a time and return its median in seconds."""
@@ -270,55 +281,56 @@ def correct(check: Check) -> None:
                 worst, where = share, case
         name = f"attention in {str(dtype)[6:]} against float64"
         check.right(name, worst <= 1, of_allowed=round(worst, 4), worst_case=str(where))
-    rows = ([1.0, 0.0], [0, 0], [1.0, 1.0], [7, 1 << 63], [0, 5])
-    params = [Params.make(*rows, device) for device in ("cpu", check.device)]
-    words = torch.compile(hash_words, fullgraph=True, dynamic=False) if check.on_gpu else hash_words
-    at = torch.tensor([[1, 999], [5, 1 << 20]])
-    same = torch.equal(
-        words(params[1], at.to(check.device), TOKEN, 5000).cpu(),
-        hash_words(params[0], at, TOKEN, 5000),
+    V, words = 128256, hash_words  # 8 positions of a row, as a verification draws them
+    if check.on_gpu:
+        words = torch.compile(hash_words, fullgraph=True, dynamic=False)
+    rows, at = ([1.0, 0.0], [0, 0], [1.0, 1.0], [7, 1 << 63], [0, 5]), torch.arange(16).view(2, 8)
+    at = at + torch.tensor([[999], [1 << 20]])
+    here, there = (
+        of(Params.make(*rows, device), at.to(device), TOKEN, V).cpu()
+        for of, device in ((hash_words, "cpu"), (words, check.device))
     )
-    check.right("noise equal to the CPU's, bit for bit", same)
+    check.right("noise equal to the CPU's, bit for bit", torch.equal(here, there))
 
 
 def attention(check: Check) -> None:
-    """Tree attention of 32 branches over a long context, against SDPA with the mask written out."""
-    case = (
-        Case(1, 4, 2, 2, 64, 128, steps=2) if check.tiny else Case(1, 32, 8, 4, 128, 32768, steps=4)
-    )
+    """Decoding, verification and branches over contexts of three lengths."""
+    heads, many = ((2, 2, 64), (4, 2)) if check.tiny else ((8, 4, 128), (32, 4))
+    for context in (64, 128) if check.tiny else (1024, 8192, 32768):
+        for T, steps in ((1, 0), (8, 0), many):
+            judged = T == many[0] and context in (128, 8192)
+            against_sdpa(check, Case(1, T, *heads, context, steps), judged)
+
+
+def against_sdpa(check: Check, case: Case, judged: bool) -> None:
+    """Tree attention, and SDPA with the mask written out."""
     dtype = torch.bfloat16 if check.on_gpu else torch.float32
+    read = 2 * case.G * (case.extent + case.T * case.steps) * case.D * dtype.itemsize
     ours, theirs = [], []
-    for seed in range(3):  # 400 MB in all: none is in the L2 when its turn comes
+    # 130 MB at least, and 3 calls: none is in the L2 when its turn comes.
+    for seed in range(3 if check.tiny else max(3, math.ceil(400e6 / read / 3))):
         (query, k, v, limit, first), options, seen = case.make(dtype, check.device, seed)
         k, v = k.nan_to_num(0.0), v.nan_to_num(0.0)
         limit.fill_(case.extent)
-        options["chain"][2].fill_(case.steps - 1)
+        if case.steps:
+            options["chain"][2].fill_(case.steps - 1)
         arguments = (query, k, v, limit, first)
         ours.append(lambda a=arguments, o=options: attend(check, a, o))
         # As kind to SDPA as can be: heads that share keys are folded into rows, and slots padded to
         # a multiple of 8.
         slots = k.shape[2] // 8 * 8
-        rows = (
-            query.view(1, case.T, case.G, case.R, case.D)
-            .permute(0, 2, 1, 3, 4)
-            .reshape(1, case.G, -1, case.D)
-        )
-        mask = (
-            seen[:, None, :, None, :slots]
-            .expand(1, 1, -1, case.R, -1)
-            .reshape(1, 1, case.T * case.R, slots)
-        )
-        mask = torch.zeros(mask.shape, dtype=dtype, device=check.device).masked_fill(
-            ~mask, float("-inf")
-        )
-        fed = (rows.contiguous(), k[:, :, :slots].contiguous(), v[:, :, :slots].contiguous(), mask)
+        rows = query.view(1, case.T, case.G, case.R, case.D).permute(0, 2, 1, 3, 4)
+        rows = rows.reshape(1, case.G, -1, case.D).contiguous()
+        mask = seen[:, None, :, None, :slots].expand(1, 1, -1, case.R, -1).reshape(1, 1, -1, slots)
+        mask = torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, float("-inf"))
+        fed = (rows, k[:, :, :slots].contiguous(), v[:, :, :slots].contiguous(), mask)
         theirs.append(lambda f=fed: F.scaled_dot_product_attention(*f[:3], attn_mask=f[3]))
     name = f"tree attention M={case.T} context={case.extent}"
     mine = check.spread(name, check.in_turn(ours))
-    read = 2 * case.G * (case.extent + case.T * case.steps) * case.D * dtype.itemsize
-    check.result(f"{name}: of copy bandwidth", read / mine / check.copy, least=0.60, aim=0.75)
-    other = check.spread("SDPA with an explicit mask", check.in_turn(theirs))
-    check.result("SDPA time / tree attention time", other / mine, least=3.0)
+    goals = ("attention", "sdpa") if judged else ("", "")
+    check.result(f"{name}: of copy bandwidth", read / mine / check.copy, goal=goals[0])
+    other = check.spread(f"{name}: SDPA with an explicit mask", check.in_turn(theirs))
+    check.result(f"{name}: SDPA time / tree attention time", other / mine, goal=goals[1])
 
 
 def kernel_part(check: Check) -> None:
@@ -329,133 +341,41 @@ def kernel_part(check: Check) -> None:
 
 # ---- linear layers
 
+# Rows -> the ways beside cuBLAS, with the compiler's options.
+TUNED = {
+    1: {"tuned loop": {"coordinate_descent_tuning": True}},
+    8: {
+        "max-autotune": {
+            "max_autotune_gemm": True,
+            "max_autotune_gemm_backends": "ATEN,TRITON",
+        }
+    },
+}
+
 
 def linear(check: Check) -> None:
-    """cuBLAS, inductor's generated loop and its templates, by shape and rows."""
+    """cuBLAS, inductor's generated loop and its templates, by shape and rows. The last shape is the
+    8B model's head.
+    """
     check.machine()
-    shapes = (
-        ((64, 96),)
-        if check.tiny
-        else ((4096, 28672), (14336, 4096), (4096, 6144), (4096, 4096), (2048, 16384))
-    )
-    for columns, out in shapes:
+    shapes = (4096, 28672), (14336, 4096), (4096, 6144), (4096, 4096), (2048, 16384), (4096, 128256)
+    for columns, out in ((64, 96),) if check.tiny else shapes:
         copies = 2 if check.tiny else max(2, 1 + (400 << 20) // (2 * columns * out))  # past the L2
         weights = [torch.randn(out, columns, device=check.device).bfloat16() for _ in range(copies)]
         for rows in (1, 8, 24):
             x = torch.randn(1, rows, columns, device=check.device).bfloat16()
-            ways = {"cuBLAS": F.linear}
-            if check.on_gpu and rows == 1:
-                options = {"coordinate_descent_tuning": True}
-                ways["tuned loop"] = torch.compile(
-                    lambda x, w: F.linear(x, w), dynamic=False, options=options
-                )
-            # Its search takes long: one shape has to tell.
-            elif check.on_gpu and out == shapes[0][1]:
-                options = {"max_autotune_gemm": True, "max_autotune_gemm_backends": "ATEN,TRITON"}
-                ways["max-autotune"] = torch.compile(
-                    lambda x, w: F.linear(x, w), dynamic=False, options=options
-                )
-            for way, multiply in ways.items():
+            more = TUNED.get(rows, {}) if check.on_gpu else {}
+            for way, options in {"cuBLAS": None, **more}.items():
+                multiply = lambda x, w: F.linear(x, w)  # noqa: E731
+                if options:
+                    multiply = torch.compile(multiply, dynamic=False, options=options)
                 works = [lambda m=multiply, w=w: m(x, w) for w in weights]
                 seconds = median(check.in_turn(works))
                 share = weights[0].nbytes / seconds / check.copy
                 check.result(f"linear {columns}x{out} rows={rows} {way}: of copy bandwidth", share)
 
 
-# ---- steps
-
-
-def runner_of(check: Check, name: str, k: int, branches: int) -> tuple[Model, Runner]:
-    dtype = "bfloat16" if check.on_gpu else "float32"
-    model = Model.load(name, check.device, dtype)
-    role = "draft" if branches else "target"
-    trunk = 64 if check.tiny else 1024  # as in gpu_pair.pairs
-    runner = model.runner(role, 1, trunk, k, branches, model.config.vocab_size)
-    model.policy.enter_thread()
-    runner.set_rows(Params.make([0.0], [0], [1.0], [0], [0], check.device), "shared", 1.0)
-    return model, runner
-
-
-def replays(check: Check, runner: Runner, name: str) -> list[float] | None:
-    """Seconds of a captured step alone, by events: what the host adds is the difference from wall
-    time.
-    """
-    graphs = [graph for key, graph in runner.step_of.items() if key[0] == name]
-    return check.timed(graphs[-1].graph.replay) if graphs else None
-
-
-def steps(check: Check) -> None:
-    """The target's decode step and verification, the draft's single-row and chain steps, at context
-    512.
-    """
-    check.machine()
-    at, M, K = (20, 4, 3) if check.tiny else (512, 24, 7)
-    model, runner = runner_of(check, check.target, K, 0)
-    last = {"token": 1, "at": at}
-
-    def decode(runner=runner):
-        feed = Feed([[last["token"]]], [last["at"]], [1])
-        last["token"] = runner.verify(feed, [0], [None])[1][0]
-        last["at"] += 1
-
-    began = time.perf_counter()
-    decode()
-    check.result("target: first decode step (compiles)", time.perf_counter() - began, "s")
-    decode()
-    plain = check.spread("target: plain decode step, wall", check.wall(decode), "ms")
-    share = model.step_bytes / plain / check.copy
-    check.result("target: plain decoding: of copy bandwidth", share, least=0.88, aim=0.95)
-    if alone := replays(check, runner, "_verify"):
-        busy = check.spread("target: decode step, graph alone", alone, "ms")
-        check.result(
-            "target: decode graph alone: of copy bandwidth", model.step_bytes / busy / check.copy
-        )
-        check.result("target: what the host adds to a decode step", 1 - busy / plain)
-    feed = Feed([[1] * (K + 1)], [at], [K + 1])
-    began = time.perf_counter()
-    runner.verify(feed, [1], [None])
-    check.result(
-        f"target: first verification of {K + 1} (compiles)", time.perf_counter() - began, "s"
-    )
-    seconds = check.wall(lambda run=runner: run.verify(feed, [1], [None]))
-    verify = check.spread(f"target: verification of {K + 1} tokens, wall", seconds, "ms")
-    check.result(
-        f"verification of {K + 1} tokens / plain decode step", verify / plain, most=1.15, aim=1.08
-    )
-    if alone := replays(check, runner, "_verify"):
-        check.spread(f"target: verification of {K + 1}, graph alone", alone, "ms")
-    del model, runner, decode, seconds
-    chain_steps(check, at, M, K)
-
-
-def chain_steps(check: Check, at: int, M: int, K: int) -> None:
-    model, runner = runner_of(check, check.draft, K, M)
-    one = Feed([[1]], [at], [1])
-    began = time.perf_counter()
-    runner.decode(one, 0)
-    check.result("draft: first single-row step (compiles)", time.perf_counter() - began, "s")
-    single = check.spread(
-        "draft: single-row step, wall", check.wall(lambda: runner.decode(one, 0)), "ms"
-    )
-    check.result(
-        "draft: single-row step: of copy bandwidth",
-        model.step_bytes / single / check.copy,
-        least=0.60,
-    )
-    if alone := replays(check, runner, "_decode"):
-        check.spread("draft: single-row step, graph alone", alone, "ms")
-    tokens, depths = [list(range(1, M + 1))], [[m % 4 for m in range(M)]]
-
-    def chain():
-        runner.chain_step(Feed([[1] * (K + 1)], [at], [K + 1]), tokens, depths, 2, 0)
-
-    began = time.perf_counter()
-    chain()
-    check.result(f"draft: first chain step of {M} (compiles)", time.perf_counter() - began, "s")
-    many = check.spread(f"draft: chain step M={M}, wall", check.wall(chain), "ms")
-    check.result(f"chain step M={M} / single-row step", many / single, most=1.25, aim=1.15)
-    if alone := replays(check, runner, "_chain_step"):
-        check.spread(f"draft: chain step M={M}, graph alone", alone, "ms")
+# ---- the parts
 
 
 def on_lane(work):
@@ -469,10 +389,13 @@ def on_lane(work):
 
 
 PARTS = {
-    "kernels": on_lane(kernel_part),
-    "decode": on_lane(steps),
+    "decode": on_lane(decode),
     "ssd": pairs,
+    "profile": profile_part,
+    "tuner": tuner,
+    "kernels": on_lane(kernel_part),
     "loop": exactness,
+    "wide": on_lane(wide),
     "linear": on_lane(linear),
     "transformers": transformers_static,
     "correct": on_lane(correct),
@@ -480,10 +403,9 @@ PARTS = {
 
 
 def run(part: str, how: dict, say) -> None:
-    """One part with everything it finds told to `say`."""
-    device, _ = parse_device(how["device"])
-    check = Check(device, how["device"], how["target"], how["draft"], how.get("tiny", False), say)
-    PARTS[part](check)
+    """One part with everything it finds told to `say`. how: the fields of Check by name."""
+    device, _ = parse_device(how["spec"])
+    PARTS[part](Check(device, say=say, **how))
 
 
 if __name__ == "__main__":
