@@ -30,7 +30,6 @@ import sys
 import tempfile
 import threading
 import time
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -44,13 +43,14 @@ from checkpoint.weights import load_config  # noqa: E402
 from model import Transformer  # noqa: E402
 from runtime import parse_device  # noqa: E402
 from scripts.gpu_parts import GOALS  # noqa: E402
+from scripts.runner import environment  # noqa: E402
 from scripts.save import save_model  # noqa: E402
 
 # Call -> its parts, what is worth most first, and their limits in seconds. A call may be all that
 # there is time for on a machine, and the next one may find another, with no compiled code.
 CALLS = {
     1: {"decode": 80, "ssd": 240, "profile": 90, "tuner": 110},
-    2: {"kernels": 60, "loop": 120, "wide": 110, "linear": 60, "transformers": 120},
+    2: {"kernels": 90, "loop": 120, "wide": 110, "linear": 60, "transformers": 120},
 }
 PARTS = CALLS[1] | CALLS[2]
 EXTRA = {"correct": 120}  # only by name: a part of kernels
@@ -71,50 +71,24 @@ CODE = Path(tempfile.gettempdir()) / "gpu_check"  # compiled code of all parts
 # ---- the environment
 
 
-def environment(device: torch.device) -> dict:
+def device_environment(device: torch.device) -> dict:
     """Where the numbers come from, without names of hosts or people."""
-    found = {}
-    for name in ("torch", "triton", "transformers"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = None
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
-    )
-    found |= {
-        "python": platform.python_version(),
-        "commit": git.stdout.strip() or None,
-        "cuda": torch.version.cuda,
-    }
-    found["date"] = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
+    found = environment(None) | {"python": platform.python_version(), "cuda": torch.version.cuda}
     if device.type == "cuda":
-        found["device"] = torch.cuda.get_device_name(device)
-        found |= nvidia_smi(device)
-    else:
-        found["device"] = "cpu"
-    return found
+        return found | {"device": torch.cuda.get_device_name(device)} | nvidia_smi()
+    return found | {"device": "cpu"}
 
 
-def nvidia_smi(device: torch.device) -> dict:
-    """Driver, power cap and clocks, as far as the tool is there and tells."""
+def nvidia_smi() -> dict:
+    """Driver, power cap and clocks of the first GPU, as far as the tool is there and tells."""
     keys = ("driver_version", "power.limit", "clocks.max.sm", "clocks.max.mem", "memory.total")
-    if shutil.which("nvidia-smi") is None:
-        return {"nvidia_smi": "not installed"}
-    this = f"--id=GPU-{torch.cuda.get_device_properties(device).uuid}"
-    ask = ["nvidia-smi", this, f"--query-gpu={','.join(keys)}", "--format=csv,noheader"]
+    ask = ["nvidia-smi", f"--query-gpu={','.join(keys)}", "--format=csv,noheader"]
     try:
         told = subprocess.run(ask, capture_output=True, text=True, timeout=20)
-        if told.returncode:  # a container may show the device under another name
-            told = subprocess.run([ask[0], *ask[2:]], capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired) as error:
         return {"nvidia_smi": str(error)}
-    lines = told.stdout.strip().splitlines()
-    return (
-        dict(zip(keys, map(str.strip, lines[0].split(","))))
-        if lines
-        else {"nvidia_smi": told.stderr.strip()[:200]}
-    )
+    line = told.stdout.strip().partition("\n")[0]
+    return dict(zip(keys, map(str.strip, line.split(",")))) if line else {"nvidia_smi": told.stderr}
 
 
 # ---- one part, in a process of its own
@@ -346,7 +320,7 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError, KeyError) as error:
         say(f"gpu_check.py: {error}")
         return MISTAKE
-    where, tiny = environment(device), device.type == "cpu"
+    where, tiny = device_environment(device), device.type == "cpu"
     name = re.sub(r"[^a-z0-9]+", "-", where["device"].lower()).strip("-")
     out = args.out or ROOT / "results" / (f"{name}-toy.json" if tiny else f"{name}.json")
     results = json.loads(out.read_text()) if out.exists() else {"parts": {}}

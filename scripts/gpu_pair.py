@@ -29,6 +29,10 @@ TEXTS = (
     "class Stack:\n    def __init__(self):\n",
     "for line in lines:\n    name, _, value = line.partition('=')\n",
 )
+KEPT = (  # of the stats of a run
+    "acceptance_rate", "hit_rate", "tokens_per_round", "round_ms", "verify_ms", "draft_ms",
+    "exposed_ms", "hidden", "distinct_4grams", "bandwidth_fraction",
+)  # fmt: skip
 # Llama-3.2-1B, and two made-up shapes that read about 0.9 and 0.18 GB a step in bfloat16, with the
 # same vocabulary.
 DRAFTS = {
@@ -173,9 +177,7 @@ def pairs(check) -> None:
     draft on the CPU.
     """
     check.machine()
-    # One shape less to compile for each model, and the trunk of the part `decode`, whose code is on
-    # disk.
-    steps.PREFILL_CHUNKS, engine.SHORTEST_TRUNK = (64,), 64 if check.tiny else 1024
+    few_shapes(check)
     target, drafts = check.load(check.target), {}
     for temperature, name, path, place, priority in plans(check):
         devices, said = Devices(check.spec, place), []
@@ -193,16 +195,28 @@ def pairs(check) -> None:
         }
         judged = priority and check.spec == place
         three_modes(check, engines, f"draft {name}, T={temperature:g}", temperature, judged)
-        for text in said:
+        for text in dict.fromkeys(said):
             check.say({"name": f"draft {name}", "value": text, "unit": ""})
         del both, engines
         gc.collect()  # the plan's graphs and their buffers
 
 
+def few_shapes(check) -> None:
+    """One shape less to compile for each model, and the trunk of the part `decode`, whose code is
+    on disk.
+    """
+    steps.PREFILL_CHUNKS, engine.SHORTEST_TRUNK = (64,), 64 if check.tiny else 1024
+
+
+def sizes(check) -> tuple[int, int, int]:
+    """The context of steps, K and M."""
+    return (20, 3, 4) if check.tiny else (512, 7, 24)
+
+
 def sizes_of_runs(check) -> tuple[int, dict]:
     """How often each prompt is played, and the options of a run that is timed."""
-    k, M = (2, 4) if check.tiny else (7, 24)
-    options = {"seed": 1, "k": k, "fan_out": M, "max_new_tokens": 12 if check.tiny else 128}
+    _, k, m = sizes(check)
+    options = {"seed": 1, "k": k, "fan_out": m, "max_new_tokens": 12 if check.tiny else 128}
     return 1 if check.tiny else 3, options
 
 
@@ -218,24 +232,21 @@ def three_modes(check, engines: dict, label: str, temperature: float, judged: bo
             runs[mode].append(play(engines[mode], [prompt], mode=mode, **options))
     rates = {mode: [stats["tokens_per_s"] for stats, _ in of] for mode, of in runs.items()}
     for mode, of in runs.items():
-        middle = {}
-        for key in ("acceptance_rate", "hit_rate", "tokens_per_round", "round_ms", "verify_ms",
-                    "draft_ms", "exposed_ms", "hidden", "distinct_4grams",
-                    "bandwidth_fraction"):  # fmt: skip
-            values = [stats[key] for stats, _ in of if stats[key] is not None]
-            middle[key] = median(values) if values else None
+        told = {key: [stats[key] for stats, _ in of if stats[key] is not None] for key in KEPT}
+        middle = {key: median(values) if values else None for key, values in told.items()}
         name = f"{label}: {mode.upper()}"
         check.result(name, median(rates[mode]), "tokens/s", runs=rates[mode], **middle)
-        if (share := between(of, mode)) is not None:
-            told, goal = f"{name}, between two verifications, of a round", "between"
-            check.result(told, share, goal=goal if judged else "")
+        if mode != "sd" and (round_ms := middle["round_ms"]):  # SD drafts there; SSD's are of hits
+            share = (middle["exposed_ms"] or round_ms - middle["verify_ms"]) / round_ms
+            goal = "between" if judged else ""
+            check.result(f"{name}, between two verifications, of a round", share, goal=goal)
         if middle["hit_rate"] is not None:
             goal = "hits" if judged and temperature else ""
             check.result(f"{name}, hits", middle["hit_rate"], goal=goal)
     for of, to in (("ssd", "sd"), ("ssd", "ar"), ("sd", "ar")):
         # Runs of a mode are in the order of the prompts.
         ratios = [a / b for a, b in zip(rates[of], rates[to])]
-        ends = {"low": min(ratios), "high": max(ratios), "n": len(ratios)}
+        ends = {"low": min(ratios), "high": max(ratios)}
         goal = "ssd" if judged and (of, to) == ("ssd", "sd") else ""
         check.result(f"{label}: {of.upper()} / {to.upper()}", median(ratios), goal=goal, **ends)
     tell_texts(check, engines["ar"], label, prompts * repeats, runs, temperature)
@@ -249,47 +260,34 @@ def tell_texts(check, pair: Engine, label: str, prompts, runs: dict, temperature
     same = sum(a == b == c for a, b, c in zip(*texts.values()))
     told = {"name": f"{label}: runs with three equal texts", "unit": ""}
     check.say(told | {"value": f"{same} of {len(prompts)}"})
-    lane, seen = pair.devices.lanes("ar")[0], set()
+    places = {}  # the runs of a prompt may part in one place
     for mode in ("sd", "ssd"):
         for prompt, want, got in zip(prompts, texts["ar"], texts[mode]):
-            at = parted(want, got)
-            if at is None or (mode, *prompt, at) in seen:
-                continue
-            seen.add((mode, *prompt, at))
-            apart = gap(lane, pair.target, prompt + want[:at], 0, temperature, 1)
-            name = f"{label}: {mode.upper()} parts from AR at token {at}, gap of the best two"
-            check.result(name, apart, token=at)
-
-
-def between(runs: list[tuple], mode: str) -> float | None:
-    """The share of a round that is not verification: on hits for SSD, always for AR, undefined for
-    SD, which drafts.
-    """
-    shares = []
-    for _, figures in runs:
-        for this, after in zip(figures.rounds[1:], figures.rounds[2:]):
-            if mode == "ar" or (mode == "ssd" and this.look_up and not this.missed):
-                shares.append((after.begin - this.end) / (after.begin - this.begin))
-    return median(shares) if shares else None
+            if (at := parted(want, got)) is not None:
+                places[mode, at, len(prompt)] = prompt + want[:at]
+    for (mode, at, _), ids in places.items():
+        apart = gap(pair.devices.lanes("ar")[0], pair.target, ids, 0, temperature, 1)
+        name = f"{label}: {mode.upper()} parts from AR at token {at}, gap of the best two"
+        check.result(name, apart, token=at)
 
 
 def tuner(check) -> None:
     """K and M as the engine chooses them, against those that are fixed elsewhere here."""
-    steps.PREFILL_CHUNKS, engine.SHORTEST_TRUNK = (64,), 64 if check.tiny else 1024
+    few_shapes(check)
     target, draft = check.load(check.target), check.load(check.draft)
-    (repeats, options), auto = sizes_of_runs(check), {"k": "auto", "fan_out": "auto"}
-    prompts, devices, rates = ids_of(target)[:2], Devices(check.spec), {}
-    for name, more in (("auto", auto), ("fixed", {})):
-        pair, of = Engine(own(target), own(draft), devices, lambda text: None), options | more
-        play(pair, prompts[:1], mode="ssd", **of)
-        runs = [play(pair, [prompt], mode="ssd", **of) for prompt in prompts * repeats]
-        rates[name] = [stats["tokens_per_s"] for stats, _ in runs]
-        sizes = Counter((r.plan.k, r.plan.m) for _, figures in runs for r in figures.rounds)
-        played = ", ".join(f"K={k} M={m}: {n}" for (k, m), n in sizes.most_common(5))
-        check.result(f"SSD, K and M {name}", median(rates[name]), "tokens/s", rounds=played)
+    repeats, options = sizes_of_runs(check)
+    auto, rates = {"k": "auto", "fan_out": "auto", "mode": "ssd"}, []
+    for name, more in (("auto", auto), ("fixed", {"mode": "ssd"})):
+        pair = Engine(own(target), own(draft), Devices(check.spec), lambda text: None)
+        prompts = ids_of(target)[:2] * repeats
+        play(pair, prompts[:1], **options | more)  # compiles
+        runs = [play(pair, [prompt], **options | more) for prompt in prompts]
+        rates.append([stats["tokens_per_s"] for stats, _ in runs])
+        sizes = Counter(f"K={r.plan.k} M={r.plan.m}" for _, of in runs for r in of.rounds)
+        check.result(f"SSD, {name}", median(rates[-1]), "tokens/s", rounds=dict(sizes))
         del pair
         gc.collect()
-    ratios = [a / b for a, b in zip(rates["auto"], rates["fixed"])]
+    ratios = [a / b for a, b in zip(*rates)]
     check.result("SSD, auto / fixed", median(ratios), low=min(ratios), high=max(ratios))
 
 
@@ -308,15 +306,10 @@ def transformers_static(check) -> None:
     check.machine()
     sizes = (64, 96, 2, 4, 2, 128) if check.tiny else (4096, 14336, 32, 32, 8, 128256)
     names = (
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-    )
-    config = transformers.LlamaConfig(
-        **dict(zip((*names, "vocab_size"), sizes)), tie_word_embeddings=False
-    )
+        "hidden_size intermediate_size num_hidden_layers num_attention_heads "
+        "num_key_value_heads vocab_size"
+    ).split()
+    config = transformers.LlamaConfig(**dict(zip(names, sizes)), tie_word_embeddings=False)
     with torch.device(check.device):
         dtype = torch.bfloat16 if check.on_gpu else torch.float32
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()

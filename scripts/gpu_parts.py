@@ -153,9 +153,7 @@ class Check:
         seconds = self.timed(lambda: target.copy_(source))
         self.copy = 2 * source.nbytes / median(seconds)
         rates = sorted(2 * source.nbytes / t / 1e9 for t in seconds)
-        self.result(
-            "copy bandwidth", self.copy / 1e9, "GB/s", low=rates[0], high=rates[-1], n=len(rates)
-        )
+        self.result("copy bandwidth", self.copy / 1e9, "GB/s", low=rates[0], high=rates[-1])
         if matrix:
             n = 128 if self.tiny else 8192
             a, b = torch.randn(2, n, n, device=self.device).bfloat16()

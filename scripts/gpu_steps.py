@@ -10,17 +10,14 @@ import gzip
 import json
 import tempfile
 import threading
-import time
 from collections import defaultdict
 from pathlib import Path
 from statistics import median
 
 import torch
-from gpu_pair import ids_of, play
+from gpu_pair import few_shapes, ids_of, play, sizes
 from torch.profiler import ProfilerActivity, profile
 
-import engine
-import steps
 from engine import Engine, Model
 from runtime import Devices, Lane
 from sampling import Params
@@ -30,11 +27,6 @@ from steps import Feed, Runner
 WORK = {True: ("kernel", "gpu_memcpy", "gpu_memset"), False: ("cpu_op",)}
 REPLAYS, SHOWN = 20, 40  # of a step that is profiled; kernels that are kept, the dearest first
 TRACE, MOST_BYTES = "ssd-round.json.gz", 16 << 20
-
-
-def sizes(check) -> tuple[int, int, int]:
-    """The context, K and M of all steps here."""
-    return (20, 3, 4) if check.tiny else (512, 7, 24)
 
 
 def calls(check, runner: Runner) -> dict[str, tuple]:
@@ -68,7 +60,7 @@ def replay_of(runner: Runner, step: str, width: int):
 
 
 def time_steps(check, model: Model, role: str, batch=1, temperature=0.0, goals=("", "")):
-    """Seconds of both steps of `calls`, by the host's clock. What the host adds is told apart.
+    """Seconds of both steps of `calls`, by the host's clock.
 
     goals: what their shares of the copy bandwidth are held against.
     """
@@ -81,10 +73,7 @@ def time_steps(check, model: Model, role: str, batch=1, temperature=0.0, goals=(
     runner.set_rows(params, "shared", 1.0)
     found, label = [], f"{role}, {model.bits}, batch {batch}, T={temperature:g}"
     for (name, (call, step, width)), goal in zip(calls(check, runner).items(), goals):
-        began = time.perf_counter()
-        call()
-        took = time.perf_counter() - began
-        check.result(f"{label}: first {name} (compiles)", took, "s")
+        check.result(f"{label}: first {name} (compiles)", *check.wall(call, 1), "s")
         call()
         wall = check.spread(f"{label}: {name}, wall", check.wall(call), "ms")
         share = model.step_bytes / check.copy
@@ -92,7 +81,6 @@ def time_steps(check, model: Model, role: str, batch=1, temperature=0.0, goals=(
         if replay := replay_of(runner, step, width):
             alone = check.spread(f"{label}: {name}, graph alone", check.timed(replay), "ms")
             check.result(f"{label}: {name}, graph alone: of copy bandwidth", share / alone)
-            check.result(f"{label}: {name}: what the host adds", 1 - alone / wall)
         found.append(wall)
     return found
 
@@ -194,7 +182,7 @@ def beside(check, name: str, lane: Lane, call, other: Lane, busy) -> None:
 
 def profile_part(check) -> None:
     """The kernels of each step and of an SSD round, and how target and draft slow each other."""
-    steps.PREFILL_CHUNKS, engine.SHORTEST_TRUNK = (64,), 64 if check.tiny else 1024
+    few_shapes(check)
     _, k, m = sizes(check)
     models = check.load(check.target), check.load(check.draft)
     pair, prompts = Engine(*models, Devices(check.spec)), ids_of(models[0])[:1]
@@ -222,6 +210,6 @@ def profile_part(check) -> None:
                 again = lambda once=once: [once() for _ in range(REPLAYS)]  # noqa: E731
                 told = f"profile: {runner.role}: {name}"
                 lane.start(profiled, check, told, again, thrown, REPLAYS).result()
-    (verify, chain), (_, mine), (_, its) = (list(x.items())[1] for x in asked), *both
-    beside(check, verify[0], mine, verify[1][0], its, chain[1][0])
-    beside(check, chain[0], its, chain[1][0], mine, verify[1][0])
+    sides = [(lane, *list(named.items())[1]) for (_, lane), named in zip(both, asked)]
+    for (lane, name, (call, *_)), (other, _, (busy, *_)) in (sides, sides[::-1]):
+        beside(check, name, lane, call, other, busy)
