@@ -32,8 +32,9 @@ from pathlib import Path
 from statistics import median
 
 LOG = Path(tempfile.mkdtemp()) / "captures"
-# The library reads these when it logs, or replays a graph, for the first time.
-os.environ |= {"NULLCUDA_LOG": str(LOG), "NULL_US_HI": "12", "NULL_US_LO": "4"}
+# The library reads these when it logs, or replays a graph, for the first time: where to, and the
+# microseconds of a kernel on streams of high and other priority.
+os.environ |= {"NULL_US_HI": "12", "NULL_US_LO": "4"} | os.environ | {"NULLCUDA_LOG": str(LOG)}
 
 import nullgpu  # noqa: E402  before torch
 

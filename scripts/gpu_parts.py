@@ -95,7 +95,7 @@ class Check:
         """Report a time and return its median in seconds."""
         scale = {"us": 1e6, "ms": 1e3}[unit]
         low, middle, high = quantiles(seconds, n=4) if len(seconds) > 1 else seconds * 3
-        self.result(name, middle * scale, unit, low=low * scale, high=high * scale, n=len(seconds))
+        self.result(name, middle * scale, unit, low=low * scale, high=high * scale)
         return median(seconds)
 
     def timed(self, work, repeats: int = 0) -> list[float]:
