@@ -62,9 +62,9 @@ SHAPE = {
     "max_position_embeddings": 4096,
 }  # fmt: skip
 NOISE = 0.05
-# Parts with a large target, and those whose draft is grown as well; `ssd` grows its own.
-LARGE_TARGET, TARGETS = "inflate:llama-3.1-8b:", ("decode", "ssd", "profile", "tuner", "wide")
-LARGE_DRAFT, DRAFTS = "inflate:llama-3.2-1b:", ("decode", "profile", "tuner", "wide")
+# The pair is grown for these parts; `ssd` grows its drafts itself.
+LARGE, LARGE_PARTS = "inflate:llama-3.1-8b:", ("decode", "ssd", "profile", "tuner", "wide")
+LARGE_DRAFT = "inflate:llama-3.2-1b:"
 CODE = Path(tempfile.gettempdir()) / "gpu_check"  # compiled code of all parts
 
 
@@ -282,8 +282,8 @@ def play(part: str, args, out: Path, where: dict, sanitizer: str | None, results
     """Run a part and put what it found into the results, in their order."""
     say(f"{part} on {where['device']}")
     tiny = args.device.startswith("cpu")
-    target = LARGE_TARGET if part in TARGETS and not tiny else ""
-    draft = LARGE_DRAFT if part in DRAFTS and not tiny else ""
+    target = LARGE if part in LARGE_PARTS and not tiny else ""
+    draft = LARGE_DRAFT if target and part != "ssd" else ""
     how = {"spec": args.device, "target": target + args.target, "draft": draft + args.draft}
     how |= {"tiny": tiny, "folder": str(out.parent.resolve())}
     limit_s = args.limit or (PARTS | EXTRA)[part]

@@ -40,8 +40,9 @@ def calls(check, runner: Runner) -> dict[str, tuple]:
         return Feed([[1] * T for _ in range(B)], [at] * B, [T] * B)
 
     if runner.role == "target":
-        verify = lambda T: (lambda: runner.verify(feed(T), [0] * B, [None] * B), "_verify", T)  # noqa: E731
-        return {"decode step": verify(1), f"verification of {k + 1}": verify(k + 1)}
+        verify = [lambda T=T: runner.verify(feed(T), [0] * B, [None] * B) for T in (1, k + 1)]
+        plain = {"decode step": (verify[0], "_verify", 1)}
+        return plain | {f"verification of {k + 1}": (verify[1], "_verify", k + 1)}
     branches, depths = [list(range(1, m + 1))] * B, [[i % (k + 1) for i in range(m)]] * B
     chain = lambda: runner.chain_step(feed(k + 1), branches, depths, 2, 0)  # noqa: E731
     single = (lambda: runner.decode(feed(1), 0)), "_decode", 1
@@ -95,10 +96,9 @@ def decode(check) -> None:
     gc.collect()  # a compiled block holds itself
     draft = check.load(check.draft)
     for temperature in (0.0, 1.0):
-        goals = {"temperature": temperature, "goals": ("single", "chain")}
-        single, chain = time_steps(check, draft, "draft", **goals)
+        told = time_steps(check, draft, "draft", 1, temperature, ("single", "chain"))
         name = f"chain step / single-row step, T={temperature:g}"
-        check.result(name, chain / single, goal="branches")
+        check.result(name, told[1] / told[0], goal="branches")
 
 
 def wide(check) -> None:
@@ -112,9 +112,8 @@ def wide(check) -> None:
         gc.collect()
         target = check.load(check.target, quantize=bits)
         for batch in batches:
-            plain, verify = time_steps(check, target, "target", batch)
-            name = f"target, {target.bits}, batch {batch}: verification / decode step"
-            check.result(name, verify / plain)
+            told, name = time_steps(check, target, "target", batch), f"{target.bits}, batch {batch}"
+            check.result(f"target, {name}: verification / decode step", told[1] / told[0])
         del target
 
 
