@@ -20,7 +20,8 @@ from sampling import MISS_POWER
 from ssd import Plan
 
 KS, MS = (1, 2, 3, 4, 6, 8), (6, 12, 24)
-STATIC_KS, STATIC_MS = (2, 4, 7), (8, 24)  # each of them is compiled and captured
+# By whether steps are static: then each size is compiled and captured.
+SIZES = {False: (KS, MS), True: ((2, 4, 7), (8, 24))}
 REVISE_EVERY = 4  # rounds
 # Another mode is tried for TRY rounds, once in TRY_EVERY: less often, the less it promises.
 TRY, TRY_EVERY = 4, 64

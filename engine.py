@@ -37,12 +37,7 @@ from steps import Runner
 
 DEFAULT_DRAFT = str(Path(__file__).resolve().parent / "assets" / "draft")
 NGRAM = "ngram"  # a draft that is not a model: it guesses from the row's own text
-DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float64": torch.float64,
-}
+DTYPES = ("float32", "bfloat16", "float16", "float64")
 # Tokens. Static trunks are as long as this, or twice, four times ... as long: at most 8 sizes.
 SHORTEST_TRUNK = 256
 
@@ -78,13 +73,13 @@ class Model:
         """target: the loaded target, for a draft that was trained for it and uses its embedding.
         group: the ranks that share the model.
         """
-        where, plain = resolve(name), compile or (compile is None and device.type == "cuda")
-        numbers, bits = group.same(choose_format(where, device, dtype, quantize, plain))
+        where, compile = resolve(name), device.type == "cuda" if compile is None else compile
+        numbers, bits = group.same(choose_format(where, device, dtype, quantize, compile))
         share, of = group.share if group.ranks > 1 else None, target and target.transformer
         with one_thread():
             if of is not None and of.group.ranks > 1 and load_config(name).head_tokens:
                 of = load_model(target.name, device, numbers, Transformer, ends=True)
-            finish = finisher(bits, not plain, group)
+            finish = finisher(bits, not compile, group)
             transformer = load_model(name, device, numbers, Transformer, of, finish, bits, share)
             if share is not None:
                 group.split(transformer)
@@ -121,6 +116,16 @@ class Model:
             torch.cuda.synchronize(weight.device)
         return cls(name, transformer, config, tokenizer, eos, weight.dtype, bits, policy, read)
 
+    @property
+    def device(self) -> torch.device:
+        return self.transformer.embed.weight.device
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of the keys and values of one token."""
+        c = self.config
+        return 2 * c.num_layers * c.num_kv_heads * c.head_dim * self.dtype.itemsize
+
     def numbers(self) -> dict[str, str]:
         """The dtype and the bits, by the names of the flags. A dtype of weights alone counts."""
         if self.bits == "bfloat16":
@@ -135,18 +140,18 @@ class Model:
 
         A shorter text runs in a longer trunk, since attention reads no more than there is.
         """
-        if not self.policy.static:
-            return Runner(role, self.transformer, batch, trunk, k, branches, self.policy, vocab)
         key = (role, batch, k, branches, vocab)
-        if key not in self.runners or self.runners[key].cache.trunk < trunk:
-            room = SHORTEST_TRUNK
-            while room < trunk:
-                room *= 2
-            self.runners.clear()  # one set of buffers at a time
-            self.runners[key] = Runner(
-                role, self.transformer, batch, room, k, branches, self.policy, vocab
-            )
-        return self.runners[key]
+        kept = self.runners.get(key)
+        if kept is not None and kept.cache.trunk >= trunk:
+            return kept
+        self.runners.clear()  # one set of buffers at a time
+        room = trunk
+        if self.policy.static:  # few sizes
+            room = SHORTEST_TRUNK << ((trunk - 1) // SHORTEST_TRUNK).bit_length()
+        made = Runner(role, self.transformer, batch, room, k, branches, self.policy, vocab)
+        if self.policy.static:
+            self.runners[key] = made
+        return made
 
     def set_up(
         self, role, rows, batch, settings, trunk: int, k: int, branches: int, vocab: int, before
@@ -182,26 +187,26 @@ def choose_format(
     """
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}, wanted one of {', '.join(DTYPES)}")
-    bits, usual = quantize or "none", torch.bfloat16 if device.type == "cuda" else torch.float32
-    if device.type == "cuda" or plain or bits != "none":
-        return DTYPES.get(dtype, usual), bits
-    here, free = speeds(), dtype is None
+    usual = torch.bfloat16 if device.type == "cuda" else torch.float32
+    asked = usual if dtype is None else getattr(torch, dtype)
+    if device.type == "cuda" or plain or quantize not in (None, "none"):
+        return asked, quantize or "none"
+    here = speeds()
     faster = [name for name in here if here[name] < here.get("float32", math.inf)]
-    if free and quantize is None and where.is_file() and "int4" in faster:
+    if dtype is None and quantize is None and where.is_file() and "int4" in faster:
         return usual, "stored"
-    if "bfloat16" in (faster if free else [dtype] if "bfloat16" in here else []):
+    if dtype is None and "bfloat16" in faster or dtype == "bfloat16" and dtype in here:
         return torch.float32, "bfloat16"  # a CPU computes the rest in float32 as fast
-    return DTYPES.get(dtype, usual), "none"
+    return asked, "none"
 
 
 def step_bytes(transformer: Transformer) -> int:
     """Bytes of weights that one decode step reads; of an embedding one row, so nothing, unless it
     is the head as well.
     """
-    layers = [m for m in transformer.modules() if hasattr(m, "weight_bytes")]
-    floats = {id(w): w.nbytes for name, w in transformer.named_parameters(remove_duplicate=False)
-              if name != "embed.weight"}  # fmt: skip
-    return sum(layer.weight_bytes for layer in layers) + sum(floats.values())
+    named = transformer.named_parameters(remove_duplicate=False)
+    floats = {id(weight): weight.nbytes for name, weight in named if name != "embed.weight"}
+    return sum(floats.values(), sum(getattr(m, "weight_bytes", 0) for m in transformer.modules()))
 
 
 def check_pair(target: Model, draft: Model) -> None:
@@ -233,31 +238,26 @@ def fit_memory(
     ValueError where none is left. models: roles, models, numbers of branches. tell: is told what is
     taken.
     """
-    per_slot: dict[torch.device, list[tuple[int, int]]] = {}  # bytes, and slots beside the trunk
-    for _, model, branches in models:
-        c, device = model.config, model.transformer.embed.weight.device
-        size = 2 * c.num_layers * c.num_kv_heads * c.head_dim * model.dtype.itemsize
-        per_slot.setdefault(device, []).append((size, branches * k + 1))
-    free = {device: available_bytes(device) for device in per_slot}
+    free = {model.device: available_bytes(model.device) for _, model, _ in models}
     while left := [row for row in rows if row.finish is None]:
         longest = max(left, key=lambda row: row.limit)
         trunk = in_whole_blocks(longest.limit + k + 1)
         wanted = min(batch or 1, len(left))
-        row_bytes = {
-            device: sum(size * (trunk + more) for size, more in of)
-            for device, of in per_slot.items()
+        row_bytes = dict.fromkeys(free, 0)
+        for _, model, branches in models:  # the trunk, the scratch, the dead slot
+            row_bytes[model.device] += model.slot_bytes * (trunk + branches * k + 1)
+        fits = {
+            device: free[device] / row_bytes[device] for device in free if free[device] is not None
         }
-        known = [device for device in free if free[device] is not None]
-        fits = min((free[device] // row_bytes[device] for device in known), default=len(left))
-        if fits >= wanted:
-            batch = min(batch or fits, len(left), fits)
-            for device in known:
+        if min(fits.values(), default=wanted) >= wanted:
+            batch = int(min(batch or len(left), len(left), *fits.values()))
+            for device in fits:
                 tell(
                     f"KV cache on {device}: {batch} rows of {trunk} tokens, "
                     f"{batch * row_bytes[device] / 1e9:.2f} of {free[device] / 1e9:.1f} GB free"
                 )
             return batch, trunk
-        device = min(known, key=lambda device: free[device] / row_bytes[device])
+        device = min(fits, key=fits.get)
         longest.refuse(
             f"the KV cache for {wanted} rows of {trunk} tokens needs "
             f"{wanted * row_bytes[device] / 1e9:.1f} GB, but {device} has "
@@ -289,7 +289,8 @@ class Engine:
         self.warn = warn or (lambda text: print(f"warning: {text}", file=sys.stderr))
         self.tell = lambda text: None  # how much memory a run is about to take
         self.seen: dict[tuple, object] = {}  # for --k auto: what runs of a kind have shown
-        self.previous: tuple | None = None  # of the last generation, for the next turn of a chat
+        # What the next turn of a chat may use: runners by role, a row's ids, its draft_read.
+        self.previous = {}, [], 0
         if draft is not None:
             check_pair(target, draft)
 
@@ -330,7 +331,7 @@ class Engine:
         self.settings = settings = check_settings(settings)
         config = self.target.config
         rows = make_rows(prompts, settings, self.tokenizer, self.eos, config, numbers)
-        mode, V = settings.mode, self.target.config.vocab_size
+        mode, V = settings.mode, config.vocab_size
         drafts = [self.draft] if self.draft is not None and mode != "ar" else []
         if mode != "ar" and not drafts and (mode == "ssd" or not self.ngram):
             raise ValueError(
@@ -338,110 +339,97 @@ class Engine:
             )
         most = min(settings.batch or len(rows), len(rows))
         usual, ks, ms = self.planner(settings, most, drafts)
-        k, branches = max(ks), max(ms)
-        asked = settings.batch_halves if drafts and most > 1 else "off"
-        target_lane, draft_lane = self.devices.lanes("ssd" if asked == "on" else mode)
-        # Two models that take turns on one lane have nothing to gain from another half.
-        asked = "off" if target_lane is draft_lane else asked
-        models = [("target", self.target, 0)] + [("draft", draft, branches) for draft in drafts]
+        k = max(ks)
+        halves = settings.batch_halves if drafts and most > 1 else "off"
+        lanes = self.devices.lanes("ssd" if halves == "on" else mode)
+        if lanes[0] is lanes[1]:  # where they take turns on one lane another half gains nothing
+            halves = "off"
+        models = [("target", self.target, 0)] + [("draft", draft, max(ms)) for draft in drafts]
         batch, trunk = fit_memory(models, rows, settings.batch, k, self.tell)
-        alone = keep and len(rows) == 1
-        before = self.reuse(rows[0], len(models)) if alone else [None] * len(models)
+        old = self.reuse(rows[0], len(models)) if keep and len(rows) == 1 else {}
         for row in rows:
             if row.refused:
                 self.warn(row.refused)
         left = [row for row in rows if row.finish is None]
+        runners = {"draft": None}
         # On the lanes themselves: a GPU's streams would not wait for what another stream allocates.
-        lanes = zip((target_lane, draft_lane), models, before)
-        runners = [
-            lane.start(model.set_up, role, left, batch, settings, trunk, k, m, V, old).result()
-            for lane, (role, model, m), old in lanes
-        ]
-        runners += [None]  # where there is no draft model
-        lengths = sorted({1, *(1 + k for k in ks)})
+        for lane, (role, model, m) in zip(lanes, models):
+            job = model.set_up, role, left, batch, settings, trunk, k, m, V, old.get(role)
+            runners[role] = lane.start(*job).result()
         parts = [range(batch)] + [range(b, b + 1) for b in range(batch) if len(left) > batch > 1]
-        if asked != "off" and batch > 2:
-            parts += [range((batch + 1) // 2), range((batch + 1) // 2, batch)]
-        shapes = lengths, [m for m in ms if m], parts
-        played = planner or usual
-        if asked != "off":
-            from halves import Always, Halves, Quicker
+        if halves != "off":
+            from halves import Halves, Quicker
 
+            middle = (batch + 1) // 2
+            parts += [range(middle), range(middle, batch)] if batch > 2 else []
             if planner is None:
-                half = self.planner(settings, (batch + 1) // 2, drafts)[0]
-                played = Always(half) if asked == "on" else Quicker(usual, Always(half))
+                ways = {} if halves == "on" else {False: usual}
+                planner = Quicker(ways | {True: self.planner(settings, middle, drafts)[0]})
             own = decoding is not Decoding
             decoding = type(decoding.__name__, (decoding, Halves), {}) if own else Halves
-        lanes = runners[0], target_lane, runners[1], draft_lane
-        return decoding(rows, played, *lanes, shapes, self.warn)
+        shapes = sorted({1, *(1 + k for k in ks)}), [m for m in ms if m], parts
+        sides = runners["target"], lanes[0], runners["draft"], lanes[1]
+        return decoding(rows, planner or usual, *sides, shapes, self.warn)
 
     def planner(self, settings: Settings, batch: int, drafts: list[Model]) -> tuple:
         """The planner of a run, and all the K and M that it may choose. The plan is what makes a
         mode.
         """
-        mode, configs = settings.mode, [m.config for m in (self.target, *drafts)]
-        common = min(c.head_tokens or c.vocab_size for c in configs)
-        if mode == "ar":
+        if settings.mode == "ar":
             return SamePlan(Plan(0, 0)), (0,), (0,)
-        if mode == "ssd" and settings.fan_out != AUTO and settings.fan_out >= common:
-            raise ValueError(
-                f"fan_out is {settings.fan_out}, wanted less than the vocabulary, {common} tokens"
-            )
-        fallback = settings.fallback if mode == "ssd" else "jit" if drafts else "fast"
-        choosable = [settings.k] + [settings.fan_out] * (mode == "ssd")
-        if AUTO not in choosable:
-            k, m = settings.k, settings.fan_out if mode == "ssd" else 0
-            return SamePlan(Plan(k, m, fallback, settings.cut)), (k,), (m,)
+        m, fallback = 0, "jit" if drafts else "fast"
+        configs = [model.config for model in (self.target, *drafts)]
+        common = min(config.head_tokens or config.vocab_size for config in configs)
+        if settings.mode == "ssd":
+            m, fallback = settings.fan_out, settings.fallback
+            if m != AUTO and m >= common:
+                raise ValueError(
+                    f"fan_out is {m}, wanted less than the vocabulary, {common} tokens"
+                )
+        plan = Plan(settings.k, m, fallback, settings.cut)
+        if AUTO not in (plan.k, plan.m):
+            return SamePlan(plan), (plan.k,), (plan.m,)
         import auto
 
-        static = any(m.policy.static for m in (self.target, *drafts))
-        ks = (0, *(auto.STATIC_KS if static else auto.KS)) if settings.k == AUTO else (settings.k,)
-        ms = (
-            (0, *(auto.STATIC_MS if static else auto.MS))
-            if settings.fan_out == AUTO
-            else (settings.fan_out,)
-        )
-        ms = tuple(m for m in ms if m < common) if mode == "ssd" else (0,)
-        sampled = any(settings.per_row("temperature", None))
-        kind = (mode, batch, settings.coupling, sampled, ks, ms, fallback, settings.cut)
+        ks, ms = auto.SIZES[any(m.policy.static for m in (self.target, *drafts))]
+        ks = (0, *ks) if plan.k == AUTO else (plan.k,)
+        ms = (0, *(m for m in ms if m < common)) if plan.m == AUTO else (plan.m,)
+        kind = plan, batch, settings.coupling, any(settings.per_row("temperature", None))
         seen = self.seen.setdefault(kind, auto.Seen())
-        return auto.Auto(ks, ms, Plan(0, 0, fallback, settings.cut), batch, seen), ks, ms
+        return auto.Auto(ks, ms, plan, batch, seen), ks, ms
 
-    def reuse(self, row: Row, models: int) -> list[Runner | None]:
-        """The runners of the previous call, if their KV holds a beginning of this prompt.
-
-        row.target_read is how many tokens of it they hold.
+    def reuse(self, row: Row, models: int) -> dict[str, Runner]:
+        """The runners of the previous call by their roles, if their KV holds a beginning of this
+        prompt. row.target_read is how many tokens of it they hold.
         """
-        if self.previous is None or len(self.previous[0]) != models:
-            return [None] * models
-        old, ids, read = self.previous
+        runners, ids, draft_read = self.previous
+        if len(runners) != models:
+            return {}
         same = min(len(ids) - 1, len(row.ids) - 1)  # the last token has no KV
         row.target_read = next((i for i in range(same) if ids[i] != row.ids[i]), same)
-        row.draft_read = min(read, row.target_read)
-        return old
+        row.draft_read = min(draft_read, row.target_read)
+        return runners
 
     def finish(self, decoding: Decoding) -> Result:
         """The result of a generation, complete or interrupted."""
         rows, figures = decoding.all_rows, decoding.figures
-        self.previous, figures.end = None, figures.end or time.perf_counter()
+        self.previous, figures.end = ({}, [], 0), figures.end or time.perf_counter()
         if decoding.lost:
             self.draft.runners.clear()  # what hangs may still write to their buffers
         # A prompt that was not read whole leaves no KV worth keeping.
         elif len(rows) == 1 and figures.rounds:
-            runners = [decoding.target, *([decoding.draft] if decoding.draft else [])]
+            runners = {"target": decoding.target, "draft": decoding.draft}
+            runners = {role: runner for role, runner in runners.items() if runner is not None}
             self.previous = runners, list(rows[0].ids), rows[0].draft_read
-        draft = NGRAM if self.ngram else self.draft.name if self.draft else None
-        stats = {"target": self.target.name, "draft": draft if self.settings.mode != "ar" else None}
-        stats |= self.target.numbers() | {"draft_quantize": None}
-        if self.draft and stats["draft"]:
-            stats["draft_quantize"] = self.draft.numbers()["quantize"]
-        peak = peak_memory_gb(decoding.target_lane.device)
+        peak = peak_memory_gb(decoding.target_lane.device)  # without what is measured next
         lost = self.target.transformer.group.broken  # then the lane may wait for ever
         bandwidth = None if lost else self.devices.bandwidth(decoding.target_lane)
-        stats |= run_stats(
-            decoding, self.settings, bandwidth and self.target.step_bytes / bandwidth
-        )
-        stats["peak_memory_gb"] = peak
+        models = {"target": self.target.name, "draft": NGRAM, "draft_quantize": None}
+        models |= self.target.numbers() | {"peak_memory_gb": peak}
+        if self.draft:
+            models |= {"draft": self.draft.name, "draft_quantize": self.draft.numbers()["quantize"]}
+        floor_s = bandwidth and self.target.step_bytes / bandwidth
+        stats = run_stats(decoding, self.settings, models, floor_s)
         return Result(stats["token_ids"], stats["text"], stats["finish_reason"], stats)
 
 

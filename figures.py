@@ -16,29 +16,36 @@ from pathlib import Path
 from statistics import mean, median
 
 MODES = ("ar", "sd", "ssd")
-DRAFT_WORK = ("extend", "fork", "chain step", "decode")  # what counts as the draft being busy
-ROWS = (  # key, label, format, factor
-    ("k", "K", "{}", 1),
-    ("fan_out", "M", "{}", 1),
-    ("tokens_per_s", "tokens/s", "{:.1f}", 1),
-    ("over_ar", "x AR", "{:.2f}", 1),
-    ("over_sd", "x SD", "{:.2f}", 1),
-    ("ceiling", "ceiling x SD", "{:.2f}", 1),
-    ("tokens_per_round", "tokens a round", "{:.2f}", 1),
-    ("acceptance_rate", "acceptance %", "{:.1f}", 100),
-    ("hit_rate", "hits %", "{:.1f}", 100),
-    ("verify_ms", "verify ms", "{:.2f}", 1),
-    ("draft_ms", "draft ms", "{:.2f}", 1),
-    ("exposed_ms", "exposed ms", "{:.2f}", 1),
-    ("hidden", "hidden %", "{:.1f}", 100),
-    ("distinct_4grams", "distinct 4-grams %", "{:.1f}", 100),
+OF_SSD = ("fan_out", "cut", "fallback")
+OF_DRAFTS = (
+    "draft",
+    "draft_device",
+    "draft_quantize",
+    "k",
+    "coupling",
+    "saguaro_c",
+    "batch_halves",
 )
-SETTINGS_SHOWN = ("mode", "cut", "fallback", "coupling", "temperature", "seed")
-UNUSED = {
-    "ar": ("k", "fan_out", "cut", "fallback", "coupling"),
-    "sd": ("fan_out", "cut", "fallback"),
-    "ssd": (),
-}
+UNUSED = {"ar": (*OF_DRAFTS, *OF_SSD), "sd": OF_SSD, "ssd": ()}  # flags, and figures of that name
+DRAFT_WORK = ("extend", "fork", "chain step", "decode")  # what counts as the draft being busy
+SHOWN = (  # name, label, format: a line of --compare, a part of the line of figures
+    ("k", "K", "{}"),
+    ("fan_out", "M", "{}"),
+    ("tokens_per_s", "tokens/s", "{:.1f}"),
+    ("over_ar", "x AR", "{:.2f}"),
+    ("over_sd", "x SD", "{:.2f}"),
+    ("ceiling", "ceiling x SD", "{:.2f}"),
+    ("tokens_per_round", "tokens a round", "{:.2f}"),
+    ("acceptance_rate", "acceptance", "{:.0%}"),
+    ("hit_rate", "hits", "{:.0%}"),
+    ("verify_ms", "verify", "{:.1f} ms"),
+    ("draft_ms", "draft", "{:.1f} ms"),
+    ("exposed_ms", "exposed", "{:.1f} ms"),
+    ("hidden", "hidden", "{:.0%}"),
+    ("distinct_4grams", "distinct 4-grams", "{:.0%}"),
+    ("bandwidth_fraction", "memory bandwidth", "{:.0%}"),
+    ("peak_memory_gb", "memory", "{:.2f} GB"),
+)
 
 
 @dataclass
@@ -95,10 +102,20 @@ def expected_tokens(acceptance: float, length: float) -> float:
     return (1 - acceptance ** (length + 1)) / (1 - acceptance)
 
 
+def ssd_ceiling(t_draft: float, t_verify: float, tokens_ssd: float = 1, tokens_sd: float = 1):
+    """The most that SSD can gain over SD: drafting takes no time, and rounds emit these tokens."""
+    return (1 + t_draft / t_verify) * tokens_ssd / tokens_sd
+
+
+def ratio(part: float, whole: float) -> float | None:
+    """part / whole; None where there is no whole."""
+    return part / whole if whole else None
+
+
 def distinct_4grams(ids: list[int]) -> float | None:
     """The share of distinct 4-grams. Repetitive text flatters every speculative figure."""
     grams = [tuple(ids[i : i + 4]) for i in range(len(ids) - 3)]
-    return len(set(grams)) / len(grams) if grams else None
+    return ratio(len(set(grams)), len(grams))
 
 
 class Figures:
@@ -126,32 +143,30 @@ class Figures:
         spans: what ran on the draft's lane, (name, begin, end). The first round belongs to the
         prefill, and so it is left out of rates and medians.
         """
-        new = [len(row.new_ids) for row in self.rows]
-        first_token = self.rounds[0].end if self.rounds else self.end
+        new, rounds = [len(row.new_ids) for row in self.rows], self.rounds
+        first_token = rounds[0].end if rounds else self.end
         decode_s = max(self.end - first_token, 1e-9)
-        first = len(self.rounds[0].live) if self.rounds else 0  # each of them emitted one token
-        rounds, after_first = self.rounds[1:], sum(new) - first
-        tried = [(r, b) for r in self.rounds for b in r.live if r.length[b]]
-        accepted, drafted = sum(r.accepted[b] for r, b in tried), sum(r.length[b] for r, b in tried)
-        tested = accepted + sum(r.rejected(b) for r, b in tried)
-        hits, misses = (sum(len(of) for r in self.rounds if r.look_up for of in [getattr(r, name)])
-                        for name in ("hit", "missed"))  # fmt: skip
-        shares = [s for row in self.rows if (s := distinct_4grams(row.new_ids)) is not None]
-        row_rounds = sum(len(r.live) for r in rounds)
+        after_first = sum(new) - (len(rounds[0].live) if rounds else 0)
+        played = [(r, b) for r in rounds for b in r.live]
+        accepted = sum(r.accepted[b] for r, b in played)
+        tested = accepted + sum(r.rejected(b) for r, b in played)
+        asked = [r for r in rounds if r.look_up]
+        hits = sum(len(r.hit) for r in asked)
         out = {
             "prompt_tokens": [row.prompt for row in self.rows],
             "new_tokens": new,
             "prefill_s": first_token - self.begin,
             "decode_s": decode_s,
             "tokens_per_s": after_first / decode_s,
-            "rounds": len(rounds),
-            "tokens_per_round": after_first / row_rounds if row_rounds else None,
-            "acceptance_rate": accepted / tested if tested else None,
-            "accepted_fraction": accepted / drafted if drafted else None,
-            "hit_rate": hits / (hits + misses) if hits + misses else None,
-            "distinct_4grams": mean(shares) if shares else None,
+            "rounds": len(rounds[1:]),
+            "tokens_per_round": ratio(after_first, sum(len(r.live) for r in rounds[1:])),
+            "acceptance_rate": ratio(accepted, tested),
+            "accepted_fraction": ratio(accepted, sum(r.length[b] for r, b in played)),
+            "hit_rate": ratio(hits, hits + sum(len(r.missed) for r in asked)),
         }
-        return out | self.times(spans, speculates)
+        shares = [s for row in self.rows if (s := distinct_4grams(row.new_ids)) is not None]
+        out["distinct_4grams"] = mean(shares) if shares else None
+        return out | self.times(spans, speculates, out["acceptance_rate"])
 
     def busy(self, spans) -> list[float]:
         """Seconds that the draft worked in each round."""
@@ -162,34 +177,28 @@ class Figures:
                 total[bisect.bisect_right(starts, begin) - 1] += end - begin
         return total
 
-    def times(self, spans, speculates: bool) -> dict:
+    def times(self, spans, speculates: bool, acceptance: float | None) -> dict:
         """Medians of a round in milliseconds, the share of drafting that is hidden, the ceiling."""
-        rounds, busy = self.rounds, self.busy(spans)
-        pairs = list(zip(rounds[1:], rounds[2:]))  # a round and the one after it
-        middle = lambda values: median(values) * 1e3 if values else None  # noqa: E731
+        rounds, busy = self.rounds[1:], self.busy(spans)[1:]
+        ms = lambda seconds: median(seconds) * 1e3 if seconds else None  # noqa: E731
+        exposed = [after.begin - r.end for r, after in zip(rounds, rounds[1:])]
         out = {
-            "round_ms": middle([after.begin - r.begin for r, after in pairs]),
-            "verify_ms": middle([r.end - r.begin for r in rounds[1:]]),
-            "draft_ms": middle(busy[1:]) if speculates else None,
-            "exposed_ms": middle([after.begin - r.end for r, after in pairs])
-            if speculates
-            else None,
+            "round_ms": ms([after.begin - r.begin for r, after in zip(rounds, rounds[1:])]),
+            "verify_ms": ms([r.end - r.begin for r in rounds]),
+            "draft_ms": ms(busy) if speculates else None,
+            "exposed_ms": ms(exposed) if speculates else None,
             "hidden": None,
             "speedup_ceiling": None,
         }
-        hits = [n for n in range(1, len(rounds) - 1) if rounds[n].look_up and not rounds[n].missed]
+        hits = [n for n, r in enumerate(rounds[:-1]) if r.look_up and not r.missed]
         if hits:
-            exposed = median(rounds[n + 1].begin - rounds[n].end for n in hits)
-            work = median(busy[n] for n in hits)
-            out |= {"exposed_ms": exposed * 1e3, "hidden": 1 - exposed / work if work else None}
-        steps = [end - begin for name, begin, end in spans if name == "chain step"]
-        plan = self.usual_plan()
-        if hits and steps and plan.k:
-            tested = sum(r.accepted[b] + r.rejected(b) for r in rounds for b in r.live)
-            a = sum(r.accepted[b] for r in rounds for b in r.live) / max(tested, 1)
-            length = median(min(r.chain_steps, r.plan.k) for r in rounds if r.look_up)
-            gain = expected_tokens(a, length) / expected_tokens(a, plan.k)
-            out["speedup_ceiling"] = (1 + plan.k * median(steps) * 1e3 / out["verify_ms"]) * gain
+            out["exposed_ms"], work = ms([exposed[n] for n in hits]), ms([busy[n] for n in hits])
+            out["hidden"] = 1 - out["exposed_ms"] / work if work else None
+        step_ms = ms([end - begin for name, begin, end in spans if name == "chain step"])
+        if hits and step_ms and (k := self.usual_plan().k):
+            length = median(min(r.chain_steps, r.plan.k) for r in self.rounds if r.look_up)
+            tokens = [expected_tokens(acceptance or 0.0, n) for n in (length, k)]
+            out["speedup_ceiling"] = ssd_ceiling(k * step_ms, out["verify_ms"], *tokens)
         return out
 
     def usual_plan(self):
@@ -198,51 +207,54 @@ class Figures:
         return max(set(plans), key=plans.count) if plans else None
 
 
-def run_stats(decoding, settings, floor_s: float | None) -> dict:
-    """The JSON object of a run: its settings (None for those that its mode does not use), texts and
-    figures.
+def run_stats(decoding, settings, models: dict, floor_s: float | None) -> dict:
+    """The JSON object of a run: models and settings, texts and figures. What its mode does not use
+    is None.
 
     floor_s: seconds that reading the target's weights once takes at the speed of a plain read.
     """
     rows, figures, lane = decoding.all_rows, decoding.figures, decoding.draft_lane
-    plan, speculates = figures.usual_plan(), settings.mode != "ar"
-    stats = {name: getattr(settings, name) for name in SETTINGS_SHOWN}
-    stats |= {"k": plan.k if plan else settings.k, "fan_out": plan.m if plan else settings.fan_out}
-    stats |= dict.fromkeys(UNUSED[settings.mode])
-    asked = {name: getattr(settings, name) for name in ("k", "fan_out") if stats[name] is not None}
-    stats["auto"] = [name for name, value in asked.items() if isinstance(value, str)]
-    drafts = decoding.draft is not None or decoding.lost
-    stats |= {"device": decoding.target_lane.spec, "draft_device": lane.spec if drafts else None}
-    stats |= {"prompts": len(rows), "token_ids": [row.new_ids for row in rows]}
-    stats |= {"text": [row.text for row in rows], "finish_reason": [row.finish for row in rows]}
+    plan, unused = figures.usual_plan(), UNUSED[settings.mode]
+    stats = models | {
+        "mode": settings.mode,
+        "device": decoding.target_lane.spec,
+        "draft_device": lane.spec if decoding.draft is not None or decoding.lost else None,
+        "k": plan.k if plan else settings.k,
+        "fan_out": plan.m if plan else settings.fan_out,
+        "cut": settings.cut,
+        "fallback": settings.fallback,
+        "coupling": settings.coupling,
+        "temperature": settings.temperature,
+        "seed": settings.seed,
+        "auto": [n for n in ("k", "fan_out") if n not in unused and getattr(settings, n) == "auto"],
+        "prompts": len(rows),
+        "token_ids": [row.new_ids for row in rows],
+        "text": [row.text for row in rows],
+        "finish_reason": [row.finish for row in rows],
+    }
+    stats |= {name: None for name in unused if name in stats}
+    speculates = settings.mode != "ar"
     stats |= figures.report(lane.spans if speculates else [], speculates)
-    known = floor_s is not None and stats["verify_ms"]
-    return stats | {"bandwidth_fraction": floor_s * 1e3 / stats["verify_ms"] if known else None}
+    stats["bandwidth_fraction"] = ratio(floor_s * 1e3, stats["verify_ms"]) if floor_s else None
+    return stats
+
+
+def shown(stats: dict) -> dict[str, str]:
+    """Label -> text of the figures that there are."""
+    known = [(label, form, stats.get(name)) for name, label, form in SHOWN]
+    return {label: form.format(value) for label, form, value in known if value is not None}
 
 
 def figures_line(stats: dict) -> str:
     """One line of figures: speed first, then what explains it."""
-    show = [
-        f"{stats['mode']}: {sum(stats['new_tokens'])} tokens, {stats['tokens_per_s']:.1f} tokens/s"
-    ]
-    for key, text, factor in (
-        ("k", "K {}", 1),
-        ("fan_out", "M {}", 1),
-        ("tokens_per_round", "{:.2f} tokens a round", 1),
-        ("acceptance_rate", "acceptance {:.0f}%", 100),
-        ("hit_rate", "hits {:.0f}%", 100),
-        ("verify_ms", "verify {:.1f} ms", 1),
-        ("draft_ms", "draft {:.1f} ms", 1),
-        ("hidden", "hidden {:.0f}%", 100),
-        ("bandwidth_fraction", "{:.0f}% of memory bandwidth", 100),
-        ("peak_memory_gb", "{:.2f} GB", 1),
-    ):
-        if stats[key] is not None:
-            show.append(text.format(stats[key] * factor))
-    where = stats["device"] + (f" + {stats['draft_device']}" if stats["draft_device"] else "")
+    parts = shown(stats)
+    speed = parts.pop("tokens/s")
     told = {"none": "", "stored": ", weights as in the file"}
     bits = told.get(stats["quantize"], f", {stats['quantize']} weights")
-    return " | ".join([*show, f"{stats['dtype']}{bits} on {where}"])
+    devices = " + ".join(filter(None, (stats["device"], stats["draft_device"])))
+    head = f"{stats['mode']}: {sum(stats['new_tokens'])} tokens, {speed} tokens/s"
+    figures = [f"{label} {text}" for label, text in parts.items()]
+    return " | ".join([head, *figures, f"{stats['dtype']}{bits} on {devices}"])
 
 
 # ---- the three modes side by side
@@ -253,34 +265,28 @@ def compare(runs: dict[str, dict]) -> dict:
     hidden, with the tokens a round that SSD reached.
     """
     ar, sd, ssd = (runs[mode] for mode in MODES)
-    for run in runs.values():
-        for name, base in (("over_ar", ar), ("over_sd", sd)):  # a text of one token has no rate
-            run[name] = run["tokens_per_s"] / base["tokens_per_s"] if base["tokens_per_s"] else None
+    for run in runs.values():  # a text of one token has no rate
+        run["over_ar"] = ratio(run["tokens_per_s"], ar["tokens_per_s"])
+        run["over_sd"] = ratio(run["tokens_per_s"], sd["tokens_per_s"])
         run["ceiling"] = None
-    if all((sd["draft_ms"], sd["verify_ms"], sd["tokens_per_round"], ssd["tokens_per_round"])):
-        ssd["ceiling"] = (
-            (1 + sd["draft_ms"] / sd["verify_ms"])
-            * ssd["tokens_per_round"]
-            / sd["tokens_per_round"]
-        )
+    measured = sd["draft_ms"], sd["verify_ms"], ssd["tokens_per_round"], sd["tokens_per_round"]
+    if all(measured):
+        ssd["ceiling"] = ssd_ceiling(*measured)
     same = all(run["token_ids"] == ar["token_ids"] for run in runs.values())
-    return {
-        **runs,
-        "same_text": same,
-        "best": max(MODES, key=lambda mode: runs[mode]["tokens_per_s"]),
-    }
+    best = max(MODES, key=lambda mode: runs[mode]["tokens_per_s"])
+    return {**runs, "same_text": same, "best": best}
 
 
 def table(compared: dict) -> str:
-    lines = [f"{'':20}" + "".join(f"{mode.upper():>10}" for mode in MODES)]
-    for key, label, form, factor in ROWS:
-        values = [compared[mode].get(key) for mode in MODES]
-        cells = ["-" if value is None else form.format(value * factor) for value in values]
-        lines.append(f"{label:20}" + "".join(f"{cell:>10}" for cell in cells))
-    devices = [(compared[m]["device"], compared[m]["draft_device"]) for m in MODES]
-    for mode, (device, draft) in zip(MODES, devices):
-        lines.append(f"{mode.upper()} on {device}" + (f", draft on {draft}" if draft else ""))
-    return "\n".join(lines)
+    """The figures with a column for each mode, and where each mode ran."""
+    columns = [shown(compared[mode]) for mode in MODES]
+    lines = [["", *map(str.upper, MODES)]]
+    lines += [[label, *(column.get(label, "-") for column in columns)] for _, label, _ in SHOWN]
+    out = ["".join([f"{label:20}", *(f"{cell:>10}" for cell in cells)]) for label, *cells in lines]
+    for mode in MODES:
+        device, draft = compared[mode]["device"], compared[mode]["draft_device"]
+        out.append(f"{mode.upper()} on {device}" + (f", draft on {draft}" if draft else ""))
+    return "\n".join(out)
 
 
 def explain(compared: dict) -> list[str]:
@@ -295,49 +301,42 @@ def explain(compared: dict) -> list[str]:
             f"The texts differ, as they may under {ssd['coupling']}: other draws, same odds."
         )
     if ssd["ceiling"]:
-        slower = ssd["verify_ms"] / sd["verify_ms"]
-        waits = 1 + (ssd["exposed_ms"] or 0) / ssd["verify_ms"]
+        verify, before, exposed = ssd["verify_ms"], sd["verify_ms"], ssd["exposed_ms"] or 0
+        tokens, wanted = ssd["tokens_per_round"], sd["tokens_per_round"]
         losses = {
-            f"a verification took {ssd['verify_ms']:.2f} ms, not {sd['verify_ms']:.2f}": slower,
-            f"{ssd['exposed_ms'] or 0:.2f} ms a round were exposed between verifications": waits,
-            f"a round was {ssd['tokens_per_round']:.2f} tokens, not {sd['tokens_per_round']:.2f}":
-                sd["tokens_per_round"] / ssd["tokens_per_round"],
-        }  # fmt: skip
+            f"a verification took {verify:.2f} ms, not {before:.2f}": verify / before,
+            f"{exposed:.2f} ms a round were exposed between verifications": 1 + exposed / verify,
+            f"a round was {tokens:.2f} tokens, not {wanted:.2f}": wanted / tokens,
+        }
         term = max(losses, key=losses.get)
         out.append(f"SSD ran at {ssd['over_sd'] / ssd['ceiling']:.0%} of its ceiling over SD.")
         if losses[term] > 1.02:
             out.append(f"What ate most of the rest: {term}.")
+    why = ": SSD pays where the draft has a device of its own that the target could not use"
     best = compared["best"]
-    why = (
-        ""
-        if best == "ssd"
-        else ": SSD pays where the draft has a device of its own that the target could not use"
-    )
-    out.append(f"Best on this machine for this text: {best.upper()}{why}.")
+    out.append(f"Best on this machine for this text: {best.upper()}{why * (best != 'ssd')}.")
     return out
 
 
 # ---- the trace
 
 
-def write_trace(path: str, lanes, rounds: list[Round]) -> None:
+def write_trace(path: str, decoding) -> None:
     """Write a Chrome/Perfetto trace: a line for each lane, and the loop's look-ups with hits and
     misses. Its times are microseconds.
     """
-    events = []
+    lanes = dict.fromkeys((decoding.target_lane, decoding.draft_lane))
+    names = ["loop", *(f"{lane.name} ({lane.spec})" for lane in lanes)]
+    events = [
+        {"ph": "M", "pid": 1, "tid": thread, "name": "thread_name", "args": {"name": name}}
+        for thread, name in enumerate(names)
+    ]
     for thread, lane in enumerate(lanes, 1):
-        name = {"name": f"{lane.name} ({lane.spec})"}
-        events.append({"ph": "M", "pid": 1, "tid": thread, "name": "thread_name", "args": name})
-        events += [_span(thread, name, begin, end, {}) for name, begin, end in lane.spans]
-    events.append({"ph": "M", "pid": 1, "tid": 0, "name": "thread_name", "args": {"name": "loop"}})
-    for number, r in enumerate(rounds):
+        events += [_span(thread, *span, {}) for span in lane.spans]
+    for number, r in enumerate(decoding.figures.rounds):
         if r.look_up:
-            args = {
-                "round": number,
-                "rows": len(r.live),
-                "missed": r.missed,
-                "chain_steps": r.chain_steps,
-            }
+            args = {"round": number, "rows": len(r.live), "missed": r.missed}
+            args["chain_steps"] = r.chain_steps
             events.append(_span(0, "look-up: " + ("miss" if r.missed else "hit"), *r.look_up, args))
     Path(path).write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))
 

@@ -16,51 +16,26 @@ import os
 import sys
 import time
 import warnings
+from dataclasses import fields
+from functools import partial
 from pathlib import Path
 
-from figures import MODES, compare, explain, figures_line, table, write_trace
+from figures import MODES, UNUSED, compare, explain, figures_line, table, write_trace
+from rows import AUTO, Range, Settings
 
 QUESTION = "Why is the sky blue?"
 FILE_LIMIT = 1 << 26  # bytes of a prompt file
 # Exit codes; the last two are 128 + a signal.
 FAILED, MISTAKE, INTERRUPTED, NOBODY_READS = 1, 2, 130, 141
-DRAFT_FLAGS = (
-    "draft", "draft_device", "draft_quantize", "k", "coupling", "saguaro_c", "batch_halves",
-)  # fmt: skip
-SSD_FLAGS = ("fan_out", "cut", "fallback")
 SAMPLING_FLAGS = ("top_k", "top_p", "seed")  # of no effect at temperature 0
+TEXTS = {"nargs": "+", "action": "extend", "metavar": "TEXT"}
+SWITCH = argparse.BooleanOptionalAction
 
 
 class Parser(argparse.ArgumentParser):
     # One sentence, like every other mistake, instead of the whole usage.
     def error(self, message: str):
         raise ValueError(f"{message} (python generate.py --help lists the flags)")
-
-
-def whole(text: str) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"got {text[:40]!r}, wanted a whole number") from None
-
-
-def whole_or_auto(text: str) -> int | str:
-    try:
-        return text if text == "auto" else int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"got {text[:40]!r}, wanted a whole number or auto"
-        ) from None
-
-
-def number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"got {text[:40]!r}, wanted a number") from None
-
-
-SWITCH = argparse.BooleanOptionalAction
 
 
 def parser() -> argparse.ArgumentParser:
@@ -74,8 +49,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add_modes_and_texts(p)
     add_models(p.add_argument)
-    add_sampling(p.add_argument)
-    add_method(p.add_argument)
+    add_settings(p.add_argument)
     said = "write each text as a JSON line once it is done; started again, go on where it ended"
     p.add_argument("--out", metavar="FILE.jsonl", help=said)
     p.add_argument("--json", metavar="FILE|-", help="write the figures as JSON; -: to stdout only")
@@ -89,8 +63,7 @@ def add_modes_and_texts(p: argparse.ArgumentParser) -> None:
     mode.add_argument("--sd", **flag, help="speculative decoding: draft and target take turns")
     mode.add_argument("--ssd", **flag, help="SSD: the draft prepares while the target verifies")
     mode.add_argument("--compare", **flag, help="plain decoding, SD and SSD side by side")
-    several = {"nargs": "+", "action": "extend", "metavar": "TEXT"}
-    text.add_argument("--prompt", **several, help="a text to complete, or several (a batch)")
+    text.add_argument("--prompt", **TEXTS, help="a text to complete, or several (a batch)")
     said = 'a text (one prompt), or .jsonl with a "prompt" a line'
     text.add_argument("--prompt-file", metavar="FILE", help=said)
     text.add_argument("--chat", **flag, help="talk with a chat model, a line of stdin a turn")
@@ -115,36 +88,28 @@ def add_models(add) -> None:
     add("--compile", action=SWITCH, default=None, help="torch.compile (on CUDA only)")
 
 
-def add_sampling(add) -> None:
-    count = {"type": whole, "metavar": "N"}
-    add("--max-new-tokens", **count, default=128, help="most new tokens per prompt (128)")
-    add("--temperature", type=number, default=0.0, metavar="T", help="0, the default, is greedy")
-    add("--top-k", **count, default=0, help="keep the N likeliest tokens; 0, the default, is off")
-    said = "keep the likeliest tokens that sum to P; 1, the default, is off"
-    add("--top-p", type=number, default=1.0, metavar="P", help=said)
-    said = "same seed, same text, in every mode under shared (0)"
-    add("--seed", type=whole, default=0, metavar="S", help=said)
-    several = {"nargs": "+", "action": "extend", "metavar": "TEXT"}
-    add("--stop", **several, default=[], help="texts that end the output")
-    said = "most prompts decoded at once, the others wait (all that memory holds)"
-    add("--batch", type=whole, metavar="N", help=said)
-    said = "SD, SSD: verify half of the batch while the draft works for the other half (off)"
-    add("--batch-halves", default="off", metavar="auto|on|off", help=said)
-    add("--ignore-eos", action="store_true", help="go on after the end of the text")
+def add_settings(add) -> None:
+    """A flag for each of the Settings but the mode."""
+    for asked in fields(Settings)[1:]:
+        said, wanted, usual = *asked.metadata.values(), asked.default
+        if isinstance(wanted, Range):
+            shown = wanted.letter + "|auto" * wanted.auto
+            how = {"type": partial(number, wanted), "metavar": shown, "default": usual}
+        elif wanted:
+            how = {"metavar": "|".join(wanted), "default": usual}
+        elif usual == ():
+            how = TEXTS | {"default": []}
+        else:
+            how = {"action": SWITCH if usual else "store_true", "default": usual}
+        add("--" + asked.name.replace("_", "-"), help=said, **how)
 
 
-def add_method(add) -> None:
-    chosen = {"type": whole_or_auto, "default": "auto"}
-    add("--k", **chosen, metavar="K|auto", help="SD, SSD: most draft tokens a round (auto)")
-    add("--fan-out", **chosen, metavar="M|auto", help="SSD: outcomes prepared a round (auto)")
-    said = "SSD: use what is ready when the verdict is in, or wait for all"
-    add("--cut", action=SWITCH, default=True, help=said)
-    said = "SSD, on a miss: draft now, guess, or draft if no row that hit has to wait (auto)"
-    add("--fallback", default="auto", metavar="auto|jit|fast", help=said)
-    said = "how the models share randomness (shared)"
-    add("--coupling", default="shared", metavar="shared|maximal|independent", help=said)
-    said = "independent: weigh down the draft's top tokens"
-    add("--saguaro-c", type=number, default=1.0, metavar="C", help=said)
+def number(wanted: Range, text: str) -> int | float | str:
+    try:
+        return text if wanted.auto and text == AUTO else wanted.kind(text)
+    except ValueError:
+        what = wanted.what + " or auto" * wanted.auto
+        raise argparse.ArgumentTypeError(f"got {text[:40]!r}, wanted {what}") from None
 
 
 def read_prompts(args) -> list[str]:
@@ -193,7 +158,12 @@ class Answers:
     already is not decoded again.
     """
 
-    def __init__(self, args, prompts: list[str]):
+    def __init__(self, args, prompts: list[str] | None):
+        if not prompts or args.compare:
+            raise ValueError(
+                "--out was given with --compare or without a prompt, wanted texts to complete: "
+                "use --prompt or --prompt-file"
+            )
         self.path, self.prompts = Path(args.out), prompts
         named = "target dtype max_new_tokens temperature top_k top_p seed stop ignore_eos coupling"
         asked = json.dumps([getattr(args, name) for name in named.split()])
@@ -204,6 +174,9 @@ class Answers:
         self.file = self.path.open("ab")
         self.file.truncate(whole)
         self.left = [n for n in range(len(prompts)) if n not in self.known]
+        if self.known:
+            told = f"{self.path} holds {len(self.known)} of {len(prompts)} texts"
+            print(told, file=sys.stderr)
 
     def checked(self, at: int, line: bytes) -> int:
         """The number of the prompt that a line answers, from 0."""
@@ -232,62 +205,41 @@ class Answers:
                 self.file.flush()
 
 
-class Progress:
-    """A bar over the rows, with tokens a second; none where nobody would see it."""
+def progress_bar(rows: int, quiet: bool):
+    """A bar over the rows, which nobody sees where there is no terminal."""
+    from tqdm import tqdm  # huggingface-hub brings it along
 
-    def __init__(self, rows: int, quiet: bool):
-        from tqdm import tqdm  # huggingface-hub brings it along
-
-        off = quiet or rows < 2 or not sys.stderr.isatty()
-        self.begin = time.time()
-        self.bar = tqdm(total=rows, unit="row", disable=off)
-
-    def show(self, rows: list) -> None:
-        if not self.bar.disable:
-            ended = sum(row.finish is not None for row in rows)
-            made, took = sum(len(row.ids) - row.prompt for row in rows), time.time() - self.begin
-            self.bar.set_postfix_str(f"{made / took:.0f} tokens/s", refresh=False)
-            self.bar.update(ended - self.bar.n)
-
-    def close(self) -> None:
-        self.bar.close()
+    off = quiet or rows < 2 or not sys.stderr.isatty()
+    return tqdm(total=rows, unit="row", disable=off)
 
 
-def answers(args, prompts: list[str] | None) -> Answers | None:
-    """The file of --out, if it was given, and what it holds."""
-    if args.out is None:
-        return None
-    if not prompts or args.compare:
-        raise ValueError(
-            "--out was given with --compare or without a prompt, wanted texts to complete: "
-            "use --prompt or --prompt-file"
-        )
-    out = Answers(args, prompts)
-    if out.known:
-        print(f"{args.out} holds {len(out.known)} of {len(prompts)} texts", file=sys.stderr)
-    return out
+def show(bar, rows: list) -> None:
+    """Move a progress bar on to what the rows have come to."""
+    if not bar.disable:
+        made = sum(len(row.new_ids) for row in rows)
+        bar.set_postfix_str(f"{made / (time.time() - bar.start_t):.0f} tokens/s", refresh=False)
+        bar.update(sum(row.finish is not None for row in rows) - bar.n)
 
 
 def tell_refused(numbers, rows: list) -> bool:
     """Whether any row was refused; says which. numbers: of their prompts, from 0."""
     refused = [str(n + 1) for n, row in zip(numbers, rows) if row.refused]
     if refused:
-        was = "was" if len(refused) == 1 else "were"
-        print(
-            f"{len(refused)} of {len(rows)} prompts {was} refused: {', '.join(refused)}",
-            file=sys.stderr,
-        )
+        were = f"{len(refused)} of {len(rows)} prompts {'were' if refused[1:] else 'was'}"
+        print(f"{were} refused: {', '.join(refused)}", file=sys.stderr)
     return bool(refused)
 
 
 def check_outputs(args) -> None:
     """A file that cannot be written should not be found out after the work."""
-    for path in (args.json if args.json != "-" else None, args.trace, args.out):
-        if path is not None and Path(path).is_dir():
+    for path in (args.json, args.trace, args.out):
+        if path is None or path == "-":
+            continue
+        if Path(path).is_dir():
             raise ValueError(
                 f"{path or repr(path)} is a folder, wanted a file to write: name one in it"
             )
-        if path is not None and not Path(path).resolve().parent.is_dir():
+        if not Path(path).resolve().parent.is_dir():
             raise ValueError(
                 f"{path} cannot be written, its folder does not exist: create it first"
             )
@@ -295,23 +247,16 @@ def check_outputs(args) -> None:
 
 def note_idle_flags(args, mode: str) -> None:
     """Say which flags were given and do nothing here; nothing is dropped in silence."""
-    idle = (*DRAFT_FLAGS, *SSD_FLAGS) if mode == "ar" else SSD_FLAGS if mode == "sd" else ()
-    idle += SAMPLING_FLAGS if args.temperature == 0 else ()
-    usual = parser().parse_args([])
-    given = [
-        "--" + name.replace("_", "-")
-        for name in idle
-        if getattr(args, name, None) != getattr(usual, name, None)
-    ]
+    idle = UNUSED[mode] + (SAMPLING_FLAGS if args.temperature == 0 else ())
+    usual = vars(parser().parse_args([]))
+    given = ["--" + name.replace("_", "-") for name in idle if vars(args)[name] != usual[name]]
     if given:
         where = f"in mode {mode} at temperature {args.temperature:g}"
         print(f"note: {where}, {', '.join(given)} changes nothing", file=sys.stderr)
 
 
 def settings_of(args, mode: str) -> dict:
-    names = "max_new_tokens temperature top_k top_p seed ignore_eos k fan_out cut fallback coupling"
-    names = [*names.split(), "saguaro_c", "batch", "batch_halves"]
-    return {name: getattr(args, name) for name in names} | {"mode": mode, "stop": tuple(args.stop)}
+    return {"mode": mode} | {f.name: getattr(args, f.name) for f in fields(Settings)[1:]}
 
 
 def chat_ids(engine, args, messages: list[dict]) -> list[int]:
@@ -328,14 +273,14 @@ def complete(engine, prompts: list, settings: dict, quiet: bool, keep=False, ope
     A single text streams to stdout as it comes, after `opening`. Whatever ends the generation, the
     text so far has been printed. out: the Answers that take the texts instead.
     """
-    numbers, quiet = out and out.left, quiet or out is not None
-    decoding = engine.start(prompts, keep, numbers=numbers, **settings)
-    interrupted, error, progress = False, None, Progress(len(prompts), out is None and quiet)
+    decoding = engine.start(prompts, keep, numbers=out and out.left, **settings)
+    interrupted, error, bar = False, None, progress_bar(len(prompts), quiet and out is None)
+    quiet = quiet or out is not None
     if not quiet:
         print(opening, end="", flush=True)
     try:
         for _ in decoding.rounds():
-            progress.show(decoding.all_rows)
+            show(bar, decoding.all_rows)
             if out is not None:
                 out.write(decoding.all_rows)
             if len(prompts) == 1 and not quiet and (piece := decoding.rows[0].piece()):
@@ -345,7 +290,7 @@ def complete(engine, prompts: list, settings: dict, quiet: bool, keep=False, ope
     except (ValueError, RuntimeError) as raised:
         error = raised
     result = engine.finish(decoding)
-    progress.close()
+    bar.close()
     if out is not None:
         out.write(decoding.all_rows)
     if not quiet and len(prompts) > 1:
@@ -378,19 +323,13 @@ def compare_modes(engine, prompts: list[str], args) -> int:
 
 
 def save(args, stats: dict, decoding) -> None:
+    """Write the files of --trace and --json."""
     if args.trace is not None:
-        lanes = dict.fromkeys(filter(None, (decoding.target_lane, decoding.draft_lane)))
-        write_trace(args.trace, lanes, decoding.figures.rounds)
-    if args.json is not None:
-        write_json(args.json, stats)
-
-
-def write_json(where: str, stats: dict) -> None:
-    line = json.dumps(stats)
-    if where == "-":
-        print(line)
-    else:
-        Path(where).write_text(line + "\n")
+        write_trace(args.trace, decoding)
+    if args.json == "-":
+        print(json.dumps(stats))
+    elif args.json is not None:
+        Path(args.json).write_text(json.dumps(stats) + "\n")
 
 
 def chat(engine, args, settings: dict) -> int:
@@ -461,15 +400,14 @@ def run(args) -> int:
             "--system or --thinking was given with a prompt to complete, wanted a chat: add --chat"
         )
     check_outputs(args)
-    out = answers(args, prompts)
-    if out is not None and not out.left:
-        return 0
-    prompts = prompts if out is None else [prompts[n] for n in out.left]
-    from rows import Settings  # before the models: a wrong flag should not wait for them
-
-    Settings(**settings_of(args, mode))
-    note_idle_flags(args, mode)
+    out = None if args.out is None else Answers(args, prompts)
+    if out is not None:
+        prompts = [prompts[n] for n in out.left]
+        if not prompts:
+            return 0
+    Settings(**settings_of(args, mode))  # before the models: a wrong flag should not wait for them
     engine = load_pair(args, mode)
+    note_idle_flags(args, mode)
     if args.chat:
         return chat(engine, args, settings_of(args, mode))
     quiet = args.json == "-"

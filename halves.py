@@ -39,7 +39,7 @@ class Halves(Decoding):
     def rounds(self) -> Iterator[None]:
         self.prefill()
         self.plan, proposal = self.planner.first(), Proposal(len(self.rows))
-        while self.waiting or any(row.finish is None for row in self.rows):
+        while self.seats.waiting or any(row.finish is None for row in self.rows):
             self.parts = self.halves() if self.plan.halves else [range(len(self.rows))]
             turns = deque(self.play(part, proposal) for part in self.parts)
             proposal = Proposal(len(self.rows))
@@ -48,7 +48,9 @@ class Halves(Decoding):
                 try:
                     next(group)
                 except StopIteration as ended:
-                    proposal.join(ended.value)
+                    last = ended.value
+                    for b, proposed in enumerate(zip(last.kind, last.tokens, last.logq)):
+                        proposal.put(b, *proposed)
                 else:
                     turns.append(group)
                     yield
@@ -58,22 +60,23 @@ class Halves(Decoding):
     def halves(self) -> list[range]:
         """The places in two parts with as many rows each; compiled steps exist for fixed parts."""
         places = range(len(self.rows))
-        left = [b for b in places if self.rows[b].finish is None or self.waiting]
+        left = [b for b in places if self.rows[b].finish is None or self.seats.waiting]
         fixed = self.target.policy.static
         middle = (len(places) + 1) // 2 if fixed or len(left) < 2 else left[len(left) // 2]
         parts = [places[:middle], places[middle:]]
         return parts if all(any(b in part for b in left) for part in parts) else [places]
 
-    def may_go_on(self, places: range) -> bool:
-        """Whether the parts are still what they should be. If not, all of them end, and others
+    def seated(self, places: range) -> list[int]:
+        """None where the parts are no longer what they should be. Then all of them end, and others
         begin with their proposals.
         """
+        live = super().seated(places)
         counts = [len(self.live(part)) for part in self.parts]
         split, uneven = len(self.parts) > 1, max(counts) - min(counts) > 1
         anew = self.halves() if self.plan.halves and (uneven or not split) else self.parts
         if (split and not self.plan.halves) or (anew != self.parts and sum(counts) > 1):
             self.parts = [range(0)]
-        return places in self.parts
+        return live if places in self.parts else []
 
 
 class Quicker:
@@ -83,10 +86,11 @@ class Quicker:
     tried again and again: no choice is final. Choices hang on the clock and on past outcomes only.
     """
 
-    def __init__(self, whole, halves):
-        """Two planners. Each learns from the rounds of its own way."""
-        self.ways = {False: whole, True: halves}
-        self.plan = {way: planner.first() for way, planner in self.ways.items()}
+    def __init__(self, ways: dict):
+        """ways: a planner of halves, by True, and perhaps one of the whole batch, by False. Each
+        learns from the rounds of its own way.
+        """
+        self.ways, self.plan = ways, {way: planner.first() for way, planner in ways.items()}
         self.now, self.best, self.wait, self.windows = True, None, FIRST_TRY, 0
         self.speed: dict[bool, float] = {}
         self.seen: list[Round] = []
@@ -97,7 +101,7 @@ class Quicker:
     def next(self, done: Round) -> Plan:
         way = done.plan.halves
         self.plan[way] = self.ways[way].next(done)
-        self.seen = [*self.seen, done] if way == self.now else []
+        self.seen = [*self.seen, done] if way == self.now and len(self.ways) > 1 else []
         if len(self.seen) == NOT_COUNTED + WINDOW * (1 + self.now):
             self.judge(self.seen[NOT_COUNTED:])
         return self.first()
@@ -113,16 +117,3 @@ class Quicker:
             before, self.best = self.best, max(self.speed, key=self.speed.get)
             self.wait = min(2 * self.wait, LAST_TRY) if before == self.best else FIRST_TRY
             self.now, self.windows = self.best, 0
-
-
-class Always:
-    """A planner that plays another one's plans in halves."""
-
-    def __init__(self, planner):
-        self.planner = planner
-
-    def first(self) -> Plan:
-        return replace(self.planner.first(), halves=True)
-
-    def next(self, done: Round) -> Plan:
-        return replace(self.planner.next(done), halves=True)

@@ -1,18 +1,21 @@
-"""What a user may ask of one generation, checked, and one sequence: from its prompt to the token
-that ends it.
+"""What a user may ask of one generation, checked; one sequence, from its prompt to the token that
+ends it; and which sequence has which place of the batch.
 
 Knows: names, types and ranges of settings; token ids, text, stop strings, limits, the n-grams of a
-row's own text. Does not know: models, proposals, other rows. Read next: steps.py.
+row's own text; places. Does not know: models, proposals. Read next: steps.py.
 """
 
 import math
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+from typing import NamedTuple
 
 from figures import MODES
 
 AUTO = "auto"
 FALLBACKS = (AUTO, "jit", "fast")
-HALVES = ("auto", "on", "off")
+HALVES = (AUTO, "on", "off")
 # How the two models' randomness is joined. shared: a token is accepted if it is the target's own
 # draw. maximal: by the ratio p / q, as often as can be; the draft knows the noise of what follows a
 # rejection. independent: the same rule, and the draft does not know that noise (the paper's).
@@ -20,74 +23,130 @@ COUPLINGS = ("shared", "maximal", "independent")
 PER_ROW = ("temperature", "top_k", "top_p", "seed", "max_new_tokens")
 # The longest suffix, in tokens, that a guess matches. One token alone says too little.
 LONGEST_NGRAM = 4
+# Prompt tokens that are read between two rounds, of rows that join a running batch.
+JOIN_CHUNK = 256
+
+
+class Range(NamedTuple):
+    """Which numbers a setting may be. letter is what --help calls them; low itself is not allowed
+    if `above`; a list may have one for each prompt if `each`; "auto" is allowed, too, if `auto`.
+    """
+
+    letter: str
+    kind: type
+    low: float
+    high: float
+    above: bool = False
+    each: bool = False
+    auto: bool = False
+
+    @property
+    def what(self) -> str:
+        return "a whole number" if self.kind is int else "a number"
+
+    def check(self, name: str, value) -> None:
+        """ValueError for a value that is not allowed."""
+        low, high, allowed = self.low, self.high, (int, float) if self.kind is float else int
+        for x in value if self.each and isinstance(value, (list, tuple)) else [value]:
+            number = isinstance(x, allowed) and not isinstance(x, bool) and math.isfinite(x)
+            if not number or not low <= x <= high or (self.above and x <= low):
+                bounds = (
+                    f"above {low} and at most {high}" if self.above else f"from {low} to {high}"
+                )
+                bounds += f", or {AUTO!r}" if self.auto else ""
+                raise ValueError(f"{name} is {x!r:.60}, wanted {self.what} {bounds}")
+
+
+def setting(default, said: str, wanted: Range | tuple[str, ...] | None = None):
+    """A field of Settings: its default, what --help says, and the values that it may have."""
+    return field(default=default, metadata={"said": said, "wanted": wanted})
 
 
 @dataclass(frozen=True)
 class Settings:
     """What is asked of one generation. ValueError for a value that is not allowed.
 
-    temperature, top_k, top_p, seed and max_new_tokens are one value, or a list with one per prompt.
-
-    * batch: most rows that are decoded at once; the others wait. None: all that memory holds.
-    * mode: "ar" is plain decoding; in "sd" draft and target take turns; in "ssd" the draft prepares
-      while the target verifies.
-    * max_new_tokens: most new tokens of a row, the end-of-text token included.
-    * temperature, top_k, top_p: applied in this order. Temperature 0 is greedy; top_k 0 and top_p 1
-      are off.
-    * seed: with one seed rows draw independently; with a list each row draws as if it were alone.
-    * stop: texts that end a row and are not part of its text.
-    * k, fan_out: most draft tokens a round (K), and outcomes prepared a round (M). "auto" lets the
-      speed model choose.
-    * cut: use the chain steps that are ready when the verdict is in, and wait for no more.
-    * fallback: after a miss "jit" drafts now, "fast" guesses from the text, and "auto" drafts now
-      if no row has hit.
-    * batch_halves: "on" has two halves of the batch take turns on the devices of SSD, "auto" does
-      so where it is quicker, "off" does not.
-    * coupling: how the two models' randomness is joined, "shared", "maximal" or "independent".
-    * saguaro_c: with "independent", how far the draft's top tokens are weighed down, 0 < C <= 1.
+    All but the mode are flags of generate.py, too. Those in PER_ROW are one value, or a list with
+    one per prompt. Rows with one seed draw independently; with a list of seeds each row draws as if
+    it were alone.
     """
 
-    mode: str = "ar"
-    max_new_tokens: int | list[int] = 128
-    temperature: float | list[float] = 0.0
-    top_k: int | list[int] = 0
-    top_p: float | list[float] = 1.0
-    seed: int | list[int] = 0
-    stop: tuple[str, ...] = ()
-    ignore_eos: bool = False
-    k: int | str = AUTO
-    fan_out: int | str = AUTO
-    cut: bool = True
-    fallback: str = "auto"
-    coupling: str = "shared"
-    saguaro_c: float = 1.0
-    batch: int | None = None
-    batch_halves: str = "off"
+    mode: str = setting("ar", "plain decoding, in turns, or at the same time", MODES)
+    max_new_tokens: int | list[int] = setting(
+        128,
+        "most new tokens of a prompt, the end-of-text token included (128)",
+        Range("N", int, 1, 1 << 24, each=True),
+    )
+    temperature: float | list[float] = setting(
+        0.0, "0, the default, is greedy", Range("T", float, 0, 100, each=True)
+    )
+    top_k: int | list[int] = setting(
+        0,
+        "keep the N likeliest tokens; 0, the default, is off",
+        Range("N", int, 0, 1 << 24, each=True),
+    )
+    top_p: float | list[float] = setting(
+        1.0,
+        "then keep the likeliest that sum to P; 1, the default, is off",
+        Range("P", float, 0, 1, above=True, each=True),
+    )
+    seed: int | list[int] = setting(
+        0,
+        "same seed, same text, in every mode under shared (0)",
+        Range("S", int, 0, (1 << 64) - 1, each=True),
+    )
+    stop: tuple[str, ...] = setting((), "texts that end the output, and are not part of it")
+    ignore_eos: bool = setting(False, "go on after the end of the text")
+    batch: int | None = setting(
+        None,
+        "most prompts decoded at once, the others wait (all that memory holds)",
+        Range("N", int, 1, 1 << 16),
+    )
+    batch_halves: str = setting(
+        "off",
+        "SD, SSD: verify half of the batch while the draft works for the other half; auto: where "
+        "that is quicker (off)",
+        HALVES,
+    )
+    k: int | str = setting(
+        AUTO, "SD, SSD: most draft tokens a round (auto)", Range("K", int, 1, 64, auto=True)
+    )
+    fan_out: int | str = setting(
+        AUTO, "SSD: outcomes prepared a round (auto)", Range("M", int, 1, 1024, auto=True)
+    )
+    cut: bool = setting(
+        True, "SSD: use the chain steps that are ready when the verdict is in, or wait for all"
+    )
+    fallback: str = setting(
+        AUTO,
+        "SSD, on a miss: draft now (jit), guess from the text (fast), or draft if no row that hit "
+        "has to wait (auto, the default)",
+        FALLBACKS,
+    )
+    coupling: str = setting(
+        "shared", "how the two models' randomness is joined (shared)", COUPLINGS
+    )
+    saguaro_c: float = setting(
+        1.0,
+        "independent: weigh down the draft's top tokens; 1, the default, is off",
+        Range("C", float, 0, 1, above=True),
+    )
 
     def __post_init__(self):
-        _one_of("mode", self.mode, MODES)
-        _one_of("fallback", self.fallback, FALLBACKS)
-        _one_of("batch_halves", self.batch_halves, HALVES)
-        _one_of("coupling", self.coupling, COUPLINGS)
-        _each(self.max_new_tokens, "max_new_tokens", int, 1, 1 << 24)
-        _each(self.temperature, "temperature", float, 0, 100)
+        texts = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        object.__setattr__(self, "stop", texts)
+        for asked in fields(self):
+            value, wanted = getattr(self, asked.name), asked.metadata["wanted"]
+            if value is asked.default or wanted is None:
+                continue
+            if isinstance(wanted, Range):
+                wanted.check(asked.name, value)
+            elif value not in wanted:
+                raise ValueError(f"{asked.name} is {value!r}, wanted one of {', '.join(wanted)}")
         if any(0 < t < 1e-6 for t in self.per_row("temperature", None)):
             raise ValueError(
                 f"temperature is {self.temperature}, wanted 0 (greedy) or at least 0.000001"
             )
-        _each(self.top_k, "top_k", int, 0, 1 << 24)
-        _each(self.top_p, "top_p", float, 0, 1, above=True)
-        _each(self.seed, "seed", int, 0, (1 << 64) - 1)
-        if self.batch is not None:
-            _each(self.batch, "batch", int, 1, 1 << 16, lists=False)
-        for name, most in (("k", 64), ("fan_out", 1024)):
-            if getattr(self, name) != AUTO:
-                _each(
-                    getattr(self, name), name, int, 1, most, lists=False, otherwise=f", or {AUTO!r}"
-                )
-        _each(self.saguaro_c, "saguaro_c", float, 0, 1, above=True, lists=False)
-        if isinstance(self.stop, str):
-            object.__setattr__(self, "stop", (self.stop,))
         if not all(isinstance(text, str) and text for text in self.stop):
             raise ValueError(f"stop is {self.stop!r}, wanted texts of at least one character")
         if self.saguaro_c < 1 and self.coupling != "independent":
@@ -108,41 +167,39 @@ class Settings:
         return list(value)
 
 
+@dataclass(eq=False)
 class Row:
     """One sequence. ids holds prompt and new tokens. The last one is the pending token, which is in
     no KV cache yet.
 
-    number is the sequence's stable number, which with its seed names its noise. limit is the most
-    ids it may have, by max_new_tokens and the context. finish is None, or why it ended: "eos",
-    "stop", "length", "context"; "refused" if it cannot be decoded, and then `refused` says why.
+    number is the sequence's stable number, which with its seed names its noise; sampling is its
+    temperature, top-k, top-p and seed. prompt is how many ids the prompt has, limit how many the
+    row may have, by max_new and the context. finish is None, or why it ended: "eos", "stop",
+    "length", "context"; "refused" if it cannot be decoded, and then `refused` says why.
     """
 
-    def __init__(
-        self,
-        number: int,
-        prompt: list[int],
-        max_new: int,
-        context: int,
-        eos: frozenset,
-        detokenizer,
-        stop,
-        sampling=(0.0, 0, 1.0, 0),
-    ):
-        """sampling: temperature, top_k, top_p, seed."""
-        self.sampling = sampling
-        self.number, self.ids, self.prompt = number, list(prompt), len(prompt)
-        self.max_new, self.context, self.eos = max_new, context, eos
-        self.limit = min(self.prompt + max_new, context)
-        self.detokenizer, self.stop = detokenizer, stop
-        # All text so far, and how many characters of it were handed out.
-        self.text, self.told = "", 0
-        self.finish: str | None = None
-        self.refused: str | None = None
-        # How many tokens of the prompt the target has read, and how many of all ids the draft has,
-        # with the proposal in flight. An earlier turn of a chat may have left some.
-        self.target_read = self.draft_read = 0
-        self.last_seen: dict[tuple[int, ...], int] = {}
-        self.indexed = 0
+    number: int
+    ids: list[int]
+    max_new: int
+    context: int
+    eos: frozenset
+    detokenizer: object
+    stop: tuple[str, ...]
+    sampling: tuple = (0.0, 0, 1.0, 0)
+    finish: str | None = None
+    refused: str | None = None
+    text: str = ""
+    told: int = 0  # how many characters of the text were handed out
+    # How many tokens of the prompt the target has read, and how many of all ids the draft has, with
+    # the proposal in flight. An earlier turn of a chat may have left some.
+    target_read: int = 0
+    draft_read: int = 0
+    last_seen: dict[tuple[int, ...], int] = field(default_factory=dict)
+    indexed: int = 0
+
+    def __post_init__(self):
+        self.ids, self.prompt = list(self.ids), len(self.ids)
+        self.limit = min(self.prompt + self.max_new, self.context)
 
     @property
     def prompt_left(self) -> list[int]:
@@ -216,6 +273,39 @@ class Row:
         return []
 
 
+class Seats:
+    """Which row has which place of the batch: rows[b] is the one in place b. The others wait."""
+
+    def __init__(self, rows: list[Row], places: int):
+        """A row that has ended, since it was refused, never begins."""
+        self.waiting = deque(row for row in rows if row.finish is None)
+        self.rows = [self.waiting.popleft() for _ in range(places)]
+
+    def live(self, places) -> list[int]:
+        """Those of the places whose prompt is read and whose row has not ended."""
+        return [b for b in places if self.rows[b].finish is None and not self.rows[b].prompt_left]
+
+    def joining(self, places: range) -> Iterator[tuple]:
+        """Let rows that wait take the places of rows that ended. Yields what both models do for it:
+        a method of Runner and its arguments.
+
+        Of their prompts JOIN_CHUNK tokens are read a round, so that the others do not wait for
+        long; more only where nobody else could play.
+        """
+        left = JOIN_CHUNK
+        for b in places:
+            if self.rows[b].finish and self.waiting:
+                self.rows[b] = self.waiting.popleft()
+                yield "seat", b, self.rows[b].sampling, self.rows[b].number
+            row = self.rows[b]
+            while (chunk := row.prompt_left[:JOIN_CHUNK]) and (left > 0 or not self.live(places)):
+                ids, start = [[]] * len(self.rows), [0] * len(self.rows)
+                ids[b], start[b] = chunk, row.target_read
+                yield "prefill", ids, start
+                left -= len(chunk)
+                row.target_read = row.draft_read = row.target_read + len(chunk)
+
+
 def make_rows(
     prompts: list, settings, tokenizer, eos: frozenset, config, numbers: list[int] | None = None
 ) -> list[Row]:
@@ -265,28 +355,9 @@ def _encode(prompt, number: int, tokenizer, vocab_size: int) -> list[int]:
         raise ValueError(
             f"prompt {number} is {prompt!r:.60}, wanted a text or a list of at least one token id"
         )
-    wrong = [
-        t
-        for t in prompt
-        if not isinstance(t, int) or isinstance(t, bool) or not 0 <= t < vocab_size
-    ]
+    wrong = [t for t in prompt if type(t) is not int or not 0 <= t < vocab_size]
     if wrong:
         raise ValueError(
             f"prompt {number} holds {wrong[0]!r:.60}, wanted token ids from 0 to {vocab_size - 1}"
         )
     return list(prompt)
-
-
-def _one_of(name: str, value, choices) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} is {value!r}, wanted one of {', '.join(choices)}")
-
-
-def _each(value, name: str, kind: type, low, high, above=False, lists=True, otherwise="") -> None:
-    for x in value if lists and isinstance(value, (list, tuple)) else [value]:
-        allowed = (int, float) if kind is float else int
-        number = isinstance(x, allowed) and not isinstance(x, bool) and math.isfinite(x)
-        if not number or not low <= x <= high or (above and x <= low):
-            what = "a whole number" if kind is int else "a number"
-            bounds = f"above {low} and at most {high}" if above else f"from {low} to {high}"
-            raise ValueError(f"{name} is {x!r:.60}, wanted {what} {bounds}{otherwise}")

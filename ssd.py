@@ -19,13 +19,12 @@ Source: Kumar, Dao, May, "Speculative Speculative Decoding", ICLR 2026 (arXiv 26
 """
 
 import time
-from collections import deque
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 
 from cache import SpeculationCache
 from figures import Figures, Round
-from rows import Row
+from rows import Row, Seats
 from runtime import PATIENCE_TIMES, DraftLost, Lane, Work
 from sampling import CHAIN, FIXED, NONE, Foresight
 from steps import Feed, Fork, Runner
@@ -33,8 +32,6 @@ from steps import Feed, Fork, Runner
 # How long the target waits for the draft's first passes, in seconds: they may still fetch weights
 # from memory or disk, or compile. Later the lane is as patient as its slowest work tells it to be.
 PREFILL_PATIENCE_S, WARM_UP_PATIENCE_S = 10.0, 600.0
-# Prompt tokens that are read between two rounds, of rows that join a running batch.
-JOIN_CHUNK = 256
 # Draft tokens, and the LogQ that each was drawn from (None under `shared`).
 Chain = tuple[list[int], list]
 
@@ -87,11 +84,6 @@ class Proposal:
         if tokens:
             self.tokens[row], self.kind[row], self.logq[row] = tokens, kind, logq
 
-    def join(self, other: "Proposal") -> None:
-        """Take over what another one proposes for its rows."""
-        for row, proposed in enumerate(zip(other.kind, other.tokens, other.logq)):
-            self.put(row, *proposed)
-
 
 class Decoding:
     """One generation: its rows, the target and the draft on their lanes, and the rounds that
@@ -123,12 +115,11 @@ class Decoding:
         warn,
     ):
         """rows: in the order of their prompts. As many as the target has places are decoded at
-        once, the others wait; one that has ended, since it was refused, never begins. shapes: the
-        lengths, budgets and parts of the batch that static steps are compiled for.
+        once, the others wait. shapes: the lengths, budgets and parts of the batch that static steps
+        are compiled for.
         """
-        self.all_rows, self.waiting = rows, deque(row for row in rows if row.finish is None)
-        self.rows = [self.waiting.popleft() for _ in range(target.batch)]
-        self.reading: list[Work] = []
+        self.all_rows, self.seats, self.reading = rows, Seats(rows, target.batch), []
+        self.rows = self.seats.rows  # by place
         self.planner, self.shapes, self.warn = planner, shapes, warn
         self.target, self.target_lane = target, target_lane
         self.draft, self.draft_lane = draft, draft_lane
@@ -146,7 +137,7 @@ class Decoding:
 
     def play(self, places: range, proposal: Proposal) -> Generator[None, None, Proposal]:
         """The rounds of the rows in these places, from a proposal on. Returns the last one."""
-        while (live := self.seated(places)) and self.may_go_on(places):
+        while live := self.seated(places):
             plan, feed, last = self.plan, self.feed(live, proposal), self.figures.last
             verdict = self.target_lane.start(self.target.verify, feed, proposal.kind, proposal.logq)
             chains = SpeculationCache(self.draft_lane, plan.cut)
@@ -166,7 +157,7 @@ class Decoding:
         return proposal
 
     def propose(self, chains, accepted, bonus, plan: Plan, done: Round) -> Proposal:
-        """The next proposal: a row that hit takes its chain, for one that missed it is made now.
+        """The next proposal. A row that hit gets its chain; for one that missed it is made now.
 
         The key of `chains` is (row, accepted, bonus); a look-up gives the Chain that was drafted.
         """
@@ -203,67 +194,45 @@ class Decoding:
     # ---- the steps of a round
 
     def live(self, places=None) -> list[int]:
-        """The places, all by default, whose row is read by the target and has not ended."""
-        places = range(len(self.rows)) if places is None else places
-        return [b for b in places if self.rows[b].finish is None and not self.rows[b].prompt_left]
-
-    def may_go_on(self, places: range) -> bool:
-        """Whether these places are still played together. Always, but in halves.py."""
-        return True
+        """The places, of all by default, whose prompt is read and whose row has not ended."""
+        return self.seats.live(range(len(self.rows)) if places is None else places)
 
     def seated(self, places: range) -> list[int]:
-        """Those of the places that are live, after rows that wait took those of ended rows.
+        """The live ones of these places, after rows that wait took the places of rows that ended.
 
-        Both models read the prompt of such a row: JOIN_CHUNK tokens a round, so that the others do
-        not wait for long; more only where nobody else could play.
+        Both lanes seat these rows and read their prompts. If the target fails at that, this is
+        raised before the next round; if the draft fails, when it is next asked for something.
         """
         for work in self.reading:
-            work.result()  # is done; raises what went wrong
-        self.reading, left = [], JOIN_CHUNK
-        for b in places:
-            if self.rows[b].finish and self.waiting:
-                self.rows[b] = row = self.waiting.popleft()
-                self.on_both("seat", b, row.sampling, row.number)
-            row = self.rows[b]
-            while (chunk := row.prompt_left[:JOIN_CHUNK]) and (left > 0 or not self.live(places)):
-                ids, start = ([[]] * len(self.rows), [0] * len(self.rows))
-                ids[b], start[b] = chunk, row.target_read
-                self.on_both("prefill", ids, start)
-                left -= len(chunk)
-                row.target_read = row.draft_read = row.target_read + len(chunk)
+            work.result()  # has ended by now
+        self.reading = []
+        for work, *args in self.seats.joining(places):
+            self.reading.append(self.target_lane.start(getattr(self.target, work), *args))
+            if self.draft is not None:
+                self.draft_lane.start(getattr(self.draft, work), *args)
         return self.live(places)
-
-    def on_both(self, work: str, *args) -> None:
-        """Start a method of both runners. The target's failures are raised before the next round,
-        the draft's when it is next asked for something.
-        """
-        self.reading.append(self.target_lane.start(getattr(self.target, work), *args))
-        if self.draft is not None:
-            self.draft_lane.start(getattr(self.draft, work), *args)
 
     def feed(self, live: list[int], proposal: Proposal) -> Feed:
         """[r, d_1 .. d_L] of each live row, padded to one T; compiled steps exist for a few T."""
-        fed = [[row.ids[-1], *d] for row, d in zip(self.rows, proposal.tokens)]
-        playing = set(live)
-        fed = [tokens if b in playing else [] for b, tokens in enumerate(fed)]
-        start = [len(row.ids) - 1 if tokens else 0 for row, tokens in zip(self.rows, fed)]
+        fed, start = [[] for _ in self.rows], [0 for _ in self.rows]
+        for b in live:
+            ids = self.rows[b].ids
+            fed[b], start[b] = [ids[-1], *proposal.tokens[b]], len(ids) - 1
         T = self.target.fits(max(map(len, fed)))
-        return Feed(
-            [tokens + [0] * (T - len(tokens)) for tokens in fed], start, list(map(len, fed))
-        )
+        padded = [tokens + [0] * (T - len(tokens)) for tokens in fed]
+        return Feed(padded, start, list(map(len, fed)))
 
     def take_skipped(self, feed: Feed) -> tuple[list[list[int]], list[int]]:
-        """The ids that the draft must read before `feed`, and the position of the first, by row.
+        """The ids that the draft has skipped and must read before `feed`, and the position of the
+        first, by row. It counts them and the feed as read: call it once for every feed.
 
-        Called once for every feed that the draft is given. A proposal that was drafted while the
-        target waited, and accepted whole, leaves its last token unread: it was never fed.
+        Where a proposal that was drafted while the target waited is accepted whole, its last token
+        was never fed. A draft that was left out of some rounds has skipped all of theirs.
         """
-        ids, begins = [], []
+        begins = [min(row.draft_read, start) for row, start in zip(self.rows, feed.start)]
+        ids = [row.ids[known:start] for row, known, start in zip(self.rows, begins, feed.start)]
         for row, start, count in zip(self.rows, feed.start, feed.count):
-            known = min(row.draft_read, start)
-            ids.append(row.ids[known:start])
-            begins.append(known)
-            row.draft_read = start + count if count else row.draft_read
+            row.draft_read = max(row.draft_read, start + count)
         return ids, begins
 
     def emit(self, live, proposal: Proposal, accepted: list[int], bonus: list[int]) -> None:
@@ -290,10 +259,7 @@ class Decoding:
         """A Chain for each row that missed, by ordinary decoding, while the target waits."""
         if self.draft is None or (most := max(self.rows[b].room(plan.k) for b in missed)) == 0:
             return {}
-        asked = set(missed)
-        count = [int(b in asked) for b in range(len(self.rows))]
-        start = [len(row.ids) - 1 if c else 0 for row, c in zip(self.rows, count)]
-        feed = Feed([row.ids[-1:] for row in self.rows], start, count)
+        feed = self.feed(missed, Proposal(len(self.rows)))  # the pending tokens alone
         skipped = self.take_skipped(feed)
         for b in missed:
             self.rows[b].draft_read += most - 1  # the last token that it drafts is never fed
@@ -341,8 +307,6 @@ class Decoding:
         if self.draft is not None:
             last = Feed([], [len(row.ids) - 1 for row in self.rows], [0] * len(self.rows))
             drafting = self.draft_lane.start(self.draft.prefill, *self.take_skipped(last))
-            for row in self.rows:
-                row.draft_read = len(row.ids) - 1
         for row in self.rows:
             row.target_read = len(row.ids) - 1
         reading.result()

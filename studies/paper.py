@@ -12,6 +12,7 @@ chains there, and a miss makes the whole batch draft anew.
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
+from figures import expected_tokens
 from studies.simulate import (
     Pair,
     ar,
@@ -23,7 +24,6 @@ from studies.simulate import (
     ssd_halves,
     table,
 )
-from studies.speed import expected_tokens
 
 LLAMA, QWEN = "Llama-3.1-70B / 3.2-1B", "Qwen3-32B / 0.6B"
 PAIRS = {  # tokens/s of AR, SD, SSD at temperature 0; parameters of target and draft

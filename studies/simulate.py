@@ -12,9 +12,9 @@ while the draft still works is not modelled.
 import argparse
 from dataclasses import asdict, dataclass
 
+from figures import expected_tokens
 from studies.speed import (
     allocate,
-    expected_tokens,
     geometric,
     long_run_hits,
     outcomes,

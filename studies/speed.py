@@ -11,13 +11,6 @@ import heapq
 from collections.abc import Sequence
 
 
-def expected_tokens(acceptance: float, length: float) -> float:
-    """Tokens that a round emits if each of its draft tokens is accepted with one chance."""
-    if acceptance >= 1:
-        return length + 1
-    return (1 - acceptance ** (length + 1)) / (1 - acceptance)
-
-
 def sd_rate(tokens: float, t_draft: float, t_verify: float) -> float:
     """Tokens a second and row of SD, whose rounds emit `tokens`: draft and target take turns."""
     return tokens / (t_draft + t_verify)
@@ -28,13 +21,6 @@ def ssd_rate(hit_rate, tokens_hit, tokens_miss, t_hit, t_miss, batch: int = 1) -
     all_hit = hit_rate**batch
     emitted = hit_rate * tokens_hit + (1 - hit_rate) * tokens_miss
     return emitted / (all_hit * t_hit + (1 - all_hit) * t_miss)
-
-
-def ssd_ceiling(
-    t_draft: float, t_verify: float, tokens_ssd: float = 1, tokens_sd: float = 1
-) -> float:
-    """The most that SSD can gain over SD with the same K: drafting is hidden, and nothing else."""
-    return (1 + t_draft / t_verify) * tokens_ssd / tokens_sd
 
 
 def long_run_hits(after_hit: float, after_miss: float) -> float:

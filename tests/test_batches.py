@@ -8,9 +8,8 @@ from test_runtime import eager_backend, static_pair  # noqa: F401
 from test_ssd import check, models, pair, part, patient, some, truth  # noqa: F401
 from tiny import Restless, engine, play, transformer
 
-import ssd
 from figures import Round
-from halves import Always, Quicker
+from halves import Quicker
 from rows import COUPLINGS
 from ssd import Plan, SamePlan
 
@@ -32,13 +31,13 @@ def test_rows_join_whatever_plan_is_played(pair, truth, seed):  # noqa: F811
     planner = Restless(seed, 4, 7)
     result, run = play(pair, prompts, planner, mode="ssd", k=4, fan_out=7, batch=6, **settings)
     assert result.token_ids == [truth.token_ids[b] for b in rows]
-    assert not run.waiting and run.draft is not None
+    assert not run.seats.waiting and run.draft is not None
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 256])
 @pytest.mark.parametrize("mode", ["ar", "sd", "ssd"])
 def test_prompts_are_read_in_chunks_between_rounds(pair, monkeypatch, mode, chunk):  # noqa: F811
-    monkeypatch.setattr(ssd, "JOIN_CHUNK", chunk)
+    monkeypatch.setattr("rows.JOIN_CHUNK", chunk)
     settings = {"max_new_tokens": [3 + 5 * b % 11 for b in range(18)], "temperature": 0.8}
     expected = pair.generate(LONG, mode="ar", **settings)
     got = pair.generate(LONG, mode=mode, batch=4, fan_out=5, **settings)
@@ -234,7 +233,7 @@ def test_a_draft_that_is_lost_in_halves(models, monkeypatch):  # noqa: F811
 def test_the_quicker_way_is_found_and_found_again():
     """A simulated machine on which halves are quicker at first, and later are not."""
     plan, clock = SamePlan(Plan(2, 0)), 0.0
-    planner, played = Quicker(plan, Always(plan)), []
+    planner, played = Quicker({False: plan, True: plan}), []
     now = planner.first()
     for _ in range(3000):
         halves_win = len(played) < 1500

@@ -370,8 +370,7 @@ def restless(self, *_):
 def test_a_plan_may_change_between_any_two_rounds(eager_backend, monkeypatch):
     """Static steps fit every plan of the run, AR and turns among them."""
     static, eager = static_pair([])
-    monkeypatch.setattr(auto, "STATIC_KS", (1, 3))
-    monkeypatch.setattr(auto, "STATIC_MS", (4,))
+    monkeypatch.setitem(auto.SIZES, True, ((1, 3), (4,)))
     monkeypatch.setattr(auto.Auto, "next", restless)
     options = {"temperature": 1.0, "max_new_tokens": 60, "seed": 2}
     got, run = tiny.play(static, [[1, 2], [3]], mode="ssd", **options)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from figures import ssd_ceiling
 from studies import paper, simulate, speed
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -80,7 +81,7 @@ def test_ssd_is_what_playing_its_rounds_gives(k, budget, batch, fallback):
 def test_ssd_that_always_hits_reaches_its_ceiling_over_sd():
     sure, k = replace(PAIR, c=0.0), 4
     sd, ssd = simulate.sd(sure, k), simulate.ssd(sure, k, 8)
-    assert ssd.tokens_per_s / sd.tokens_per_s == pytest.approx(speed.ssd_ceiling(k * 0.002, 0.020))
+    assert ssd.tokens_per_s / sd.tokens_per_s == pytest.approx(ssd_ceiling(k * 0.002, 0.020))
     assert simulate.ar(sure).tokens_per_s == pytest.approx(50)
 
 
