@@ -155,7 +155,10 @@ MISTAKES = {
         "is a file but not a GGUF file, wanted one, or a folder",
     ),
     "folder without anything": (["--target", "EMPTY"], "no config.json"),
-    "folder without weights": (["--target", "BARE"], "no 'model.safetensors', wanted safetensors only"),
+    "folder without weights": (
+        ["--target", "BARE"],
+        "no 'model.safetensors', wanted safetensors only",
+    ),
     "unknown architecture": (
         ["--target", "FOREIGN"],
         "model_type = 'gpt2', wanted one of llama, mistral",
