@@ -253,6 +253,11 @@ def nibbles(codes: torch.Tensor) -> torch.Tensor:
     return torch.stack((codes, codes >> 4), -2).bitwise_and_(15)
 
 
+# For each value of a byte, its eight bits, worth 16 each, as the bytes of one int64.
+FIFTH_BITS = (torch.arange(256)[:, None] >> torch.arange(8) & 1).mul(16).to(torch.uint8)
+FIFTH_BITS = FIFTH_BITS.view(torch.int64)[:, 0]
+
+
 def simple(least: bool, fifth: bool) -> Unpack:
     """Q4_0, Q4_1 (with a least number), Q5_0 and Q5_1 (with a fifth bit): one group of 32."""
     at = 4 if least else 2
@@ -261,8 +266,7 @@ def simple(least: bool, fifth: bool) -> Unpack:
     def unpack(blocks):
         scale, codes = halves(blocks, 0), nibbles(part(blocks, end, end + 16)).flatten(1)
         if fifth:
-            bits = part(blocks, at, end).view(torch.int32) >> torch.arange(32, dtype=torch.int32)
-            codes |= (bits & 1).to(torch.uint8) << 4
+            codes |= FIFTH_BITS[part(blocks, at, end).int()].view(torch.uint8)
         return codes, scale, halves(blocks, 2) if least else scale * (-16 if fifth else -8)
 
     return unpack
