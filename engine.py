@@ -394,7 +394,13 @@ class Engine:
         ks, ms = auto.SIZES[any(m.policy.static for m in (self.target, *drafts))]
         ks = (0, *ks) if plan.k == AUTO else (plan.k,)
         ms = (0, *(m for m in ms if m < common)) if plan.m == AUTO else (plan.m,)
-        kind = plan, batch, settings.coupling, any(settings.per_row("temperature", None))
+        kind = (
+            settings.mode,
+            plan,
+            batch,
+            settings.coupling,
+            any(settings.per_row("temperature", None)),
+        )
         seen = self.seen.setdefault(kind, auto.Seen())
         return auto.Auto(ks, ms, plan, batch, seen), ks, ms
 
