@@ -5,12 +5,15 @@ Knows: what a round of each mode consists of. Does not know: the engine; publish
 
     python -m studies.simulate --verify-ms 18.3 --step-ms 2 --acceptance 0.88 --k 5 --fan-out 24
 
+With --ranks a target of that verification time on one device is shared by several: each computes
+its share, and all wait for the sums between the layers.
+
 PEARL is SSD that prepares one outcome only, "all accepted". Its check of the first draft token
 while the draft still works is not modelled.
 """
 
 import argparse
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from figures import expected_tokens
 from studies.speed import (
@@ -29,6 +32,34 @@ FALLBACKS = ("jit", "fast", "random")
 LISTS = ("best", "uniform", "geometric", "last")
 
 
+# Bytes and microseconds of a sum over ranks on one machine: a guess. Measured ones come from
+# `scripts/bench_ranks.py --device cuda` and are given with --all-reduce.
+ASSUMED = ((1 << 14, 10.0), (1 << 20, 20.0), (1 << 24, 120.0))
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Devices that share a target: their number, the sums of a pass (two a layer, and one for the
+    embedding), the bytes that a token has in each, and what sums of some sizes take, in seconds.
+    """
+
+    count: int
+    sums: int
+    token_bytes: int
+    curve: tuple[tuple[float, float], ...]
+
+    def waiting(self, tokens: int) -> float:
+        """Seconds of all sums of a pass: on a line between two known sizes, past the last one as
+        long as its bytes make it.
+        """
+        size, points = tokens * self.token_bytes, sorted(self.curve)
+        for (low, t_low), (high, t_high) in zip(points, points[1:]):
+            if size <= high:
+                return self.sums * (t_low + max(size - low, 0) / (high - low) * (t_high - t_low))
+        last, t_last = points[-1]
+        return self.sums * t_last * max(size / last, 1)
+
+
 @dataclass(frozen=True)
 class Pair:
     """Times of both models in seconds, and chances. A pass costs a fixed time and one a token."""
@@ -41,9 +72,13 @@ class Pair:
     extend: float | None = None
     verify_token: float = 0.0
     step_token: float = 0.0
+    ranks: Ranks | None = None  # the target's; the draft has a device of its own
 
     def verifying(self, tokens: int) -> float:
-        return self.verify + self.verify_token * tokens
+        alone = self.verify + self.verify_token * tokens
+        if self.ranks is None:
+            return alone
+        return alone / self.ranks.count + self.ranks.waiting(tokens)
 
     def stepping(self, tokens: int) -> float:
         return self.step + self.step_token * tokens
@@ -166,7 +201,13 @@ def table(rows: list[dict]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def main(argv: list[str] | None = None) -> None:
+def measured(text: str) -> tuple[float, float]:
+    """BYTES:US as two numbers."""
+    size, _, us = text.partition(":")
+    return float(size), float(us)
+
+
+def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="simulate.py", description=__doc__.splitlines()[0], allow_abbrev=False
     )
@@ -181,13 +222,32 @@ def main(argv: list[str] | None = None) -> None:
     )
     p.add_argument("--batch", type=int, default=1, help="sequences (1)")
     p.add_argument("--fallback", choices=FALLBACKS, default="jit", help="after a miss (jit)")
+    p.add_argument("--ranks", type=int, default=1, help="devices that share the target (1)")
+    p.add_argument("--layers", type=int, default=80, help="of the target, with --ranks (80)")
+    p.add_argument("--token-bytes", type=int, default=16384,
+                   help="of a token between two layers, with --ranks (16384)")  # fmt: skip
+    p.add_argument("--all-reduce", type=measured, nargs="+", metavar="BYTES:US", default=ASSUMED,
+                   help="microseconds of a sum over the ranks, by its bytes (a guess)")  # fmt: skip
+    return p
+
+
+def main(argv: list[str] | None = None) -> None:
+    p = parser()
     a = p.parse_args(argv)
     least = {"verify_ms": 1e-9, "step_ms": 1e-9, "acceptance": 0, "k": 1, "fan_out": 1, "batch": 1}
+    least |= {"ranks": 1, "layers": 1, "token_bytes": 1}
     for name, low in least.items():
         high = 1 if name == "acceptance" else 1e6
         if not low <= (got := getattr(a, name)) <= high:
             p.error(f"--{name.replace('_', '-')} is {got}, wanted {low:g} to {high:g}")
-    pair = Pair(a.verify_ms / 1e3, a.step_ms / 1e3, a.acceptance, *a.miss)
+    pair, ranks = Pair(a.verify_ms / 1e3, a.step_ms / 1e3, a.acceptance, *a.miss), None
+    if a.ranks > 1:
+        curve = tuple((size, us / 1e6) for size, us in a.all_reduce)
+        ranks = Ranks(a.ranks, 2 * a.layers + 1, a.token_bytes, curve)
+        known = "assumed, not measured" if a.all_reduce is ASSUMED else "as given"
+        ms = [f"{1e3 * ranks.waiting(tokens):.3g} ms" for tokens in (1, a.k + 1)]
+        print(f"{ranks.sums} sums over the ranks, {known}: {ms[0]} a token, {ms[1]} for {a.k + 1}")
+    pair = replace(pair, ranks=ranks)
     speeds = simulate(pair, a.k, a.fan_out, a.batch, a.fallback)
     print(table([{"mode": mode} | asdict(speed) for mode, speed in speeds.items()]))
 

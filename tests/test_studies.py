@@ -158,3 +158,18 @@ def test_mistakes_end_with_exit_code_2(flags, capsys):
     with pytest.raises(SystemExit) as stop:
         simulate.main(flags.split())
     assert stop.value.code == 2 and "error: " in capsys.readouterr().err
+
+
+def test_ranks_share_the_work_and_wait_for_sums(capsys):
+    """By hand: 161 sums at 10 us, then 15 us halfway between two sizes, 40 us past the last."""
+    ranks = simulate.Ranks(4, 161, 1000, ((1000, 10e-6), (3000, 20e-6)))
+    assert [ranks.waiting(n) for n in (1, 2, 3, 6)] == pytest.approx(
+        [161 * us * 1e-6 for us in (10, 15, 20, 40)]
+    )
+    pair = simulate.Pair(verify=0.060, step=0.002, ranks=ranks)
+    assert simulate.ar(pair).tokens_per_s == pytest.approx(1 / (0.015 + 161 * 10e-6))
+    flags = "--verify-ms 60 --step-ms 2 --ranks 4 --layers 80"
+    simulate.main(flags.split())
+    assert "161 sums over the ranks, assumed, not measured" in capsys.readouterr().out
+    simulate.main([*flags.split(), "--all-reduce", "16384:8", "131072:12"])
+    assert "161 sums over the ranks, as given: 1.29 ms a token" in capsys.readouterr().out
