@@ -28,7 +28,7 @@ from figures import run_stats
 from linear import FORMATS, finish_all, finisher, speeds
 from model import Transformer
 from parallel import ALONE, Group
-from ranks import join
+from ranks import join, serve
 from rows import AUTO, Row, Settings, make_rows
 from runtime import Devices, Policy, one_thread, peak_memory_gb
 from sampling import Params
@@ -428,7 +428,7 @@ class Engine:
             runners = {role: runner for role, runner in runners.items() if runner is not None}
             self.previous = runners, list(rows[0].ids), rows[0].draft_read
         peak = peak_memory_gb(decoding.target_lane.device)  # without what is measured next
-        lost = self.target.transformer.group.broken  # then the lane may wait for ever
+        lost = self.target.transformer.group.lost  # then the lane may wait for ever
         bandwidth = None if lost else self.devices.bandwidth(decoding.target_lane)
         models = {"target": self.target.name, "draft": NGRAM, "draft_quantize": None}
         models |= self.target.numbers() | {"peak_memory_gb": peak}
@@ -482,7 +482,7 @@ def load(
     devices = Devices(device, draft_device)
     whole = target, devices.target, dtype, compile, None, quantize, group
     if group.rank > 0:
-        group.serve(lambda: Model.load(*whole), devices.lanes("ar")[0])
+        serve(group, lambda: Model.load(*whole), devices.lanes("ar")[0])
     loaded = Model.load(*whole)
     group.serving = True
     if draft not in (None, NGRAM):

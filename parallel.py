@@ -1,7 +1,7 @@
 """Tensor parallelism: one target on several devices, with a process (a rank) for each.
 
 Knows: Megatron's split of a model, what ranks tell each other. Does not know: rounds, texts, what a
-step computes, how ranks start and fail (ranks.py). Read next: ranks.py.
+step computes, how ranks start, serve and fail (ranks.py). Read next: ranks.py.
 
 Attention is split by its key/value heads, the MLP by its width, embedding and head by the
 vocabulary. A layer sums twice over the ranks; what lies between its parts is the same on all.
@@ -13,11 +13,7 @@ alone, where a top-k or top-p or the other couplings' residuals need all of them
 On CUDA the collectives are captured in the graphs of the steps. That was never run.
 """
 
-import os
 import pickle
-import signal
-import sys
-import time
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -150,6 +146,11 @@ class Group:
         model.token_ids_V = torch.arange(tokens.start, tokens.stop, device=weight.device)
         model.group = self
 
+    @property
+    def lost(self) -> bool:
+        """Whether another rank is gone, so that this one may wait for it for ever."""
+        return self.broken or (self.watch is not None and self.watch.told)
+
     # ---- what ranks tell each other
 
     def largest(self, x: torch.Tensor) -> torch.Tensor:
@@ -193,30 +194,6 @@ class Group:
         self.tell(value)
         return self.hear()[0] if self.rank else value
 
-    def serve(self, load, lane) -> None:
-        """Run what rank 0 tells until it ends, and end as it does. load: makes the model."""
-        interrupted = []
-        try:
-            model = load()
-            signal.signal(signal.SIGINT, lambda *_: interrupted.append(1))  # rank 0 ends the run
-            lane.start(self._serve, model).result()
-        except Exception as error:
-            self.watch.post(error)
-            time.sleep(10.0)  # rank 0 ends all of them
-            os._exit(1)
-        self.watch.stop()
-        dist.barrier()  # rank 0 may keep the store
-        os._exit(130 if interrupted else 0)
-
-    def _serve(self, model) -> None:
-        runner = None
-        while said := self.hear():
-            name, *args = said
-            if name == "set_up":
-                runner = model.ready(runner, *args)
-            else:
-                getattr(runner, name)(*args)
-
     @contextmanager
     def guard(self):
         """Make a RankLost of what a collective raises when another rank is gone."""
@@ -227,18 +204,6 @@ class Group:
             if self.broken and self.rank == 0 and (lost := self.watch.why(error)):
                 raise lost from error
             raise
-
-    def leave(self) -> None:
-        """At the end of rank 0: let the others end as well."""
-        if self.broken or self.watch.told:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(1)  # a thread that waits for a lost rank would hold up the end
-        self.watch.stop()
-        if self.serving:
-            self.tell()
-            dist.barrier()
-        dist.destroy_process_group()
 
 
 ALONE = Group()  # a process that shares with nobody

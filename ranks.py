@@ -127,6 +127,49 @@ def of_network(error: BaseException) -> bool:
     return any(library in str(error) for library in ("gloo", "NCCL", "TCPStore"))
 
 
+# ---- what ranks do until rank 0 ends
+
+
+def serve(group: Group, load, lane) -> None:
+    """Run on this rank what rank 0 tells, until that ends, and end likewise. load: the model."""
+    interrupted = []
+    try:
+        model = load()
+        signal.signal(signal.SIGINT, lambda *_: interrupted.append(1))  # rank 0 ends the run
+        lane.start(follow, group, model).result()
+    except Exception as error:
+        group.watch.post(error)
+        time.sleep(LOST_S)  # rank 0 ends all of them
+        os._exit(1)
+    group.watch.stop()
+    dist.barrier()  # rank 0 may keep the store
+    os._exit(130 if interrupted else 0)
+
+
+def follow(group: Group, model) -> None:
+    """The same calls as on rank 0: of the model, once a generation, then of its runner."""
+    runner = None
+    while said := group.hear():
+        name, *args = said
+        if name == "set_up":
+            runner = model.ready(runner, *args)
+        else:
+            getattr(runner, name)(*args)
+
+
+def leave(group: Group) -> None:
+    """At the end of rank 0: let the others end as well."""
+    if group.lost:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)  # a thread that waits for a lost rank would hold up the end
+    group.watch.stop()
+    if group.serving:
+        group.tell()
+        dist.barrier()
+    dist.destroy_process_group()
+
+
 # ---- the start
 
 
@@ -170,7 +213,7 @@ def join(
     watch.start()
     group = Group(rank, ranks, watch)
     if rank == 0:
-        atexit.register(group.leave)
+        atexit.register(leave, group)
     return group, device, draft_device
 
 
