@@ -60,7 +60,9 @@ def main() -> None:
             model = made(*args)
         role = "target" if args[4] is None else "draft"
         weights = weigh(model.transformer)
-        path.with_suffix(f".{role}{rank}").write_text(json.dumps([weights, *grown]))
+        layers = [m.layer for m in model.transformer.modules() if hasattr(m, "layer")]
+        scales = [float(x.scale_N.double().sum()) for x in layers if hasattr(x, "scale_N")]
+        path.with_suffix(f".{role}{rank}").write_text(json.dumps([weights, *grown, scales]))
         if rank == "1" and "spare" in job:  # so many bytes are left from here on
             used = 4096 * int(Path("/proc/self/statm").read_text().split()[0])
             resource.setrlimit(resource.RLIMIT_AS, (used + job["spare"],) * 2)

@@ -49,7 +49,8 @@ def runs() -> list[tuple[list, dict]]:
         asked += [(PROMPTS, {"mode": mode} | EACH), (PROMPTS, {"mode": mode} | EACH | CUT)]
     for coupling in ("maximal", "independent"):
         asked += [(PROMPTS, {"mode": "ssd", "coupling": coupling} | EACH | CUT)]
-    asked += [(PROMPTS[:2], {"mode": "sd", "coupling": "maximal", "temperature": 1.0, "batch": 1})]
+    # One row after the other: the second takes a place whose noise was the first one's.
+    asked += [(PROMPTS[:2], {"mode": "sd", "temperature": [1.3, 1.0], "seed": 3, "batch": 1})]
     common = {"k": 2, "fan_out": 5, "max_new_tokens": 9, "ignore_eos": True, "cut": False}
     common["fallback"] = "jit"
     return [(prompts, common | settings) for prompts, settings in asked]
@@ -177,6 +178,10 @@ def test_ranks_with_few_bits_print_what_one_process_does(tmp_path, count, bits):
     asked = runs()
     found = texts_of_ranks(count, tmp_path, load, asked)
     model = engine.Model.of(in_parts(target, count, bits), "target", bits=bits)
+    for rank in range(count) if bits == "int8" else ():  # a row has one scale on all ranks
+        scales = json.loads((tmp_path / f"job{count}.target{rank}").read_text())[2]
+        parts = [m.parts[0] for m in model.transformer.modules() if hasattr(m, "parts")]
+        assert scales == [float(part.scale_N.double().sum()) for part in parts]
     draft = engine.Model.load(str(draft), torch.device("cpu"), "float32")
     one = engine.Engine(model, draft, Devices("cpu", "cpu"))
     for (prompts, settings), got in zip(asked, found):
@@ -212,7 +217,7 @@ def test_a_rank_takes_the_memory_of_its_share(tmp_path):
     load = {"target": str(target), "dtype": "float32", "device": "cpu"}
     texts_of_ranks(2, tmp_path, load, [([[1, 2]], {"max_new_tokens": 2})])
     for rank in (0, 1):
-        weights, grown = json.loads((tmp_path / f"job2.target{rank}").read_text())
+        weights, grown, _ = json.loads((tmp_path / f"job2.target{rank}").read_text())
         assert weights <= 1.1 * whole / 2, (weights, whole)
         assert grown <= 1.1 * whole / 2 + 24e6, (grown, whole)  # 24 MB for TorchScript
 
