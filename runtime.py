@@ -145,13 +145,13 @@ class Lane:
         """
         limit_s = max(limit_s, self.patience())
         try:
-            value = future.result(limit_s)
+            error = future.exception(limit_s)  # what a signal raises here is not the draft's
         except NotInTime:
             self._late(limit_s)
-        except Exception as error:
+        if error is not None:
             raise DraftLost(str(error) or type(error).__name__) from error
         self.check()
-        return value
+        return future.result()
 
     def wait_for(self, event: threading.Event) -> None:
         """Wait for something that the draft's work will set. Raises DraftLost as answer() does."""
