@@ -79,7 +79,7 @@ def test_every_part_runs_and_is_told(here, demo, tmp_path, capsys):
         "verification of 4: beside the other model / alone", "SSD, auto / fixed",
         "draft the checkpoint as it is, T=1: SSD / SD",
         "draft the checkpoint as it is, no stream priority, T=0: SSD / AR",
-        "draft CPU, the checkpoint as it is, T=1: SSD, between two verifications, of a round",
+        "draft CPU, T=1: SSD, between two verifications, of a round",
     ):  # fmt: skip
         assert wanted in everything, wanted
     records = [r for found in results["parts"].values() for r in found["records"]]
