@@ -338,9 +338,17 @@ def test_vocabularies_that_differ_are_refused():
 
 
 @pytest.mark.parametrize("sizes", [(50, 41), (41, 50)])
-def test_embeddings_padded_to_different_sizes(sizes):
+def test_embeddings_padded_to_different_sizes(sizes, monkeypatch):
     """As Qwen2.5's are, for one and the same tokenizer. A draft's padding is never drafted, the
-    target's never fed."""
+    target's never fed, and the draft works on no more tokens than both have."""
+    extend, widths = Runner.extend, set()
+
+    def measured(runner, feed):
+        scores_BTV = extend(runner, feed)
+        widths.add(scores_BTV.shape[-1])
+        return scores_BTV
+
+    monkeypatch.setattr(Runner, "extend", measured)
     target, draft = transformer(0, vocab=sizes[0]), transformer(2, vocab=sizes[1])
     if sizes[0] < sizes[1]:
         draft.head.weight[41:] *= 3.0  # it would love to say what does not exist
@@ -351,6 +359,7 @@ def test_embeddings_padded_to_different_sizes(sizes):
         result = pair.generate(PROMPTS, mode=mode, coupling=coupling, **SETTINGS)
         assert result.token_ids[0] == expected[0]  # greedy
         assert coupling != "shared" or result.token_ids == expected
+    assert widths == {41}
 
 
 def test_a_budget_as_large_as_the_vocabulary_is_refused():

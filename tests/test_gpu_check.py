@@ -14,6 +14,7 @@ import torch
 import engine
 import runtime
 import steps
+from checkpoint import inflation
 from engine import Engine, Model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -151,10 +152,14 @@ def test_two_calls_of_under_nine_minutes_have_all_parts_in_the_order_of_worth():
 @pytest.mark.parametrize("tiny", [True, False])
 def test_all_plans_are_timed_greedily_first_and_the_cpu_last(tiny):
     check = gpu_parts.Check(torch.device("cpu"), "cpu:0", "target", "draft", tiny, "", print)
-    order = [(temperature, name.split(",")[0]) for temperature, name, *_ in gpu_pair.plans(check)]
+    plans = gpu_pair.plans(check)
+    order = [(temperature, name.split(",")[0]) for temperature, name, *_ in plans]
     assert [name for _, name in order[-2:]] == ["CPU", "CPU"]
     assert all(name != "CPU" for _, name in order[:-2])
     assert [temperature for temperature, _ in order[:-2]] == sorted(t for t, _ in order[:-2])
+    if not tiny:
+        shapes = [inflation.parse_shape(draft.split(":")[1]) for *_, draft, _, _ in plans]
+        assert all(shape["vocab"] == 128256 for shape in shapes), "the target's, or it is refused"
 
 
 def test_a_goal_is_a_fraction_of_what_was_wanted_or_was_not_measured():
