@@ -142,6 +142,7 @@ class SpeculationCache:
         self.branch_of: dict[tuple[int, int, int], int] = {}
         self.chance: list[float] = []  # [B], that one of a row's branches is the outcome
         self.steps: list[tuple[list[list[int]], object]] = []  # (tokens [B][M], their LogQ or None)
+        self.begun: tuple | None = None  # a step whose tokens are still to come
         self.moments: list[float] = []  # when the fork and each step were done
         self.forked, self.ready = threading.Event(), threading.Event()
 
@@ -162,10 +163,23 @@ class SpeculationCache:
         self.moments.append(time.perf_counter())
         self.forked.set()
 
-    def append(self, tokens_BM: list[list[int]], logq) -> None:
-        self.steps.append((tokens_BM, logq))
-        self.moments.append(time.perf_counter())
-        self.ready.set()
+    def append(self, tokens_BM, logq) -> None:
+        """A step that was begun. It counts when its tokens are there: lists are, and others are
+        when the next step was begun.
+        """
+        self.settle()
+        self.begun = tokens_BM, logq
+        if isinstance(tokens_BM, list):
+            self.settle()
+
+    def settle(self) -> None:
+        """Wait for the step that was begun last."""
+        if self.begun is not None:
+            tokens_BM, logq = self.begun
+            self.steps.append((list(tokens_BM), logq))
+            self.moments.append(time.perf_counter())
+            self.begun = None
+            self.ready.set()
 
     def look_up(
         self, rows: list[int], accepted: list[int], bonus: list[int]

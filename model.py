@@ -45,6 +45,19 @@ class Placement(NamedTuple):
     mask: Pair | None
 
 
+def before_layers(tokens_BT, positions_BT, embed: nn.Module, rope: Pair):
+    """What the layers begin with: the residual stream, no change to it, and each token's rows of
+    the RoPE tables, (B, T, 1, D) each.
+    """
+    x_BTE = embed(tokens_BT)
+    return x_BTE, torch.zeros_like(x_BTE), tuple(table[positions_BT][:, :, None] for table in rope)
+
+
+def after_layers(x_BTE, change_BTE, norm: nn.Module, head: nn.Module) -> torch.Tensor:
+    """The logits (B, T, V) of what the layers end with."""
+    return head(norm(x_BTE + change_BTE))
+
+
 class Transformer(nn.Module):
     """tokens_BT at a Placement -> logits (B, T, V) in the weights' dtype.
 
@@ -55,6 +68,8 @@ class Transformer(nn.Module):
 
     rope: Pair | None = None  # cos_PD, sin_PD
     group = ALONE  # the processes that share the model
+    # Policy.compile puts others here.
+    before, after = staticmethod(before_layers), staticmethod(after_layers)
 
     def __init__(self, config: Config):
         super().__init__()
@@ -71,11 +86,10 @@ class Transformer(nn.Module):
     def forward(self, tokens_BT, place: Placement | None = None, cache=None, logits: bool = True):
         """Logits, or None without `logits`. cache is a KVCache."""
         at_BT = torch.arange(tokens_BT.shape[1])[None] if place is None else place.positions_BT
-        rope = tuple(table_PD[at_BT][:, :, None] for table_PD in self.rope)  # (B, T, 1, D) each
         kv = None if cache is None else cache.layers
         with torch.jit.optimized_execution(False):  # a script gains nothing; it would take seconds
-            x_BTE = self.layers(self.embed(tokens_BT), rope, place, kv)
-        return self.head(self.norm(x_BTE)) if logits else None
+            stream = self.layers(*self.before(tokens_BT, at_BT, self.embed, self.rope), place, kv)
+        return self.after(*stream, self.norm, self.head) if logits else None
 
     def script(self) -> None:
         """Make the layers one call without Python's lock, for a CPU where nothing is learnt."""
@@ -101,17 +115,18 @@ class Transformer(nn.Module):
 
 
 class Layers(nn.ModuleList):
-    """The blocks in order: (B, T, E) -> (B, T, E).
+    """The blocks in order, with what goes in and out of each.
 
     kv: each layer's keys and values, (B, G, S, D), which are written as well as read.
     """
 
-    def forward(self, x_BTE, rope: Pair, place: Placement | None, kv: list[Pair] | None):
-        change_BTE = torch.zeros_like(x_BTE)
+    def forward(
+        self, x_BTE, change_BTE, rope: Pair, place: Placement | None, kv: list[Pair] | None
+    ):
         for layer, block in enumerate(self):
             kv_BGSD = None if kv is None else kv[layer]
             x_BTE, change_BTE = block(x_BTE, change_BTE, rope, place, kv_BGSD)
-        return x_BTE + change_BTE
+        return x_BTE, change_BTE
 
 
 class Block(nn.Module):

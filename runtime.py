@@ -22,8 +22,6 @@ from contextlib import contextmanager, nullcontext
 from statistics import median
 
 import torch
-import torch.nn.functional as F
-from torch import nn
 
 # A lane that wants the interpreter's lock asks for it after this many seconds. Python's default is
 # 5 ms, longer than a round. Measured on 2 cores, a verification beside a busy draft: 5.2 ms by
@@ -173,7 +171,8 @@ class Lane:
         """Whether one more step like the last is likely to be done before `verdict` is in, and no
         other work waits for this lane.
         """
-        soon = time.perf_counter() + STEP_SHARE * self.last_s > verdict.due
+        ahead = 2 if self.on_gpu else 1  # there the step before is still running
+        soon = time.perf_counter() + STEP_SHARE * ahead * self.last_s > verdict.due
         return not (soon or verdict.done()) and self._queue.empty()
 
     @contextmanager
@@ -406,13 +405,14 @@ class Policy:
     """How a model's steps run: eager, or static, which is compiled and on CUDA captured.
 
     The shapes of static steps never change. One block is compiled and serves every layer, so that
-    warm-up takes seconds, not minutes. On CUDA the noise and the head are compiled as well, and
-    everything else is captured as it is.
+    warm-up takes seconds, not minutes. On CUDA what is before and after the layers is compiled as
+    well: a piece of each step is a kernel or a few.
     """
 
     def __init__(self, device: torch.device, compile: bool):
         self.device, self.static = device, compile
         self.graphs = compile and device.type == "cuda"
+        self.fused: dict[Callable, Callable] = {}
         self.how = {"fullgraph": True, "dynamic": False}  # for torch.compile
         if self.graphs:  # small operations that do not need each other share a kernel
             self.how["options"] = {"combo_kernels": True}
@@ -428,19 +428,15 @@ class Policy:
 
     def fuse(self, work: Callable) -> Callable:
         """`work` compiled into few kernels where steps are captured, else as it is."""
-        return torch.compile(work, **self.how) if self.graphs else work
+        if self.graphs and work not in self.fused:
+            self.fused[work] = torch.compile(work, **self.how)
+        return self.fused.get(work, work)
 
     def compile(self, model) -> None:
-        """Compile a transformer's block, which serves all layers, and on CUDA its head as well."""
+        """Compile a transformer's block, which serves all layers, and on CUDA what is around it."""
         for block in model.layers:
             block.compile(**self.how)
-        if self.graphs and type(model.head) is not nn.Linear:
-            model.head.compile(**self.how)
-        elif self.graphs:
-            # torch.compile skips modules of torch.nn that stand alone. The function holds the
-            # weight only: through the model it would keep itself alive.
-            weight = model.head.weight
-            model.head.forward = self.fuse(lambda x_BTE: F.linear(x_BTE, weight))
+        model.before, model.after = self.fuse(model.before), self.fuse(model.after)
 
     def new_pool(self):
         """Memory that the graphs of one lane share, since they never replay at once. None where
@@ -460,11 +456,16 @@ class Policy:
             return torch.tensor(numbers, dtype=torch.int64, pin_memory=True)
         return torch.tensor(numbers, dtype=torch.int64, device=self.device)
 
-    def read(self, numbers: torch.Tensor) -> list:
-        """What a step returned, as lists. Waits for this lane alone, without the interpreter's
-        lock.
-        """
-        if self.device.type == "cuda":
-            numbers = numbers.to("cpu", non_blocking=True)  # into pinned memory
-            torch.cuda.current_stream(self.device).synchronize()
+    def fetch(self, numbers: torch.Tensor) -> tuple:
+        """What a step returned, on its way to the host: for `read`. The lane goes on meanwhile."""
+        if self.device.type != "cuda":
+            return numbers, None
+        numbers = numbers.to("cpu", non_blocking=True)  # into pinned memory
+        return numbers, torch.cuda.current_stream(self.device).record_event()
+
+    def read(self, fetched: tuple) -> list:
+        """What was fetched, as lists. Waits for this lane alone, without the interpreter's lock."""
+        numbers, there = fetched
+        if there is not None:
+            there.synchronize()
         return numbers.tolist()

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, Optional  # TorchScript reads Optional
 
 import torch
+import torch.nn.functional as F
 
 from kernels import scripted
 
@@ -26,6 +27,7 @@ NONE, CHAIN, FIXED = 0, 1, 2  # kinds of a proposal: nothing, drawn from q, a fi
 # F guesses miss with a probability in proportion to F^-MISS_POWER. The paper's pairs have .54 at
 # temperature 0 and .41 at 1; the default pair has .28 to .47 (shared, temperature 1, M = 4 and 16).
 MISS_POWER = 0.5
+ARGMAX_BLOCK = 256  # tokens that one processor compares
 SPREAD_STEP, HOLD_STEP = 0.05, 0.02
 # With a spread past 2 and 50,000 tokens no drafted token seems likely to hold. All outcomes that
 # are prepared then begin with a rejection, and few of them hit: the spread would stay so high.
@@ -198,9 +200,8 @@ def warp(logits_BTV: torch.Tensor, params: Params, penalty: float = float("-inf"
 def log_probs(warped_BTV: torch.Tensor, params: Params) -> torch.Tensor:
     """Normalised log probabilities; a row of temperature 0 is certain of its first argmax."""
     x = warped_BTV.log_softmax(-1)
-    certain = torch.full_like(x, float("-inf")).scatter_(
-        -1, warped_BTV.argmax(-1, keepdim=True), 0.0
-    )
+    token_V = torch.arange(x.shape[-1], device=x.device)
+    certain = (token_V == highest(warped_BTV)[1][..., None]).to(x.dtype).log()
     return torch.where((params.temperature_B > 0)[:, None, None], x, certain)
 
 
@@ -209,6 +210,21 @@ def noisy(warped_BTV, params: Params, positions_BT, words_V) -> torch.Tensor:
     if params.greedy:
         return warped_BTV
     return warped_BTV + gumbel(params, positions_BT, TOKEN, words_V, warped_BTV.dtype)
+
+
+def highest(scores_BTV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The highest score of each position and its first index, (B, T) each.
+
+    Compiled for a GPU, one processor would look through all tokens of a position. So there it is
+    the highest of each block first, and then the highest of those.
+    """
+    if not torch.compiler.is_compiling():
+        return scores_BTV.amax(-1), scores_BTV.argmax(-1)
+    padding = 0, -scores_BTV.shape[-1] % ARGMAX_BLOCK
+    blocks = F.pad(scores_BTV, padding, value=float("-inf")).unflatten(-1, (-1, ARGMAX_BLOCK))
+    best_BTN, at_BTN = blocks.max(-1)
+    best_BT, block_BT = best_BTN.max(-1)
+    return best_BT, block_BT * ARGMAX_BLOCK + at_BTN.gather(-1, block_BT[..., None])[..., 0]
 
 
 def saguaro(logq_BTV: torch.Tensor, params: Params, top_BT: torch.Tensor, c: float) -> torch.Tensor:
@@ -386,4 +402,4 @@ def accept_exact(warped_BTV, logq_BKV, tokens_BK, length_B, kind_B, params: Para
             gumbel(params, position_B1, use, V, p_BV.dtype)[:, 0] for use in (TOKEN, RESIDUAL)
         )
         scores_BV = scores_BV + torch.where(rejected_B1, residual, token)
-    return accepted_B, scores_BV.argmax(-1)
+    return accepted_B, highest(scores_BV)[1]

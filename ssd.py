@@ -145,8 +145,7 @@ class Decoding:
                 job = self.prepare, chains, feed, self.take_skipped(feed), plan, verdict
                 chains.filled_by(self.draft_lane.start(*job))
             yield  # the caller prints the text of the last round
-            # Planned while the target verifies: it knows the rounds before this one.
-            planned = self.planner.next(last) if last else plan
+            planned = self.planner.next(last) if last else plan  # it knows the rounds before
             accepted, bonus = verdict.result()  # waits for the target
             self.emit(live, proposal, accepted, bonus)
             done = self.figures.verified(plan, proposal, live, accepted, verdict)
@@ -190,6 +189,7 @@ class Decoding:
             with lane.span("chain step"):
                 tokens, logq = draft.chain_step(feed, tokens, depths, step, saguaro_top(plan))
                 chains.append(tokens, logq)
+        chains.settle()  # the last step counts, too
 
     # ---- the steps of a round
 
@@ -284,10 +284,11 @@ class Decoding:
             feed = Feed(tokens, [b if c else 0 for b, c in zip(begins, count)], count)
         steps = []
         while len(steps) < most:
-            steps.append(self.draft.decode(feed, top))
+            tokens, logq = self.draft.decode(feed, top)
+            steps.append((tokens, logq))
             start = [s + c for s, c in zip(feed.start, feed.count)]
-            feed = Feed([[t] for t in steps[-1][0]], start, [min(c, 1) for c in feed.count])
-        return steps
+            feed = Feed(tokens, start, [min(c, 1) for c in feed.count])
+        return [([row and row[0] for row in tokens], logq) for tokens, logq in steps]
 
     def checked(self, tokens: list[int], logq: list, room: int) -> Chain:
         """A chain, as long as the row has room for. Raises DraftLost for an id without a token."""

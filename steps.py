@@ -13,7 +13,9 @@ works in its own vocabulary throughout. Only token ids go in and out, and those 
 Shape letters: B rows, T positions fed, K draft tokens, M branches, V the model's own vocabulary.
 """
 
+import functools
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -31,6 +33,7 @@ from sampling import (
     accept_exact,
     accept_shared,
     gumbel,
+    highest,
     log_probs,
     noisy,
     outcomes,
@@ -112,15 +115,14 @@ class Runner:
         self.index_of[ids_V] = torch.arange(len(ids_V), device=weight.device)
         self.noise_dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         self.parts = [range(batch)]  # that static steps exist for, the smallest first
-        self.views: dict[range, tuple] = {}  # the cache and params of a part
+        self.views: dict[range, dict] = {}  # what a part's steps have beside their numbers
         self.params: Params | None = None
-        self.coupling, self.saguaro_c = "shared", 1.0
         self.by_draws, self.gathers, self.apart = True, False, False  # as set_rows decides
+        self.how: tuple | None = None  # all rows sample: coupling, saguaro_c, greedy, filtered
         self.lengths: list[int] = []  # of verifications and extends, where steps are static
         self.step_of: dict = {}
         self.warm: tuple | None = None  # what the compiled and captured steps were made for
         self.pool = policy.new_pool()
-        self.noisy, self.gumbel = policy.fuse(noisy), policy.fuse(gumbel)
 
     def set_rows(self, params: Params, coupling: str, saguaro_c: float) -> None:
         """Take over how the rows of this run sample. Static policies keep the tensors, so that
@@ -137,12 +139,13 @@ class Runner:
             every = self.gathers and self.group.rank == 0
             self.ids_V = torch.arange(self.vocab, device=self.device) if every else self.own_V
             self.words_V = self.ids_V.to(torch.int32)
-        same = self.params is not None and self.policy.static and self.coupling == coupling
-        if same and self.params[6:] == params[6:] and self.saguaro_c == saguaro_c:
+        how = coupling, saguaro_c, *params[6:]
+        if self.policy.static and how == self.how:
             for old, new in zip(self.params[:6], params[:6]):
                 old.copy_(new)
             return
-        self.params, self.coupling, self.saguaro_c = params, coupling, saguaro_c
+        self.params, self.how = params, how
+        self.coupling, self.saguaro_c = coupling, saguaro_c
         self.views, self.step_of, self.warm, self.pool = {}, {}, None, self.policy.new_pool()
 
     def seat(self, place: int, sampling: tuple, number: int) -> None:
@@ -175,7 +178,7 @@ class Runner:
         for T in (1, 2, *lengths, *PREFILL_CHUNKS):
             feeds[T] = Feed([[0] * T] * B, [0] * B, [0] * B, part)
         for T in PREFILL_CHUNKS:
-            self._pass(self._prefill, feeds[T])
+            self._pass(self._prefill, feeds[T], tokens=feeds[T].tokens)
         if not rounds:
             return
         for T in lengths if self.role == "target" else ():
@@ -224,12 +227,12 @@ class Runner:
             T = T if self.policy.static else min(T, left)
             fed = [row[done : done + T] for row in ids]
             tokens = [row + [0] * (T - len(row)) for row in fed]
-            at = [b + done for b in start]
-            self._pass(self._prefill, Feed(tokens, at, list(map(len, fed)), part))
+            feed = Feed(tokens, [b + done for b in start], list(map(len, fed)), part)
+            self._pass(self._prefill, feed, tokens=tokens)
             done += T
 
     def _prefill(self, x, *, extent, tight):
-        place = x.cache.place(x.start, x.count, x.tokens.shape[1], extent, tight)
+        place = self.policy.fuse(trunk_place)(x, extent, tight)
         self.model(self._known(x.tokens), place, x.cache, False)
         return ()
 
@@ -250,28 +253,13 @@ class Runner:
                         self.device, self.noise_dtype
                     )
             tensors = (logq_BKV,)
-        (packed,) = self._pass(self._verify, feed, *tensors, kind=kind)
-        read = self._read(packed, feed, accepted=int, bonus=int)
+        (packed,) = self._pass(self._verify, feed, *tensors, tokens=feed.tokens, kind=kind)
+        read = self._read(self.policy.fetch(packed), feed, accepted=int, bonus=int)
         return read.accepted, read.bonus
 
     def _verify(self, x, logq_BKV=None, *, extent, tight):
-        warped_BTV = self._warped(x, extent, tight)
-        length_B, first_B = (x.count - 1).clamp(min=0), x.start + 1
-        if self.by_draws:
-            at_BT = self._predicted(x.start, x.tokens.shape[1])
-            best_BT, draws_BT = self.noisy(warped_BTV, x.params, at_BT, self.words_V).max(-1)
-            if self.apart:
-                best_BT, draws_BT = self.group.best(best_BT, self.ids_V[draws_BT])
-            return (_join(best_BT, *accept_shared(draws_BT, x.tokens[:, 1:], length_B)),)
-        if logq_BKV is None:  # nothing was drafted: an ordinary draw
-            draws_B1 = self.noisy(
-                warped_BTV[:, :1], x.params, first_B[:, None], self.words_V
-            ).argmax(-1)
-            return (_join(warped_BTV.amax(-1), torch.zeros_like(draws_B1), draws_B1),)
-        decided = accept_exact(
-            warped_BTV, logq_BKV, x.tokens[:, 1:], length_B, x.kind, x.params, first_B
-        )
-        return (_join(warped_BTV.amax(-1), *decided),)
+        logits_BTV = self._logits(x, trunk_place, extent, tight)
+        return (self.policy.fuse(decide)(logits_BTV, logq_BKV, x),)
 
     # ---- draft
 
@@ -280,7 +268,7 @@ class Runner:
 
         It writes the keys and values there anew, whatever the last round has left.
         """
-        return self._pass(self._extend, feed)[0]
+        return self._pass(self._extend, feed, tokens=feed.tokens)[0]
 
     def fork(self, scores_BTV, feed: Feed, m: int, foresight: Foresight) -> Fork:
         """The m likeliest outcomes of the round, for each row.
@@ -299,7 +287,7 @@ class Runner:
             share=[shares[n] + [0] * (T - len(shares[n])) for n in feed.count],
         )
         packed = self._step(self._fork, columns, scores_BTV, feed=feed, m=m)[0]
-        read = self._read(packed, feed, tokens=m, depths=m, chance=float)
+        read = self._read(self.policy.fetch(packed), feed, tokens=m, depths=m, chance=float)
         return Fork(read.tokens, read.depths, read.chance)
 
     def chain_step(self, feed: Feed, tokens, depths, step: int, top: int):
@@ -310,7 +298,7 @@ class Runner:
         top: for Saguaro, how many of the likeliest tokens are weighed down.
         """
         B, length, part = self.batch, [s + 1 for s in feed.start], self.part_of(feed)
-        m = len(tokens[part.start])
+        m = len(depths[part.start])
         if self.policy.static:
             limits = {
                 "extent": self.cache.trunk,
@@ -323,94 +311,44 @@ class Runner:
             extent = max(length[b] + max(depths[b]) for b in part)
             limits = {"extent": extent, "tight": True, "steps": step + 1, "places": 1 + deepest}
         columns = dict(
-            tokens=tokens,
             depths=depths,
             length=length,
             count=feed.count,
             step=[step] * B,
             top=[top] * B,
         )
-        packed, *logq = self._step(self._chain_step, columns, feed=feed, **limits)
-        # Before _read waits: the other lane uses it without waiting for this one.
-        own = self._own(logq, feed)
-        return self._read(packed, feed, tokens=m).tokens, own
+        fed_BM = self._on_device(tokens, part)
+        packed, *logq = self._step(self._chain_step, columns, fed_BM, feed=feed, **limits)
+        return self._drawn(packed, logq, feed, m, tokens)
 
     def decode(self, feed: Feed, top: int):
-        """The next token of each row [B] and their LogQ of (B, 1, V), or None: an ordinary step."""
-        packed, *logq = self._pass(self._decode, feed, top=[top] * self.batch)
-        own = self._own(logq, feed)
-        return self._read(packed, feed, token=int).token, own
+        """The next token of each row, [B][1], and their LogQ of (B, 1, V), or None: an ordinary
+        step. feed.tokens may be what the step before has returned.
+        """
+        fed_BT = self._on_device(feed.tokens, self.part_of(feed))
+        packed, *logq = self._pass(self._decode, feed, fed_BT, top=[top] * self.batch)
+        return self._drawn(packed, logq, feed, 1, feed.tokens)
 
     def _extend(self, x, *, extent, tight):
-        T = x.tokens.shape[1]
-        scores_BTV = self._warped(x, extent, tight, LEFT_OUT)
-        at_BT = self._predicted(x.start, T)
-        if self.coupling == "shared":
-            scores_BTV = self.noisy(scores_BTV, x.params, at_BT, self.words_V)
-        elif self.coupling == "maximal" and not x.params.greedy:
-            # A rejected place draws with the residual's noise, the token after a whole proposal
-            # with the usual one.
-            token, residual = (
-                self.gumbel(x.params, at_BT, use, self.words_V, scores_BTV.dtype)
-                for use in (TOKEN, RESIDUAL)
-            )
-            last_BT1 = torch.arange(T, device=self.device)[:, None] >= (x.count - 1)[:, None, None]
-            scores_BTV = scores_BTV + torch.where(last_BT1, token, residual)
-        return (scores_BTV,)
+        return (self.policy.fuse(score)(self._logits(x, trunk_place, extent, tight), x),)
 
     def _fork(self, x, scores_BTV, *, m):
-        V = scores_BTV.shape[-1]
-        hold_B = None if self.coupling == "shared" else x.hold.to(scores_BTV.dtype)
-        drafted_BT = self.index_of[x.tokens.roll(-1, 1)]
-        length_B, spread_B = (x.count - 1).clamp(min=0), x.spread.to(scores_BTV.dtype)
-        joint_BTV = outcomes(scores_BTV, drafted_BT, length_B, spread_B, hold_B)
-        if hold_B is not None:
-            joint_BTV = within(joint_BTV, x.share, m)
-        top = joint_BTV.flatten(1).topk(m, -1)
-        chance_B = top.values.exp().sum(-1)
-        return (_join(top.values[:, :1], self.ids_V[top.indices % V], top.indices // V, chance_B),)
+        return (self.policy.fuse(rank)(scores_BTV, x, m),)
 
-    def _chain_step(self, x, *, extent, tight, steps, places):
-        place = x.cache.place_chain(x.length, x.depths, x.step, x.count > 0, extent, tight, steps)
-        warped_BMV = warp(self._logits(x, place), x.params)
-        noise_BMV = None
-        if not x.params.greedy:  # many branches share few positions: hash each position once
-            at_BT = self._predicted(x.length + x.step, places)
-            noise_BTV = self.gumbel(x.params, at_BT, TOKEN, self.words_V, warped_BMV.dtype)
-            noise_BMV = noise_BTV.gather(
-                1, x.depths[..., None].expand(-1, -1, warped_BMV.shape[-1])
-            )
-        return self._draft_draw(warped_BMV, noise_BMV, x.top, x.params)
+    def _chain_step(self, x, fed_BM, *, extent, tight, steps, places):
+        x.tokens = fed_BM
+        logits_BMV = self._logits(x, chain_place, extent, tight, steps)
+        return self.policy.fuse(draw_chain)(logits_BMV, x, places)
 
-    def _decode(self, x, *, extent, tight):
-        warped_BTV = self._warped(x, extent, tight)
-        last_B11 = (x.count - 1).clamp(min=0)[:, None, None].expand(-1, 1, warped_BTV.shape[-1])
-        warped_B1V, at_B1 = warped_BTV.gather(1, last_B11), (x.start + x.count)[:, None]
-        noise = None
-        if not x.params.greedy:
-            noise = self.gumbel(x.params, at_B1, TOKEN, self.words_V, warped_B1V.dtype)
-        return self._draft_draw(warped_B1V, noise, x.top, x.params)
-
-    def _draft_draw(self, warped, noise, top_B, params):
-        """Tokens drawn from q, or Saguaro's q', with this noise; unless `shared`, their log q."""
-        # A greedy row's log q is finite whatever the logits are: look at the scores.
-        loudest, logq = warped.amax(-1), None
-        if self.coupling != "shared":
-            warped = logq = log_probs(warped, params)
-            if self.saguaro_c < 1:
-                warped = logq = saguaro(
-                    logq, params, top_B[:, None].expand(logq.shape[:2]), self.saguaro_c
-                )
-        drawn = self.ids_V[(warped if noise is None else warped + noise).argmax(-1)]
-        return (_join(loudest, drawn),) if logq is None else (_join(loudest, drawn), logq)
+    def _decode(self, x, fed_BT, *, extent, tight):
+        x.tokens = fed_BT
+        return self.policy.fuse(draw_next)(self._logits(x, trunk_place, extent, tight), x)
 
     # ---- helpers
 
-    def _warped(self, x, extent, tight, penalty=float("-inf")):
-        place = x.cache.place(x.start, x.count, x.tokens.shape[1], extent, tight)
-        return warp(self._logits(x, place), x.params, penalty)
-
-    def _logits(self, x, place):
+    def _logits(self, x, placed, *limits):
+        """The logits of x.tokens, which `placed` says where to put."""
+        place = self.policy.fuse(placed)(x, *limits)
         logits = self.model(self._known(x.tokens), place, x.cache)[..., : len(self.own_V)]
         return self.group.whole(logits, self.vocab) if self.gathers else logits
 
@@ -419,15 +357,11 @@ class Runner:
         most = self.model.config.vocab_size
         return tokens_BT if most >= self.vocab else tokens_BT.clamp(max=most - 1)
 
-    def _predicted(self, start_B, T: int):
-        """The positions (B, T) that are predicted when T tokens are fed from start_B on."""
-        return start_B[:, None] + 1 + torch.arange(T, device=start_B.device)
-
-    def _read(self, packed: torch.Tensor, feed: Feed, **kinds) -> SimpleNamespace:
+    def _read(self, fetched: tuple, feed: Feed, **kinds) -> SimpleNamespace:
         """The numbers of _join by name, None for rows that took no part. kinds: int or float for
         one number a row, a width for so many whole ones.
         """
-        rows, out, at = self.policy.read(packed), SimpleNamespace(), 1
+        rows, out, at = self.policy.read(fetched), SimpleNamespace(), 1
         if not all(row[0] for row in rows):
             raise ValueError(
                 f"the {self.role}'s logits are not finite numbers: use another checkpoint or dtype"
@@ -439,6 +373,25 @@ class Runner:
             setattr(out, name, self.placed(values, feed))
             at += kind if wide else 1
         return out
+
+    def _on_device(self, tokens, part: range) -> torch.Tensor:
+        """The tokens that a draft's step is fed: those that the step before draws, or lists."""
+        if isinstance(tokens, Drawn):
+            return tokens.on_device
+        return self.policy.send(tokens[part.start : part.stop])
+
+    def _drawn(self, packed, logq: list[torch.Tensor], feed: Feed, m: int, before) -> tuple:
+        """The tokens [B][m] that a step draws, and their LogQ or None.
+
+        A captured step was only begun. At most one is ahead of the tokens that the host knows: what
+        was begun cannot be taken back.
+        """
+        own = self._own(logq, feed)  # comes first: who has the tokens uses it without waiting
+        fetched = self.policy.fetch(packed)
+        tokens = Drawn(packed[:, 1:], lambda: self._read(fetched, feed, tokens=m).tokens)
+        if isinstance(before, Drawn):
+            before.read()
+        return tokens if self.policy.graphs else tokens.read(), own
 
     def _own(self, logq: list[torch.Tensor], feed: Feed) -> "LogQ | None":
         """log q in a form that outlives the next step, which would overwrite a graph's output."""
@@ -459,13 +412,13 @@ class Runner:
                 "extent": max(1, *(s + c for s, c in zip(feed.start, feed.count))),
                 "tight": True,
             }
-        columns = dict(tokens=feed.tokens, start=feed.start, count=feed.count) | columns
+        columns = dict(start=feed.start, count=feed.count) | columns
         return self._step(work, columns, *tensors, feed=feed, **limits)
 
     def _step(self, work, columns: dict[str, list], *tensors, feed: Feed, **static):
         """What work(named numbers, *tensors, **static) returns, for the places of the feed.
 
-        The named numbers have views of the cache and of the params beside them. On CUDA each
+        The named numbers are one namespace with what is _beside them. On CUDA each
         combination of part, shapes and `static` is one graph; only a single place's prompt is read
         without one, since there are many places.
         """
@@ -480,27 +433,157 @@ class Runner:
     def run(self, name: str, numbers: list, layout: tuple, part: range, static: dict, *tensors):
         """_step of packed numbers: all ranks run it alike."""
         work = getattr(self, name)
-        packed, beside = self.policy.send(numbers), self._views_of(part)
+        packed, beside = self.policy.send(numbers), self._beside(part)
         if not self.policy.static:
-            return work(_views(packed, layout, *beside), *tensors, **static)
+            return work(_views(packed, layout, beside), *tensors, **static)
         if len(part) == 1 < self.batch:
             self.policy.enter_thread()
-            return work(_views(packed.to(self.device), layout, *beside), *tensors, **static)
+            return work(_views(packed.to(self.device), layout, beside), *tensors, **static)
         key = (work.__name__, layout, part, *(x.shape for x in tensors), *static.values())
         if key not in self.step_of:
             self.policy.enter_thread()
 
             def fixed(packed, *tensors):
-                return work(_views(packed, layout, *beside), *tensors, **static)
+                return work(_views(packed, layout, beside), *tensors, **static)
 
             self.step_of[key] = self.policy.step(fixed, self.pool)
         return self.step_of[key](packed, *tensors)
 
-    def _views_of(self, part: range) -> tuple[KVCache, Params]:
-        """The cache and the params of these places alone, in the memory of all."""
+    def _beside(self, part: range) -> dict:
+        """What the steps of these places need beside their numbers: views of the memory of all, and
+        what the whole run has in common.
+        """
         if part not in self.views:
-            self.views[part] = self.cache.narrow(part), self.params.narrow(part)
+            self.views[part] = dict(
+                cache=self.cache.narrow(part),
+                params=self.params.narrow(part),
+                ids_V=self.ids_V,
+                words_V=self.words_V,
+                index_of=self.index_of,
+                coupling=self.coupling,
+                saguaro_c=self.saguaro_c,
+                apart=self.group if self.apart else None,
+            )
         return self.views[part]
+
+
+# ---- what is before and after a model's layers: on a GPU each of these is a few kernels
+
+
+def trunk_place(x, extent: int, tight: bool):
+    """Where the tokens of x sit on the trunk."""
+    return x.cache.place(x.start, x.count, x.tokens.shape[1], extent, tight)
+
+
+def chain_place(x, extent: int, tight: bool, steps: int):
+    """Where the tokens of x sit, which chains are fed."""
+    return x.cache.place_chain(x.length, x.depths, x.step, x.count > 0, extent, tight, steps)
+
+
+def decide(logits_BTV, logq_BKV, x) -> torch.Tensor:
+    """What a verification of x decides, for _read: accepted tokens and bonus tokens, (B,) each.
+
+    logq_BKV is None where the target's own draws decide: under `shared`, or of an empty proposal.
+    """
+    warped_BTV, tokens_BK = warp(logits_BTV, x.params), x.tokens[:, 1:]
+    length_B = (x.count - 1).clamp(min=0)
+    if logq_BKV is None:
+        best_BT, draws_BT = highest(noisy(warped_BTV, x.params, fed_for(x), x.words_V))
+        if x.apart is not None:
+            best_BT, draws_BT = x.apart.best(best_BT, x.ids_V[draws_BT])
+        return _join(best_BT, *accept_shared(draws_BT, tokens_BK, length_B))
+    decided = accept_exact(warped_BTV, logq_BKV, tokens_BK, length_B, x.kind, x.params, x.start + 1)
+    return _join(warped_BTV.amax(-1), *decided)
+
+
+def score(logits_BTV, x) -> torch.Tensor:
+    """The scores (B, T, V) to fork by: log q, and the noise that will draw the bonus token."""
+    scores_BTV, at_BT = warp(logits_BTV, x.params, LEFT_OUT), fed_for(x)
+    if x.coupling == "shared":
+        return noisy(scores_BTV, x.params, at_BT, x.words_V)
+    if x.coupling == "independent" or x.params.greedy:
+        return scores_BTV
+    # A rejected place draws with the residual's noise, the token after a whole proposal with the
+    # usual one.
+    token, residual = (
+        gumbel(x.params, at_BT, use, x.words_V, scores_BTV.dtype) for use in (TOKEN, RESIDUAL)
+    )
+    last_BT1 = (at_BT >= (x.start + x.count)[:, None])[..., None]
+    return scores_BTV + torch.where(last_BT1, token, residual)
+
+
+def rank(scores_BTV, x, m: int) -> torch.Tensor:
+    """The m likeliest outcomes of each row, for _read: tokens, depths, and the chance of a hit."""
+    V, dtype = scores_BTV.shape[-1], scores_BTV.dtype
+    hold_B = None if x.coupling == "shared" else x.hold.to(dtype)
+    drafted_BT = x.index_of[x.tokens.roll(-1, 1)]
+    length_B, spread_B = (x.count - 1).clamp(min=0), x.spread.to(dtype)
+    joint_BTV = outcomes(scores_BTV, drafted_BT, length_B, spread_B, hold_B)
+    if hold_B is not None:
+        joint_BTV = within(joint_BTV, x.share, m)
+    top = joint_BTV.flatten(1).topk(m, -1)
+    chance_B = top.values.exp().sum(-1)
+    return _join(top.values[:, :1], x.ids_V[top.indices % V], top.indices // V, chance_B)
+
+
+def draw_chain(logits_BMV, x, places: int) -> tuple:
+    """The next token of each branch. They fill the `places` positions from length + step + 1 on.
+
+    Many branches share few positions: noise is hashed once for each of those.
+    """
+    at_BT = predicted(x.length + x.step, places)
+    return draw(logits_BMV, x, at_BT, x.depths[..., None].expand_as(logits_BMV))
+
+
+def draw_next(logits_BTV, x) -> tuple:
+    """The token after the last one of each row."""
+    last_B11 = (x.count - 1).clamp(min=0)[:, None, None].expand(-1, 1, logits_BTV.shape[-1])
+    return draw(logits_BTV.gather(1, last_B11), x, (x.start + x.count)[:, None], None)
+
+
+def draw(logits_BTV, x, at_BP, which_BTV) -> tuple:
+    """Tokens (B, T) drawn from q, or Saguaro's q', for _read; and their log q, unless `shared`.
+
+    at_BP are the positions that are drawn for, and which_BTV says which of them each draw has; None
+    if each has its own.
+    """
+    warped_BTV = scores_BTV = warp(logits_BTV, x.params)
+    if x.coupling != "shared":
+        scores_BTV = log_probs(warped_BTV, x.params)
+    if x.saguaro_c < 1:
+        top_BT = x.top[:, None].expand(scores_BTV.shape[:2])
+        scores_BTV = saguaro(scores_BTV, x.params, top_BT, x.saguaro_c)
+    logq = () if x.coupling == "shared" else (scores_BTV,)
+    if not x.params.greedy:
+        noise_BPV = gumbel(x.params, at_BP, TOKEN, x.words_V, scores_BTV.dtype)
+        scores_BTV = scores_BTV + (
+            noise_BPV if which_BTV is None else noise_BPV.gather(1, which_BTV)
+        )
+    best_BT, drawn_BT = highest(scores_BTV)
+    # A greedy row's log q is finite whatever the logits are: look at those.
+    return _join(warped_BTV.amax(-1) if logq else best_BT, x.ids_V[drawn_BT]), *logq
+
+
+def fed_for(x) -> torch.Tensor:
+    """The positions (B, T) that a pass over the trunk predicts."""
+    return predicted(x.start, x.tokens.shape[1])
+
+
+def predicted(start_B: torch.Tensor, T: int) -> torch.Tensor:
+    """The positions (B, T) that are predicted when T tokens are fed from start_B on."""
+    return start_B[:, None] + 1 + torch.arange(T, device=start_B.device)
+
+
+class Drawn:
+    """Tokens [B][M] that a captured step draws. They stay on the device for the next step; whoever
+    reads them here waits for them.
+    """
+
+    def __init__(self, on_device: torch.Tensor, read: Callable[[], list]):
+        self.on_device, self.read = on_device, functools.cache(read)
+
+    def __getitem__(self, row):
+        return self.read()[row]
 
 
 class LogQ(NamedTuple):
@@ -530,13 +613,13 @@ def _pack(columns: dict[str, list]) -> tuple[list[list[int]], tuple]:
     return [sum(row, []) for row in zip(*parts)], tuple(layout)
 
 
-def _views(packed: torch.Tensor, layout: tuple, cache: KVCache, params: Params) -> SimpleNamespace:
+def _views(packed: torch.Tensor, layout: tuple, beside: dict) -> SimpleNamespace:
     """The columns of _pack again, as views: (B, width), or (B,) for one number a row."""
-    out, at = SimpleNamespace(cache=cache, params=params), 0
+    out, at = SimpleNamespace(**beside), 0
     for name, kind in layout:
         width = 1 if kind in (int, float) else kind
         column = packed[:, at : at + width] if kind not in (int, float) else packed[:, at]
-        setattr(out, name, column.contiguous().view(torch.float64) if kind is float else column)
+        setattr(out, name, column.view(torch.float64) if kind is float else column)
         at += width
     return out
 

@@ -92,8 +92,8 @@ def counts(pair: Engine) -> dict[tuple, tuple[int, int]]:
     out = {}
     for model in (pair.target, pair.draft):
         for runner in model.runners.values():
-            for (name, layout, *_), graph in runner.step_of.items():
-                width = dict(layout)["tokens"]
+            for (name, layout, _, *rest), graph in runner.step_of.items():
+                width = dict(layout).get("tokens") or rest[0][1]  # or a tensor's
                 out[runner.role, name.strip("_"), width] = graph.counts
     return out
 

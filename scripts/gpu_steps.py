@@ -44,15 +44,16 @@ def calls(check, runner: Runner) -> dict[str, tuple]:
         plain = {"decode step": (verify[0], "_verify", 1)}
         return plain | {f"verification of {k + 1}": (verify[1], "_verify", k + 1)}
     branches, depths = [list(range(1, m + 1))] * B, [[i % (k + 1) for i in range(m)]] * B
-    chain = lambda: runner.chain_step(feed(k + 1), branches, depths, 2, 0)  # noqa: E731
-    single = (lambda: runner.decode(feed(1), 0)), "_decode", 1
+    chain = lambda: list(runner.chain_step(feed(k + 1), branches, depths, 2, 0)[0])  # noqa: E731
+    single = (lambda: list(runner.decode(feed(1), 0)[0])), "_decode", 1  # lists wait for tokens
     return {"single-row step": single, f"chain step M={m}": (chain, "_chain_step", m)}
 
 
 def replay_of(runner: Runner, step: str, width: int):
     """The replay of a captured step by itself, or None where nothing is captured."""
-    for (name, layout, *_), graph in reversed(runner.step_of.items()):
-        if (name, dict(layout)["tokens"]) == (step, width):
+    for (name, layout, _, *rest), graph in reversed(runner.step_of.items()):
+        # Tokens are numbers of the step, or a tensor of their own.
+        if (name, dict(layout).get("tokens") or rest[0][1]) == (step, width):
             return graph.graph.replay
     return None
 

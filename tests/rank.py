@@ -1,6 +1,6 @@
 """A rank of the tests in test_parallel.py: rank 0 generates what a file asks for, others serve it.
 
-    python tests/rank.py JOB.json     with the environment that torchrun would set
+python tests/rank.py JOB.json     with the environment that torchrun would set
 """
 
 import json

@@ -20,7 +20,7 @@ from engine import Engine, Model, check_pair
 from rows import COUPLINGS
 from runtime import Devices, DraftLost, Lane, available_cores
 from ssd import Decoding
-from steps import Runner
+from steps import Drawn, Runner
 
 PROMPTS = [[3, 1, 4, 1, 5], [9, 2], [6, 5, 3], [5]]
 SETTINGS = {
@@ -366,3 +366,16 @@ def test_a_budget_as_large_as_the_vocabulary_is_refused():
     target = transformer(0, vocab=12)
     with pytest.raises(ValueError, match="fan_out is 12, wanted less than the vocabulary"):
         engine(target, transformer(base=target)).generate([[1]], mode="ssd", fan_out=12)
+
+
+def test_a_begun_step_counts_when_its_tokens_are_there():
+    """Tokens on a device are there when the next step was begun; lists are there at once."""
+    chains = SpeculationCache(None, cut=True)
+    chains.append(Drawn(None, lambda: [[7]]), None)
+    assert chains.steps == chains.moments == [] and not chains.ready.is_set()
+    chains.append(Drawn(None, lambda: [[8]]), None)
+    assert chains.steps == [([[7]], None)] and chains.ready.is_set()
+    chains.settle(), chains.settle()
+    assert chains.steps == [([[7]], None), ([[8]], None)]
+    chains.append([[9]], None)
+    assert len(chains.steps) == len(chains.moments) == 3

@@ -15,6 +15,7 @@ import torch
 import auto
 import runtime
 from engine import Engine, Model
+from rows import COUPLINGS
 from runtime import (
     PATIENCE_S,
     Devices,
@@ -204,6 +205,10 @@ def test_there_is_time_for_a_step_while_the_verdict_is_far(lane, monkeypatch):
         monkeypatch.setattr(runtime.time, "perf_counter", lambda now=now: now)
         verdict.due = 13.0
         assert lane.has_time(verdict) is has_time, now
+    monkeypatch.setattr(Lane, "on_gpu", True)  # there the step before is still running
+    for now, has_time in ((9.9, True), (10.1, False)):
+        monkeypatch.setattr(runtime.time, "perf_counter", lambda now=now: now)
+        assert lane.has_time(verdict) is has_time, now
     verdict.due = float("inf")
     assert lane.has_time(verdict), "nothing is known: go on until it is in"
     verdict.set_result(None)
@@ -360,6 +365,26 @@ def test_rope_tables_live_as_long_as_the_graphs_that_read_them():
     assert first.rope is tables and second.rope is not tables
     assert len(second.rope[0]) > len(tables[0]) and model.transformer.rope is second.rope
     assert all(map(torch.equal, tables, values))
+
+
+@pytest.mark.parametrize("coupling", COUPLINGS)
+def test_what_is_fused_is_one_graph_each_and_gives_the_same_text(
+    eager_backend, monkeypatch, coupling
+):
+    """On a GPU the draws, the acceptance and the outcomes are compiled: here Dynamo traces them."""
+
+    def fuse(policy, work):
+        traced.add(work.__name__)
+        return torch.compile(work, backend="eager", fullgraph=True, dynamic=False)
+
+    static, eager = static_pair([], num_hidden_layers=1)
+    options = {"coupling": coupling, "k": 2, "fan_out": 6, "max_new_tokens": 12, "mode": "ssd"}
+    truth, traced = eager.generate([[1, 2, 3], [4]], temperature=[1.0, 0.0], **options), set()
+    monkeypatch.setattr(Policy, "fuse", fuse)
+    got = static.generate([[1, 2, 3], [4]], temperature=[1.0, 0.0], **options)
+    assert got.token_ids == truth.token_ids
+    wanted = "trunk_place chain_place decide score rank draw_chain draw_next"
+    assert traced == set(wanted.split())
 
 
 def restless(self, *_):

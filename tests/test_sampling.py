@@ -28,6 +28,7 @@ from sampling import (
     TOKEN,
     gumbel,
     hash_words,
+    highest,
     log_probs,
     noisy,
     row_keys,
@@ -364,3 +365,15 @@ def test_saguaro_weighs_exactly_the_top_set(c):
         wanted = torch.tensor(weighed, dtype=torch.float64) / sum(weighed)
         torch.testing.assert_close(out[b, t].exp(), wanted, rtol=1e-12, atol=0)
     assert torch.equal(out[-1], logq_BTV[-1])  # temperature 0
+
+
+@pytest.mark.parametrize("V", (1, 256, 300, 1000))
+def test_the_highest_score_is_the_same_compiled_as_eager(V):
+    """Compiled it is looked for in blocks. Of equal scores the first one wins, in any block."""
+    scores = torch.randint(-2, 3, (3, 4, V)).float()
+    scores[0, 0], scores[1] = float("-inf"), scores[1].abs() * 1e30
+    compiled = torch.compile(highest, backend="eager", fullgraph=True, dynamic=False)
+    for got, wanted in zip(compiled(scores), highest(scores)):
+        assert torch.equal(got, wanted)
+    scores[2, 1, V // 2] = float("nan")
+    assert not compiled(scores)[0][2, 1].isfinite()
