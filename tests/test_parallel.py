@@ -23,6 +23,7 @@ from checkpoint.weights import load_model, pieces_of
 from linear import finisher
 from model import Transformer
 from runtime import Devices, one_thread
+from scripts import bench_ranks
 from scripts.save import save_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -301,3 +302,14 @@ def test_the_readmes_command_prints_what_one_process_does(tmp_path):
     one = [sys.executable, "generate.py", "--device", "cpu", *flags, "--quantize", "none"]
     assert found.returncode == 0 and "sky" in found.stdout
     assert found.stdout == subprocess.run(one, stdout=subprocess.PIPE, **how).stdout
+
+
+def test_the_benchmark_of_ranks_runs(demo, tmp_path, capsys):
+    """Tiny, once: texts are compared, a profile and the times of sums are there."""
+    flags = ["--target", str(demo / "target"), "--runs", "1", "--tokens", "3"]
+    assert bench_ranks.main([*flags, "--json", str(tmp_path / "b.json")]) == 0
+    found = json.loads((tmp_path / "b.json").read_text())
+    assert found["texts are equal"] and len(found["one process"]) == len(found["2 ranks"]) == 1
+    assert set(found["profile"]) == {*bench_ranks.KINDS, "the rest"}
+    assert list(map(int, found["sums"])) == list(bench_ranks.MESSAGES)
+    assert "tokens/s" in capsys.readouterr().out
