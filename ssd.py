@@ -10,10 +10,13 @@ method is Decoding.play, propose and prepare. Read next: engine.py.
     SSD  while the target verifies, the draft prepares a chain for each of the M likeliest outcomes;
          the next proposal is a look-up
 
-r is the pending token: it is emitted, but no model has read it yet. d_1 .. d_L, L <= K, is the
-proposal. The outcome of a round is (j, r'): j draft tokens are accepted, and the target's own next
-token r', the bonus token, follows them (where j < L, others call it the correction). A round emits
-d_1 .. d_j and r', and r' is the next r.
+r, the pending token, is the last token of the text; the target has not read it yet. d_1 .. d_L,
+L <= K, is the proposal. The outcome of a round is (j, r'): j draft tokens are accepted, and the
+target's own next token r', the bonus token, follows them (where j < L, others call it the
+correction). A round emits d_1 .. d_j and r', and r' is the next r.
+
+The coupling says how the randomness of the two models is joined: both draw with the same noise
+(`shared`), or tokens are accepted by the ratio p / q (`maximal`, `independent`; sampling.py).
 
 Source: Kumar, Dao, May, "Speculative Speculative Decoding", ICLR 2026 (arXiv 2603.03251).
 """
@@ -30,27 +33,28 @@ from sampling import CHAIN, FIXED, NONE, Foresight
 from steps import Feed, Fork, Runner
 
 # How long the target waits for the draft's first passes, in seconds: they may still fetch weights
-# from memory or disk, or compile. Later the lane is as patient as its slowest work tells it to be.
+# from memory or disk, or compile. Later the limit grows with the slowest work so far.
 PREFILL_PATIENCE_S, WARM_UP_PATIENCE_S = 10.0, 600.0
-# Draft tokens, and the LogQ that each was drawn from (None under `shared`).
+# Draft tokens, and for each the LogQ that it was drawn from (under `shared` None).
 Chain = tuple[list[int], list]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a round is played with. AR is k = 0 (then m = 0), SD is m = 0, SSD is the rest.
+    """The settings of a round. AR is k = 0 and m = 0, SD is k > 0 and m = 0, SSD is both > 0.
 
     k is the most draft tokens of a proposal. m is how many outcomes the draft prepares for while
     the target verifies; with 0 it prepares nothing, and every row misses. fallback is for a row
-    that misses: "jit" drafts now, "fast" guesses from the row's own text, "auto" drafts now only
-    if every row missed (a row that hit would have to wait for it), and else guesses. halves: while
-    half of the rows is verified, the draft works for the other half (halves.py).
+    that misses: "jit" drafts now, "fast" guesses from the row's own text, "auto" drafts now if
+    every row missed, and otherwise guesses, so that rows that hit need not wait. halves: while half
+    of the rows are being verified, the draft works for the other half (halves.py reads it).
 
-    cut: a chain ends where the verdict comes. The draft makes the first step of every chain; it
-    begins another one only if the clock says that it will be done before the verdict, and no other
-    work waits for it. The look-up takes the steps that are done. Without cut it waits for all K.
-    Clock and queue do not look at tokens, so how long a chain is says nothing about what is in it:
-    each token is drawn from the same q as in a whole chain, and the rule that accepts it holds.
+    cut: chains stop early, so that they are ready when the verdict arrives. The draft always makes
+    the first step; it begins another one only if, going by how long such work has taken so far, it
+    will be done before the verdict, and if no other work is queued. The look-up takes the steps
+    that are done, and waits for the first one only. Without cut it waits for all K. Clock and queue
+    do not look at tokens, so the length of a chain says nothing about what is in it: each token is
+    drawn from the same q as in a whole chain, and the acceptance rule remains exact.
     """
 
     k: int
@@ -74,7 +78,7 @@ class SamePlan:
 
 
 class Proposal:
-    """What the next verification tries, per row: draft tokens, their kind, and the LogQ of each."""
+    """What the next verification tries, by place: draft tokens, their kind, and their LogQ."""
 
     def __init__(self, rows: int):
         self.tokens: list[list[int]] = [[] for _ in range(rows)]
@@ -89,18 +93,20 @@ class Decoding:
     """One generation: its rows, the target and the draft on their lanes, and the rounds that
     advance them.
 
-    To draft in another way, write a subclass in a file of your own and hand it to Engine.generate
-    as `decoding=`, like those in examples/. No file of the engine changes. Override
+    To draft differently, write a subclass in a file of your own and hand it to Engine.generate as
+    `decoding=`, like those in examples/. No engine file needs to change. Override
 
         prepare    what the draft does while the target verifies: chains.fork, then chains.append
-        decode     what the draft does while the target waits: K tokens for each row that missed
+                   once a step, with the next token of every branch
+        decode     what the draft does while the target waits: K steps for the rows that missed
         predict    which outcomes are prepared for
-        draft_now  what a row that missed gets
+        draft_now  which rows that missed are drafted for; it counts the drafted tokens but the last
+                   as read by the draft, so override it, too, if your decode does not feed them
 
-    For one pass that proposes K tokens, write the pass as a method and call it in prepare and
-    decode, where there is a loop of steps now. Unless the coupling is `shared`, each token comes
-    with the log q that it was drawn from. Verification and acceptance do not ask how a proposal was
-    made, so the text stays right.
+    For one pass that proposes K tokens, write the pass as a method of the subclass, and call it in
+    prepare and decode, where there is a loop of steps now. Unless the coupling is `shared`, each
+    token needs the log q that it was drawn from. Verification asks for no more than that, so the
+    text stays exact.
     """
 
     def __init__(
@@ -114,9 +120,9 @@ class Decoding:
         shapes: tuple,
         warn,
     ):
-        """rows: in the order of their prompts. As many as the target has places are decoded at
-        once, the others wait. shapes: the lengths, budgets and parts of the batch that static steps
-        are compiled for.
+        """rows: in the order of their prompts. Up to target.batch of them are decoded at once,
+        each in a place of the batch; the rest wait. shapes: the lengths, budgets and parts of the
+        batch that static steps are compiled for.
         """
         self.all_rows, self.seats, self.reading = rows, Seats(rows, target.batch), []
         self.rows = self.seats.rows  # by place
@@ -136,60 +142,60 @@ class Decoding:
         yield
 
     def play(self, places: range, proposal: Proposal) -> Generator[None, None, Proposal]:
-        """The rounds of the rows in these places, from a proposal on. Returns the last one."""
-        while live := self.seated(places):
+        """The rounds of the rows in these places, from `proposal` on. Returns the last proposal."""
+        while live := self.seated(places):  # rows that wait take the places of rows that ended
             plan, feed, last = self.plan, self.feed(live, proposal), self.figures.last
             verdict = self.target_lane.start(self.target.verify, feed, proposal.kind, proposal.logq)
-            chains = SpeculationCache(self.draft_lane, plan.cut)
-            if plan.m > 0:  # with m = 0 the draft waits for the verdict, too
-                job = self.prepare, chains, feed, self.take_skipped(feed), plan, verdict
+            chains = SpeculationCache(self.draft_lane, plan.cut)  # for this round's outcomes
+            if plan.m > 0:  # else the draft idles until the verdict, and every row misses
+                job = (self.prepare, chains, feed, self.take_skipped(feed), plan, verdict)
                 chains.filled_by(self.draft_lane.start(*job))
             yield  # the caller prints the text of the last round
-            planned = self.planner.next(last) if last else plan  # it knows the rounds before
+            planned = self.planner.next(last) if last else plan  # from earlier rounds only
             accepted, bonus = verdict.result()  # waits for the target
             self.emit(live, proposal, accepted, bonus)
             done = self.figures.verified(plan, proposal, live, accepted, verdict)
             try:
                 proposal, self.plan = self.propose(chains, accepted, bonus, planned, done), planned
-            except DraftLost as lost:
+            except DraftLost as lost:  # what this round emitted stays
                 proposal, self.plan = self.go_on_alone(lost)
         return proposal
 
     def propose(self, chains, accepted, bonus, plan: Plan, done: Round) -> Proposal:
         """The next proposal. A row that hit gets its chain; for one that missed it is made now.
 
-        The key of `chains` is (row, accepted, bonus); a look-up gives the Chain that was drafted.
+        The key of `chains` is (place, accepted, bonus); a look-up gives the Chain drafted for it.
         """
         proposal, live = Proposal(len(self.rows)), self.live(done.live)
-        found = chains.look_up(live, accepted, bonus)  # waits as `cut` says
-        missed = [b for b in live if b not in found]
-        self.learn(done, chains, found, missed)
-        if missed and (plan.fallback == "jit" or plan.fallback == "auto" and not found):
-            found |= self.draft_now(missed, plan, done)
+        hits = chains.look_up(live, accepted, bonus)  # waits as `cut` says
+        missed = [b for b in live if b not in hits]
+        self.learn(done, chains, hits, missed)
+        jit = plan.fallback == "jit" or (plan.fallback == "auto" and not hits)
+        chain_of = hits | (self.draft_now(missed, plan, done) if missed and jit else {})
         for b in live:
-            room = self.rows[b].room(plan.k)
-            if b in found:
-                proposal.put(b, CHAIN, *self.checked(*found[b], room))
+            room = self.rows[b].room(plan.k)  # at most k, less at the end of a text
+            if b in chain_of:
+                proposal.put(b, CHAIN, *self.checked(*chain_of[b], room))
             else:
-                proposal.put(b, FIXED, self.rows[b].guess(room))  # not drawn from any q
+                proposal.put(b, FIXED, self.rows[b].guess(room))  # no q: accepted by p alone
         return proposal
 
     def prepare(self, chains, feed: Feed, skipped, plan: Plan, verdict: Work) -> None:
-        """The draft's side of a round, on its own lane: extend, fork, chains until the verdict."""
+        """The draft's side of a round, on its own lane: M outcomes, then a chain after each."""
         draft, lane = self.draft, self.draft_lane
-        draft.prefill(*skipped)  # nothing, unless the draft was left out of some rounds
-        with lane.span("extend"):
+        draft.prefill(*skipped)  # mostly nothing: see take_skipped
+        with lane.span("extend"):  # read the proposal onto the trunk, score what may follow
             scores = draft.extend(feed)
-        with lane.span("fork"):
+        with lane.span("fork"):  # pick the likeliest r', and the j that each follows
             tokens, depths, chance = self.predict(scores, feed, plan)
             chains.fork(tokens, depths, chance)
         for step in range(plan.k):
             if step > 0 and plan.cut and not lane.has_time(verdict):
-                break  # by clock and queue alone: no token has a say in whether one is drawn
+                break  # by clock and queue alone, never by what was drawn
             with lane.span("chain step"):
                 tokens, logq = draft.chain_step(feed, tokens, depths, step, saguaro_top(plan))
                 chains.append(tokens, logq)
-        chains.settle()  # the last step counts, too
+        chains.settle()  # steps run one ahead of their tokens: wait for the last ones
 
     # ---- the steps of a round
 
@@ -200,8 +206,8 @@ class Decoding:
     def seated(self, places: range) -> list[int]:
         """The live ones of these places, after rows that wait took the places of rows that ended.
 
-        Both lanes seat these rows and read their prompts. If the target fails at that, this is
-        raised before the next round; if the draft fails, when it is next asked for something.
+        Both lanes seat these rows and read their prompts. A failure of the target is raised before
+        the next round, one of the draft when it is next asked for something.
         """
         for work in self.reading:
             work.result()  # has ended by now
@@ -213,7 +219,7 @@ class Decoding:
         return self.live(places)
 
     def feed(self, live: list[int], proposal: Proposal) -> Feed:
-        """[r, d_1 .. d_L] of each live row, padded to one T; compiled steps exist for a few T."""
+        """[r, d_1 .. d_L] of each live row, padded to one length. Compiled steps exist for few."""
         fed, start = [[] for _ in self.rows], [0 for _ in self.rows]
         for b in live:
             ids = self.rows[b].ids
@@ -224,7 +230,7 @@ class Decoding:
 
     def take_skipped(self, feed: Feed) -> tuple[list[list[int]], list[int]]:
         """The ids that the draft has skipped and must read before `feed`, and the position of the
-        first, by row. It counts them and the feed as read: call it once for every feed.
+        first, by row. It marks both as read, so it is called exactly once for each feed.
 
         Where a proposal that was drafted while the target waited is accepted whole, its last token
         was never fed. A draft that was left out of some rounds has skipped all of theirs.
@@ -242,14 +248,14 @@ class Decoding:
             for token in (*proposal.tokens[b][: accepted[b]], bonus[b]):
                 if row.finish is None:
                     row.push(token)
-            # Past this the draft has read rejected tokens.
+            # Beyond this the draft's cache holds rejected tokens.
             row.draft_read = min(row.draft_read, len(row.ids) - 1)
 
-    def learn(self, done: Round, chains: SpeculationCache, found: dict, missed: list[int]) -> None:
-        """Note what was foreseen. The draft's next forks use it."""
-        done.looked_up(chains, list(found), missed)
-        for b in (*found, *missed) if chains.work else ():
-            self.foresight.learn(chains.chance[b], b in found, done.accepted[b], done.rejected(b))
+    def learn(self, done: Round, chains: SpeculationCache, hits: dict, missed: list[int]) -> None:
+        """Record hits and misses. The draft's next forks use them."""
+        done.looked_up(chains, list(hits), missed)
+        for b in (*hits, *missed) if chains.work else ():
+            self.foresight.learn(chains.chance[b], b in hits, done.accepted[b], done.rejected(b))
 
     def predict(self, scores, feed: Feed, plan: Plan) -> Fork:
         """The outcomes to prepare for, on the draft's lane: those that it finds likeliest."""
@@ -291,7 +297,7 @@ class Decoding:
         return [([row and row[0] for row in tokens], logq) for tokens, logq in steps]
 
     def checked(self, tokens: list[int], logq: list, room: int) -> Chain:
-        """A chain, as long as the row has room for. Raises DraftLost for an id without a token."""
+        """A chain, as long as the row has room for. Raises DraftLost for an id that is no token."""
         if wrong := [t for t in tokens if not 0 <= t < self.target.vocab]:
             raise DraftLost(f"it proposed the token id {wrong[0]}")
         return tokens[:room], logq[:room]
@@ -316,7 +322,7 @@ class Decoding:
             self.await_draft(drafting, PREFILL_PATIENCE_S + PATIENCE_TIMES * took)
 
     def warm_up(self) -> None:
-        """Compile and capture what is new, one lane after the other, and tell how long it took."""
+        """Compile and capture what is new, one lane after the other, and report the time."""
         began = time.perf_counter()
         fresh = self.target_lane.start(self.target.warm_up, *self.shapes).result()
         if self.draft is not None:
@@ -337,26 +343,26 @@ class Decoding:
     def go_on_alone(self, lost: DraftLost) -> tuple[Proposal, Plan]:
         """An empty proposal and plain decoding, for the rest of the run.
 
-        The text stays right: the target alone decides what is emitted, whoever proposed it.
+        The text stays exact: the target alone decides what is emitted, whoever proposed it.
         """
         if not self.lost:
             self.warn(f"the draft failed ({lost}): the target goes on alone, the text stays right")
-        # Work that hangs keeps the old thread. The lane gets a new one: the target may share it.
+        # Work that hangs keeps its thread. The lane, which the target may share, gets a new one.
         self.draft_lane.leave()
         self.draft, self.lost, self.planner = None, True, SamePlan(Plan(0, 0))
         return Proposal(len(self.rows)), self.planner.first()
 
 
 def saguaro_top(plan: Plan) -> int:
-    """How many of the draft's likeliest tokens Saguaro weighs down: the share of the budget that
-    one of the K + 1 places has, and the drafted token.
+    """How many of the draft's likeliest tokens Saguaro weighs down: an equal share of the budget
+    for each of the K + 1 positions, and one for the drafted token itself.
     """
     return plan.m // (plan.k + 1) + 1
 
 
 def __getattr__(name: str):
-    """The engine's load, for `from ssd import load`. engine.py imports this file, so it is imported
-    only when somebody asks.
+    """The engine's load, for `from ssd import load`. It is imported on demand, since engine.py
+    imports this file.
     """
     if name == "load":
         import engine
