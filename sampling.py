@@ -23,14 +23,14 @@ from kernels import scripted
 
 # Purposes of noise: the target's or draft's own draw, the accept test, the residual's draw.
 TOKEN, ACCEPT, RESIDUAL = 1, 2, 3
-NONE, CHAIN, FIXED = 0, 1, 2  # kinds of a proposal: nothing, drawn from q, a fixed token
-# F guesses miss with a probability in proportion to F^-MISS_POWER. The paper's pairs have .54 at
-# temperature 0 and .41 at 1; the default pair has .28 to .47 (shared, temperature 1, M = 4 and 16).
+NONE, CHAIN, FIXED = 0, 1, 2  # kinds of a proposal: nothing, drawn from q, not drawn from any q
+# With F guesses the chance of a miss is proportional to F^-MISS_POWER. The paper's pairs have .54
+# at temperature 0 and .41 at 1; the default pair has .28 to .47 (shared, temperature 1).
 MISS_POWER = 0.5
-ARGMAX_BLOCK = 256  # tokens that one processor compares
+ARGMAX_BLOCK = 256  # tokens that one block of a GPU compares
 SPREAD_STEP, HOLD_STEP = 0.05, 0.02
 # With a spread past 2 and 50,000 tokens no drafted token seems likely to hold. All outcomes that
-# are prepared then begin with a rejection, and few of them hit: the spread would stay so high.
+# are prepared then begin with a rejection, and few of them hit, so the spread would stay so high.
 WIDEST_SPREAD = 1.5
 
 
@@ -39,7 +39,7 @@ class Params(NamedTuple):
     its place in the batch.
 
     greedy says that every temperature is 0, filtered that some row has a top-k or top-p. The host
-    knows both, and so skips what changes nothing.
+    knows both, and so skips filters that change nothing.
     """
 
     temperature_B: torch.Tensor
@@ -47,7 +47,7 @@ class Params(NamedTuple):
     top_p_B: torch.Tensor
     seed_B: torch.Tensor
     row_B: torch.Tensor
-    key_B2: torch.Tensor  # row_keys of the two before
+    key_B2: torch.Tensor  # row_keys(seed_B, row_B)
     greedy: bool
     filtered: bool
 
@@ -85,7 +85,7 @@ class Params(NamedTuple):
 
 
 def _mix(x: torch.Tensor) -> torch.Tensor:  # scripted along with who calls it
-    """int32 words, scrambled so that each input bit flips each output bit half of the time.
+    """int32 words, scrambled so that flipping an input bit flips each output bit half the time.
 
     Shifts, multiplications and constants are those of Wellons' "lowbias32" (bias 0.17 of a bit in
     2^32, public domain).
@@ -174,9 +174,9 @@ def warp(logits_BTV: torch.Tensor, params: Params, penalty: float = float("-inf"
     is out. float32 or wider.
 
     Rows of temperature 0 keep their logits: they take the argmax, which no filter changes. Tokens
-    that tie with the last one kept are kept too, so the result does not hang on the order in which
-    a device sorts. A finite penalty moves the tokens that are out down by so much instead: the
-    draft ranks them after those that are in.
+    that tie with the last one kept are kept too, so the result does not depend on the order in
+    which a device sorts. A finite penalty moves the tokens that are out down by so much instead:
+    the draft ranks them after those that are in.
     """
     x = widen(logits_BTV)
     if params.greedy:
@@ -198,7 +198,7 @@ def warp(logits_BTV: torch.Tensor, params: Params, penalty: float = float("-inf"
 
 
 def log_probs(warped_BTV: torch.Tensor, params: Params) -> torch.Tensor:
-    """Normalised log probabilities; a row of temperature 0 is certain of its first argmax."""
+    """Normalised log probabilities; a row of temperature 0 has all mass on its argmax."""
     x = warped_BTV.log_softmax(-1)
     token_V = torch.arange(x.shape[-1], device=x.device)
     certain = (token_V == highest(warped_BTV)[1][..., None]).to(x.dtype).log()
@@ -255,7 +255,7 @@ class Foresight:
     hold: float = 0.8
 
     def learn(self, chance: float, hits: float, accepted: int, rejected: int) -> None:
-        """Learn from one row's round. The right spread expects as many hits as there are.
+        """Learn from one row's round. At the right spread, as many hits are expected as there are.
 
         chance: what `outcomes` gave for a hit; hits: 1 if it was one, else 0.
         """
@@ -341,10 +341,10 @@ def within(joint_BTV: torch.Tensor, share_BT: torch.Tensor, m: int) -> torch.Ten
 
 @scripted
 def accept_shared(draws_BT: torch.Tensor, tokens_BK: torch.Tensor, length_B: torch.Tensor):
-    """How many draft tokens hold, and the bonus token, (B,) each, under the coupling `shared`.
+    """The number of draft tokens accepted, and the bonus token, (B,) each, under `shared`.
 
-    A draft token holds while it is the target's own draw. draws_BT, T = K + 1, are the target's
-    draws x_0 .. x_K; tokens_BK is the proposal, valid up to length_B.
+    A draft token is accepted if it and all before it are the target's own draws. draws_BT are those
+    draws, x_0 .. x_K, T = K + 1; tokens_BK is the proposal, valid up to length_B.
     """
     K = tokens_BK.shape[1]
     same_BK = (draws_BT[:, :K] == tokens_BK) & (
@@ -355,9 +355,10 @@ def accept_shared(draws_BT: torch.Tensor, tokens_BK: torch.Tensor, length_B: tor
 
 
 def accept_exact(warped_BTV, logq_BKV, tokens_BK, length_B, kind_B, params: Params, start_B):
-    """How many draft tokens hold, and the bonus token, (B,) each, under the other two couplings.
+    """The number of draft tokens accepted, and the bonus token, (B,) each, under `maximal` and
+    `independent`.
 
-    The rule is the exact one for what each proposal was.
+    The rule is the exact one for each kind of proposal: p / q for a CHAIN, p for a FIXED one.
 
     warped_BTV are the target's warped logits, T = K + 1, row i for position start_B + i; logq_BKV
     the normalised log distribution that each CHAIN token was really drawn from (ignored for FIXED).
@@ -391,7 +392,7 @@ def accept_exact(warped_BTV, logq_BKV, tokens_BK, length_B, kind_B, params: Para
     p_BV = logp_BV.exp()
     at_B1 = accepted_B.clamp(max=K - 1)[:, None]
     q_BV = logq_BKV.gather(1, at_B1[..., None].expand(B, 1, V))[:, 0].exp()
-    # p - 2 < 0: the token itself is out.
+    # p - 2 < 0: the rejected token itself gets nothing.
     fixed_BV = torch.zeros_like(p_BV).scatter_(1, safe_BK.gather(1, at_B1), 2.0)
     left_BV = (p_BV - torch.where(is_chain_B1, q_BV, fixed_BV)).clamp_(min=0)
     left_BV = torch.where(left_BV.sum(-1, keepdim=True) > 0, left_BV, p_BV)

@@ -1,7 +1,7 @@
 """One forward pass and one draw, for the target and for the draft: all that runs on a device.
 
-Knows: a model, its KV cache, and how its rows sample. Does not know: rounds, texts, hits, what the
-other model does. Read next: sampling.py.
+Knows: a model, its KV cache, and how its rows sample. Does not know: how rounds follow each
+other, text, hits, the other model. Read next: sampling.py.
 
 Positions: a row of N tokens has its pending token at position N - 1. A pass that feeds
 [r, d_1 .. d_L] from `start` = N - 1 on predicts positions N .. N + L, and the noise of a draw is
@@ -125,7 +125,7 @@ class Runner:
         self.pool = policy.new_pool()
 
     def set_rows(self, params: Params, coupling: str, saguaro_c: float) -> None:
-        """Take over how the rows of this run sample. Static policies keep the tensors, so that
+        """Set how the rows of this run sample. Static policies keep the tensors, so that
         graphs read the new values.
 
         by_draws: a draft token is accepted if it is the target's own draw. Several ranks draw
@@ -149,7 +149,7 @@ class Runner:
         self.views, self.step_of, self.warm, self.pool = {}, {}, None, self.policy.new_pool()
 
     def seat(self, place: int, sampling: tuple, number: int) -> None:
-        """Let another row, of this number, sample in this place: its temperature, top-k, top-p and
+        """Put the sequence of this number in this place: its temperature, top-k, top-p and
         seed. The tensors stay, since views and graphs read them.
         """
         self.group.tell("seat", place, sampling, number)
@@ -160,9 +160,9 @@ class Runner:
     def warm_up(self, lengths: list[int], budgets: list[int], parts: list[range]) -> bool:
         """Whether anything was compiled or captured: every static step is, before the run is timed.
 
-        It runs on rows that leave no trace. lengths: how many tokens a verification or extend may
-        be fed; budgets: how many branches there may be; parts: the places that rounds are played
-        with. Of a part of one place only the prefill is needed: a prompt is read there.
+        It runs on rows that write to the dead slot only. lengths: how many tokens a verification or
+        extend may be fed; budgets: how many branches there may be; parts: the places that rounds
+        are played with. Of a part of one place only the prefill is needed: a prompt is read there.
         """
         self.lengths, shapes = sorted(lengths), (*lengths, -1, *budgets, *parts)
         self.parts = sorted(parts, key=len)
@@ -204,7 +204,7 @@ class Runner:
         return next(p for p in rounds if p.start <= part.start and part.stop <= p.stop)
 
     def placed(self, values: list, feed: Feed) -> list:
-        """What a pass over `feed` gave, one value for each place of the batch: None for those that
+        """What a pass over `feed` gave, by place of the batch: None for those that
         took no part.
         """
         part = self.part_of(feed)
@@ -239,7 +239,7 @@ class Runner:
     # ---- target
 
     def verify(self, feed: Feed, kind: list[int], logq: list) -> tuple[list[int], list[int]]:
-        """How many draft tokens of each row hold [B], and the bonus tokens [B]: one target pass.
+        """The number of draft tokens accepted [B], and the bonus tokens [B]: one target pass.
 
         logq[b]: for a CHAIN each token's `LogQ`, unless the coupling is `shared`.
         """
@@ -266,7 +266,7 @@ class Runner:
     def extend(self, feed: Feed) -> torch.Tensor:
         """The scores (B, T, V) to fork by: one causal pass over [r, d_1 .. d_L] on the trunk.
 
-        It writes the keys and values there anew, whatever the last round has left.
+        It overwrites whatever keys and values the last round left there.
         """
         return self._pass(self._extend, feed, tokens=feed.tokens)[0]
 
@@ -277,7 +277,7 @@ class Runner:
         there the look-up must not depend on how a later position was drawn.
         """
         B, T = self.batch, len(feed.tokens[0])
-        # Proposals of the same length share their outcomes alike.
+        # Proposals of the same length split the budget the same way.
         shares = {n: share_out(foresight.hold, max(n - 1, 0), m) for n in set(feed.count)}
         columns = dict(
             tokens=feed.tokens,
@@ -294,7 +294,7 @@ class Runner:
         """The next token of every branch, [B][M], and their LogQ of (B, M, V) or None.
 
         tokens are what the branches are fed, and feed is the round's. Branch i sees the trunk up to
-        the depths[b][i]-th draft token and its own chain, whose keys lie in the cache's scratch.
+        the depths[b][i]-th draft token and its own chain; the keys of chains lie in the scratch.
         top: for Saguaro, how many of the likeliest tokens are weighed down.
         """
         B, length, part = self.batch, [s + 1 for s in feed.start], self.part_of(feed)
@@ -383,10 +383,10 @@ class Runner:
     def _drawn(self, packed, logq: list[torch.Tensor], feed: Feed, m: int, before) -> tuple:
         """The tokens [B][m] that a step draws, and their LogQ or None.
 
-        A captured step was only begun. At most one is ahead of the tokens that the host knows: what
-        was begun cannot be taken back.
+        A captured step is only launched. At most one is ahead of the tokens that the host knows:
+        what was launched cannot be taken back.
         """
-        own = self._own(logq, feed)  # comes first: who has the tokens uses it without waiting
+        own = self._own(logq, feed)  # first: whoever has the tokens reads it without waiting
         fetched = self.policy.fetch(packed)
         tokens = Drawn(packed[:, 1:], lambda: self._read(fetched, feed, tokens=m).tokens)
         if isinstance(before, Drawn):
@@ -476,7 +476,7 @@ def trunk_place(x, extent: int, tight: bool):
 
 
 def chain_place(x, extent: int, tight: bool, steps: int):
-    """Where the tokens of x sit, which chains are fed."""
+    """Where the tokens of a chain step sit."""
     return x.cache.place_chain(x.length, x.depths, x.step, x.count > 0, extent, tight, steps)
 
 
@@ -503,7 +503,7 @@ def score(logits_BTV, x) -> torch.Tensor:
         return noisy(scores_BTV, x.params, at_BT, x.words_V)
     if x.coupling == "independent" or x.params.greedy:
         return scores_BTV
-    # A rejected place draws with the residual's noise, the token after a whole proposal with the
+    # After a rejection the bonus token has the residual's noise, after a whole proposal the
     # usual one.
     token, residual = (
         gumbel(x.params, at_BT, use, x.words_V, scores_BTV.dtype) for use in (TOKEN, RESIDUAL)
@@ -590,7 +590,7 @@ class LogQ(NamedTuple):
     """The log q that tokens were drawn from, over the tokens ids_V of the model that drew them."""
 
     ids_V: torch.Tensor
-    logq_V: torch.Tensor | dict[int, torch.Tensor]  # (V,); or by row, of many draws each
+    logq_V: torch.Tensor | dict[int, torch.Tensor]  # (V,) of one draw; or by place, (draws, V)
 
     def of(self, row: int, draw: int) -> "LogQ":
         """One draw of many."""
@@ -602,7 +602,7 @@ class LogQ(NamedTuple):
 
 
 def _pack(columns: dict[str, list]) -> tuple[list[list[int]], tuple]:
-    """Rows of whole numbers, and their layout, from named columns of a number or a list a row."""
+    """Rows of whole numbers, and their layout, from named columns: one number or one list a row."""
     layout, parts = [], []
     for name, values in columns.items():
         kind = len(values[0]) if type(values[0]) is list else type(values[0])
