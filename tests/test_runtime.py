@@ -317,7 +317,9 @@ def test_a_shorter_text_runs_in_the_trunk_of_a_longer_one(eager_backend):
 @pytest.mark.parametrize("settings", ({"mode": "sd"}, {"mode": "ssd", "fan_out": 6}))
 def test_a_lost_draft_with_static_steps_goes_on_alone(eager_backend, monkeypatch, settings):
     """One token a pass was never warmed for SD, and a new thread knows no limit of compilations."""
-    said, entered = [], set()
+    from torch._dynamo.utils import counters
+
+    said, entered, graphs = [], set(), []
     static, eager = static_pair(said)
     real_enter, real = Policy.enter_thread, {w: getattr(Runner, w) for w in ("decode", "extend")}
     truth = eager.generate([[1, 2, 3], [4, 5]], max_new_tokens=40).token_ids
@@ -332,6 +334,7 @@ def test_a_lost_draft_with_static_steps_goes_on_alone(eager_backend, monkeypatch
             if runner.warm is not None:
                 calls.append(name)
             if len(calls) > 3:
+                graphs.append(counters["stats"]["unique_graphs"])
                 raise RuntimeError("the device is lost")
             return real[name](runner, *args)
 
@@ -342,6 +345,7 @@ def test_a_lost_draft_with_static_steps_goes_on_alone(eager_backend, monkeypatch
         monkeypatch.setattr(Runner, name, broken(name))
     got, run = tiny.play(static, [[1, 2, 3], [4, 5]], k=3, max_new_tokens=40, **settings)
     assert got.token_ids == truth and run.lost
+    assert counters["stats"]["unique_graphs"] == graphs[0], "one token a pass was not warmed"
     assert (
         said[-1]
         == "the draft failed (the device is lost): the target goes on alone, the text stays right"
