@@ -7,6 +7,7 @@ Does not know: how anything is checked or timed (gpu_parts.py). Read next: gpu_p
     python scripts/gpu_check.py --call 2 --out F.json     the other parts, under 9 minutes
     python scripts/gpu_check.py --only kernels,decode     some parts
     python scripts/gpu_check.py --only correct --sanitize the kernel's checks, compute-sanitizer
+    python scripts/gpu_check.py --only ranks              where there are several cards
     python scripts/gpu_check.py --device cpu              every line at toy size, without meaning
     python scripts/gpu_check.py --show F.json             the tables again
 
@@ -53,7 +54,7 @@ CALLS = {
     2: {"kernels": 90, "loop": 120, "wide": 110, "linear": 60, "transformers": 120},
 }
 PARTS = CALLS[1] | CALLS[2]
-EXTRA = {"correct": 120}  # only by name: a part of kernels
+EXTRA = {"correct": 120, "ranks": 120}  # only by name: a part of kernels; for several cards
 WRONG, MISTAKE = 1, 2
 # The random pair, where none is given, and how far its draft is from it.
 SHAPE = {

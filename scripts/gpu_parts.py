@@ -13,6 +13,7 @@ where it says wall. Every child measures the copy bandwidth first and states its
 
 import json
 import math
+import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -376,6 +377,22 @@ def linear(check: Check) -> None:
 # ---- the parts
 
 
+def ranks(check: Check) -> None:
+    """How long a sum over the ranks of a target takes, one rank a card: what studies/simulate.py
+    asks for. On a CPU two processes are the ranks.
+    """
+    count = torch.cuda.device_count() if check.on_gpu else 2
+    if count < 2:
+        return check.result("sum over ranks", "not measured, this machine has one card")
+    path, program = Path(check.folder) / "sums.json", Path(__file__).parent / "bench_ranks.py"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(count)]
+    command += [str(program), "--part", "sums", "--device", check.device.type]
+    subprocess.run([*command, "--target", check.target, "--json", str(path)], check=True)
+    for size, us in json.loads(path.read_text()).items():
+        check.result(f"sum over {count} ranks, {size} bytes", us, "us")
+    path.unlink()
+
+
 def on_lane(work):
     """Run a part on one lane, as the engine runs its steps: inference mode, a stream of its own."""
 
@@ -397,6 +414,7 @@ PARTS = {
     "linear": on_lane(linear),
     "transformers": transformers_static,
     "correct": on_lane(correct),
+    "ranks": ranks,
 }
 
 

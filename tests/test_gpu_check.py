@@ -104,6 +104,14 @@ def test_every_part_runs_and_is_told(here, demo, tmp_path, capsys):
     )
 
 
+def test_sums_over_ranks_are_timed_where_they_are_asked_for(demo, tmp_path):
+    out = tmp_path / "out.json"
+    assert check(demo, out, "--only", "ranks") == 0
+    records = json.loads(out.read_text())["parts"]["ranks"]["records"]
+    assert records[0]["name"] == "sum over 2 ranks, 1024 bytes" and len(records) > 5
+    assert all(r["value"] > 0 and r["unit"] == "us" for r in records)
+
+
 def test_one_part_keeps_the_others_and_wrong_is_wrong(here, demo, tmp_path, capsys, monkeypatch):
     out = tmp_path / "out.json"
     assert check(demo, out, "--only", "linear") == 0
