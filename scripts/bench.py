@@ -165,7 +165,7 @@ TABLE = (
             ),
             against("SD halves", "SD", "SD both cores", "SSD")
             + against("SSD halves", "SD", "SD both cores", "SSD"),
-            repeats=20, batch=batch, tokens=32,
+            repeats=20, batch=batch, tokens=16,
         )
         for batch in (2, 4, 8, 16)
     ),

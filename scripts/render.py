@@ -182,7 +182,7 @@ def ratios(groups: dict) -> Iterator[dict]:
 
 VIEWS: dict[str, Callable] = {
     "modes": modes, "accept": accept, "overlap": overlap, "auto": auto, "ablate": ratios,
-    "beside": ratios,
+    "beside": ratios, **{f"halves{batch}": ratios for batch in (2, 4, 8, 16)},
 }  # fmt: skip
 
 
