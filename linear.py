@@ -213,12 +213,13 @@ def finish_all(model: nn.Module, finish: Callable) -> None:
 
 @functools.cache
 def speeds() -> dict[str, float]:
-    """Milliseconds that small products of one row and of four take on this CPU, by format.
+    """Milliseconds that products of one row and of four take on this CPU, by format.
 
     A format that this CPU or this PyTorch cannot compute is missing. Measured once, on one thread,
-    in about 10 ms.
+    in 0.1 to 0.4 s. The weights are more than a cache holds, as a model's are: read from a cache,
+    floats are as fast as few bits on some CPUs, and every start would choose anew.
     """
-    linear = nn.Linear(1024, 1024, bias=False).requires_grad_(False)
+    linear = nn.Linear(2048, 4096, bias=False).requires_grad_(False)
     makers = {
         "float32": lambda: PackedLinear(linear),
         "bfloat16": lambda: PackedLinear(linear, torch.bfloat16),
@@ -231,7 +232,7 @@ def speeds() -> dict[str, float]:
             with one_thread():
                 layer = make()
                 found[name] = sum(
-                    1e3 * min(_seconds(layer, torch.ones(rows, 1024)) for _ in range(9))
+                    1e3 * min(_seconds(layer, torch.ones(rows, 2048)) for _ in range(3))
                     for rows in (1, 4)
                 )
         except (RuntimeError, AttributeError):  # it is not for this CPU, or not in this PyTorch
