@@ -191,6 +191,8 @@ def choose_format(
     asked = usual if dtype is None else getattr(torch, dtype)
     if device.type == "cuda" or plain or quantize not in (None, "none"):
         return asked, quantize or "none"
+    if dtype not in (None, "bfloat16"):
+        return asked, "none"  # nothing to choose, so nothing is measured
     here = speeds()
     faster = [name for name in here if here[name] < here.get("float32", math.inf)]
     if dtype is None and quantize is None and where.is_file() and "int4" in faster:

@@ -216,8 +216,8 @@ def speeds() -> dict[str, float]:
     """Milliseconds that products of one row and of four take on this CPU, by format.
 
     A format that this CPU or this PyTorch cannot compute is missing. Measured once, on one thread,
-    in 0.1 to 0.4 s. The weights are more than a cache holds, as a model's are: read from a cache,
-    floats are as fast as few bits on some CPUs, and every start would choose anew.
+    in 0.4 s on a CPU with AVX2. The weights are more than a cache holds, as a model's are: read
+    from a cache, floats are as fast as few bits on some CPUs, and every start would choose anew.
     """
     linear = nn.Linear(2048, 4096, bias=False).requires_grad_(False)
     makers = {

@@ -333,7 +333,7 @@ class Runner:
         return (self.policy.fuse(score)(self._logits(x, trunk_place, extent, tight), x),)
 
     def _fork(self, x, scores_BTV, *, m):
-        return (self.policy.fuse(rank)(scores_BTV, x, m),)
+        return (self.policy.fuse(likeliest)(scores_BTV, x, m),)
 
     def _chain_step(self, x, fed_BM, *, extent, tight, steps, places):
         x.tokens = fed_BM
@@ -512,7 +512,7 @@ def score(logits_BTV, x) -> torch.Tensor:
     return scores_BTV + torch.where(last_BT1, token, residual)
 
 
-def rank(scores_BTV, x, m: int) -> torch.Tensor:
+def likeliest(scores_BTV, x, m: int) -> torch.Tensor:
     """The m likeliest outcomes of each row, for _read: tokens, depths, and the chance of a hit."""
     V, dtype = scores_BTV.shape[-1], scores_BTV.dtype
     hold_B = None if x.coupling == "shared" else x.hold.to(dtype)

@@ -1,6 +1,7 @@
 """linear.py: each number format against a float64 product of the very weights that it stores."""
 
 import math
+from pathlib import Path
 
 import pytest
 import tiny
@@ -175,6 +176,23 @@ def test_every_mode_prints_the_same_text(bits, temperature):
         assert texts[0].token_ids == texts[1].token_ids == texts[2].token_ids
         assert texts[2].stats["quantize"] == ("none" if bits == "bfloat16" else bits)
         assert math.isfinite(texts[1].stats["acceptance_rate"])
+
+
+def test_formats_are_compared_out_of_cache_and_only_where_one_is_chosen(monkeypatch):
+    """Weights that fit in a cache made every start choose anew; and measuring them takes time."""
+    sizes, real = [], linear.PackedLinear
+
+    def packed(layer, *dtype):
+        sizes.append(layer.weight.nbytes)
+        return real(layer, *dtype)
+
+    monkeypatch.setattr(linear, "PackedLinear", packed)
+    linear.speeds.__wrapped__()
+    assert min(sizes) >= 32 << 20
+    monkeypatch.setattr(engine_module, "speeds", lambda: pytest.fail("nothing is to be chosen"))
+    choose = engine_module.choose_format
+    for dtype, quantize in (("float32", None), ("float64", "none"), (None, "int8")):
+        choose(Path(), torch.device("cpu"), dtype, quantize, False)
 
 
 def test_a_decode_step_reads_what_is_stored():
