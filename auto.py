@@ -142,10 +142,16 @@ class Auto:
     """
 
     def __init__(self, ks, ms, plan: Plan, batch: int, seen: Seen):
-        """plan: the fallback of every plan, and cut or not. Where they take turns auto is jit."""
-        turns = "jit" if plan.fallback == "auto" else plan.fallback
-        pairs = [(k, m) for k in ks for m in ms if k or not m]
-        self.plans = [Plan(k, m, plan.fallback if m else turns, plan.cut) for k, m in pairs]
+        """plan: the fallback of every plan, and cut or not. With fallback auto the planner also
+        chooses whether to draft on a miss; where they take turns, it does.
+        """
+        on_miss = ("auto", "fast") if plan.fallback == "auto" else (plan.fallback,)
+        in_turns = ("jit",) if plan.fallback == "auto" else on_miss
+        self.plans = [
+            Plan(k, m, fallback, plan.cut)
+            for k in ks for m in ms if k or not m
+            for fallback in (on_miss if m else in_turns)
+        ]  # fmt: skip
         self.modes = defaultdict(list)
         for plan in self.plans:
             self.modes[plan.k > 0, plan.m > 0].append(plan)

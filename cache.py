@@ -96,14 +96,14 @@ class KVCache:
         return Placement(positions_BT, slots_BT, limit_BT, extent, tight, None, mask)
 
     def place_chain(
-        self, length_B, depth_BM, step_B, live_B, extent: int, tight: bool = False, steps=None
+        self, known_B, depth_BM, step_B, live_B, extent: int, tight: bool = False, steps=None
     ) -> Placement:
-        """Where step `step_B` of M chains sits. Chain m begins at position length_B + depth_BM.
+        """Where step `step_B` of M chains sits. Chain m begins at position known_B + depth_BM.
 
-        length_B (B,) counts a row's tokens, the pending one included. `steps`, a bound on
+        known_B (B,) counts a row's tokens, the pending one included. `steps`, a bound on
         step_B + 1 that the host knows, limits how much scratch is read (default: all of it).
         """
-        limit_BM, M = length_B[:, None] + depth_BM, depth_BM.shape[1]
+        limit_BM, M = known_B[:, None] + depth_BM, depth_BM.shape[1]
         slots_BM = self.trunk + torch.arange(M, device=depth_BM.device) + step_B[:, None] * M
         slots_BM = torch.where(live_B[:, None], slots_BM, self.dead)
         chain = (self.trunk, self.steps if steps is None else steps, step_B)
@@ -131,9 +131,9 @@ class SpeculationCache:
     """Outcome -> chain, for the round in flight: filled by the draft's lane, read by the loop while
     it is filled.
 
-    The key is (row, accepted tokens, next token), the value a branch, whose chain grows by a token
-    a step. fork() comes once, then append() after every chain step; a reader takes the steps that
-    are there. work is the lane's future that fills this cache, None where nothing is prepared.
+    The key is (place, accepted, bonus). It leads to a branch, whose chain grows by a token a step.
+    fork() comes once, then append() after every chain step; a reader takes the steps that are
+    there. work is the lane's future that fills this cache, None where nothing is prepared.
     """
 
     def __init__(self, lane, cut: bool):

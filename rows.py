@@ -120,7 +120,7 @@ class Settings:
     fallback: str = setting(
         AUTO,
         "SSD, on a miss: draft now (jit), guess from the text (fast), or draft if no row that hit "
-        "has to wait (auto, the default)",
+        "has to wait and, where K or M is auto, if that pays (auto, the default)",
         FALLBACKS,
     )
     coupling: str = setting(

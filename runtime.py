@@ -412,6 +412,8 @@ class Policy:
     def __init__(self, device: torch.device, compile: bool):
         self.device, self.static = device, compile
         self.graphs = compile and device.type == "cuda"
+        # Whether the first call of a step is slow. An eager one on a GPU compiles Triton kernels.
+        self.warms_up = compile or device.type == "cuda"
         self.fused: dict[Callable, Callable] = {}
         self.how = {"fullgraph": True, "dynamic": False}  # for torch.compile
         if self.graphs:  # small operations that do not need each other share a kernel

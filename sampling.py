@@ -3,10 +3,10 @@
 Knows: logits, distributions, the noise that all randomness comes from. Does not know: models,
 caches, devices' queues, texts. Read next: cache.py.
 
-A draw from a distribution d is argmax over tokens of log d + G, where the Gumbel noise G is a pure
+A draw from a distribution f is argmax over tokens of log f + G, where the Gumbel noise G is a pure
 function of (seed, row, position, purpose, token). It needs no generator and no state, so the draft
 can ask for the very noise that the target will draw with. That makes outcomes predictable and,
-under `shared`, the text the same in every mode.
+under `shared`, the text the same in every mode, as far as the logits are.
 
 Shape letters: B rows, T positions, K draft tokens, M branches, V vocabulary. p is the target, q the
 draft.
@@ -73,12 +73,20 @@ class Params(NamedTuple):
             filtered=any(top_k) or any(p < 1 for p in top_p),
         )
 
+    @property
+    def tensors(self) -> tuple:
+        return self[:6]
+
+    @property
+    def flags(self) -> tuple:
+        return self[6:]
+
     def to(self, device) -> "Params":
-        return Params(*(x_B.to(device) for x_B in self[:6]), *self[6:])
+        return Params(*(x_B.to(device) for x_B in self.tensors), *self.flags)
 
     def narrow(self, part: range) -> "Params":
         """Views of these rows alone."""
-        return Params(*(x_B[part.start : part.stop] for x_B in self[:6]), *self[6:])
+        return Params(*(x_B[part.start : part.stop] for x_B in self.tensors), *self.flags)
 
 
 # ---- noise
@@ -255,7 +263,7 @@ class Foresight:
     hold: float = 0.8
 
     def learn(self, chance: float, hits: float, accepted: int, rejected: int) -> None:
-        """Learn from one row's round. At the right spread, as many hits are expected as there are.
+        """Learn from one row's round. At the right spread, as many hits come as were expected.
 
         chance: what `outcomes` gave for a hit; hits: 1 if it was one, else 0.
         """
@@ -280,13 +288,13 @@ def outcomes(
     is itself like Gumbel noise of the scale `spread`, the target draws t with the probability
     softmax(scores / spread) at t.
 
-    hold_B None (coupling `shared`): d_{j+1} holds if the target draws it, so the scores say how
+    hold_B is None under `shared`: there d_{j+1} holds if the target draws it, so the scores say how
     likely that is; of one that the draft does not know they say nothing, and it holds half of the
-    time. Otherwise a token holds with the probability hold_B, and what is drawn after a rejection
-    is another token.
+    time. Under the other couplings a token holds with the probability hold_B, and what is drawn
+    after a rejection is another token.
     """
-    place_T1 = torch.arange(scores_BTV.shape[1], device=length_B.device)[:, None]
-    tried_BT1 = place_T1 < length_B[:, None, None]
+    index_T1 = torch.arange(scores_BTV.shape[1], device=length_B.device)[:, None]
+    tried_BT1 = index_T1 < length_B[:, None, None]
     known_BT1 = (drafted_BT < scores_BTV.shape[2])[..., None]
     drafted_BT1 = drafted_BT[..., None].clamp(max=scores_BTV.shape[2] - 1)
     logp_BTV = (scores_BTV / spread_B[:, None, None]).log_softmax(-1)
@@ -305,7 +313,7 @@ def outcomes(
             tried_BT1, failed_BT1, torch.zeros_like(failed_BT1)
         )
     before_BT1 = torch.cat((torch.zeros_like(held_BT1[:, :1]), held_BT1[:, :-1].cumsum(1)), 1)
-    return torch.where(place_T1 <= length_B[:, None, None], logp_BTV + before_BT1, float("-inf"))
+    return torch.where(index_T1 <= length_B[:, None, None], logp_BTV + before_BT1, float("-inf"))
 
 
 def share_out(hold: float, length: int, m: int) -> list[int]:
@@ -313,9 +321,9 @@ def share_out(hold: float, length: int, m: int) -> list[int]:
     calls F_j the fan-out; here that word is the flag's, and means m.
 
     It is the paper's geometric series, the best where F guesses miss with a probability in
-    proportion to F^-MISS_POWER. The couplings other than `shared` need it. There, the scores of a
-    later j contain the noise that the chain after this outcome will be drawn with. Were outcomes
-    chosen by them, a hit would say something about the tokens of its chain.
+    proportion to F^-MISS_POWER. The couplings other than `shared` need it. There, the noise in the
+    scores of j + 1 also draws the first token of a chain after an outcome at j. Were outcomes of
+    all j ranked together, a hit would say something about the tokens of its chain.
     """
     power = 1 / (1 + MISS_POWER)
     weights = [hold ** (j * power) for j in range(length + 1)]
@@ -354,13 +362,13 @@ def accept_shared(draws_BT: torch.Tensor, tokens_BK: torch.Tensor, length_B: tor
     return accepted_B, draws_BT.gather(1, accepted_B[:, None])[:, 0]
 
 
-def accept_exact(warped_BTV, logq_BKV, tokens_BK, length_B, kind_B, params: Params, start_B):
+def accept_exact(warped_BTV, logq_BKV, tokens_BK, length_B, kind_B, params: Params, first_B):
     """The number of draft tokens accepted, and the bonus token, (B,) each, under `maximal` and
     `independent`.
 
     The rule is the exact one for each kind of proposal: p / q for a CHAIN, p for a FIXED one.
 
-    warped_BTV are the target's warped logits, T = K + 1, row i for position start_B + i; logq_BKV
+    warped_BTV are the target's warped logits, T = K + 1, index i for position first_B + i; logq_BKV
     the normalised log distribution that each CHAIN token was really drawn from (ignored for FIXED).
     A token that is out of range, or whose q is not a distribution, ends the proposal before it, as
     if it had never been made.
@@ -368,14 +376,14 @@ def accept_exact(warped_BTV, logq_BKV, tokens_BK, length_B, kind_B, params: Para
     B, K = tokens_BK.shape
     V = warped_BTV.shape[-1]
     logp_BTV = log_probs(warped_BTV, params)
-    place_K = torch.arange(K, device=length_B.device)
+    index_K = torch.arange(K, device=length_B.device)
     is_chain_B1 = (kind_B == CHAIN)[:, None]
     safe_BK = tokens_BK.clamp(0, V - 1)
     logq_d = logq_BKV.gather(-1, safe_BK[..., None])[..., 0]
     sound_BK = (tokens_BK == safe_BK) & (
         ~is_chain_B1 | (logq_BKV.exp().sum(-1) - 1).abs().lt(1e-3) & logq_d.isfinite()
     )
-    valid_BK = sound_BK.cumprod(1).bool() & (place_K < length_B[:, None])
+    valid_BK = sound_BK.cumprod(1).bool() & (index_K < length_B[:, None])
     length_B = valid_BK.sum(1)
 
     # u < p/q, and not <=: a token of probability 0 must never pass, not even for the smallest u.
@@ -383,7 +391,7 @@ def accept_exact(warped_BTV, logq_BKV, tokens_BK, length_B, kind_B, params: Para
         logp_BTV[:, :K].gather(-1, safe_BK[..., None])[..., 0]
         - torch.where(is_chain_B1, logq_d, 0.0)
     ).exp()
-    u_BK = uniform(params, start_B[:, None] + place_K, ACCEPT, dtype=ratio_BK.dtype)
+    u_BK = uniform(params, first_B[:, None] + index_K, ACCEPT, dtype=ratio_BK.dtype)
     accepted_B = ((u_BK < ratio_BK) & valid_BK).cumprod(1).sum(1)
 
     rejected_B1 = (accepted_B < length_B)[:, None]
@@ -392,13 +400,12 @@ def accept_exact(warped_BTV, logq_BKV, tokens_BK, length_B, kind_B, params: Para
     p_BV = logp_BV.exp()
     at_B1 = accepted_B.clamp(max=K - 1)[:, None]
     q_BV = logq_BKV.gather(1, at_B1[..., None].expand(B, 1, V))[:, 0].exp()
-    # p - 2 < 0: the rejected token itself gets nothing.
-    fixed_BV = torch.zeros_like(p_BV).scatter_(1, safe_BK.gather(1, at_B1), 2.0)
-    left_BV = (p_BV - torch.where(is_chain_B1, q_BV, fixed_BV)).clamp_(min=0)
+    without_BV = p_BV.scatter(1, safe_BK.gather(1, at_B1), 0.0)  # p, but not the rejected token
+    left_BV = torch.where(is_chain_B1, (p_BV - q_BV).clamp_(min=0), without_BV)
     left_BV = torch.where(left_BV.sum(-1, keepdim=True) > 0, left_BV, p_BV)
     scores_BV = torch.where(rejected_B1, left_BV.log(), logp_BV)
     if not params.greedy:
-        position_B1 = (start_B + accepted_B)[:, None]
+        position_B1 = (first_B + accepted_B)[:, None]
         token, residual = (
             gumbel(params, position_B1, use, V, p_BV.dtype)[:, 0] for use in (TOKEN, RESIDUAL)
         )

@@ -15,8 +15,14 @@ L <= K, is the proposal. The outcome of a round is (j, r'): j draft tokens are a
 target's own next token r', the bonus token, follows them (where j < L, others call it the
 correction). A round emits d_1 .. d_j and r', and r' is the next r.
 
-The coupling says how the randomness of the two models is joined: both draw with the same noise
-(`shared`), or tokens are accepted by the ratio p / q (`maximal`, `independent`; sampling.py).
+The coupling says when a draft token is accepted. `shared`: if the target draws the same token with
+the same noise. Then every token of the text is argmax(log p + noise) of the target, whoever
+proposed it, and the text is the same in every mode (steps.decide). `maximal` and `independent`: by
+the ratio p / q of the target's and the draft's probabilities (sampling.accept_exact).
+
+A lane is a thread that owns a device: `start` queues work there and returns its future at once. Two
+models on one device may share a lane; then they take turns. A place is a seat in the batch. A
+branch is an outcome that the draft prepares for, and its chain are the draft tokens after it.
 
 Source: Kumar, Dao, May, "Speculative Speculative Decoding", ICLR 2026 (arXiv 2603.03251).
 """
@@ -35,6 +41,7 @@ from steps import Feed, Fork, Runner
 # How long the target waits for the draft's first passes, in seconds: they may still fetch weights
 # from memory or disk, or compile. Later the limit grows with the slowest work so far.
 PREFILL_PATIENCE_S, WARM_UP_PATIENCE_S = 10.0, 600.0
+NOTICED_S = 0.5  # compiling that took longer is reported
 # Draft tokens, and for each the LogQ that it was drawn from (under `shared` None).
 Chain = tuple[list[int], list]
 
@@ -43,18 +50,20 @@ Chain = tuple[list[int], list]
 class Plan:
     """The settings of a round. AR is k = 0 and m = 0, SD is k > 0 and m = 0, SSD is both > 0.
 
-    k is the most draft tokens of a proposal. m is how many outcomes the draft prepares for while
-    the target verifies; with 0 it prepares nothing, and every row misses. fallback is for a row
-    that misses: "jit" drafts now, "fast" guesses from the row's own text, "auto" drafts now if
-    every row missed, and otherwise guesses, so that rows that hit need not wait. halves: while half
-    of the rows are being verified, the draft works for the other half (halves.py reads it).
+    k: at most so many draft tokens in a proposal. m: so many outcomes the draft prepares for while
+    the target verifies; with 0 none, so that every row misses. fallback is for rows that miss:
+    "jit" drafts for them now; "fast" repeats what followed the same n-gram in the row's own text;
+    "auto" is "jit" if every row missed, else "fast", so that rows that hit need not wait. With
+    m = 0 "auto" therefore drafts in every round: that is SD. halves: while half of the rows are
+    being verified, the draft works for the other half (halves.py reads it).
 
     cut: chains stop early, so that they are ready when the verdict arrives. The draft always makes
     the first step; it begins another one only if, going by how long such work has taken so far, it
-    will be done before the verdict, and if no other work is queued. The look-up takes the steps
-    that are done, and waits for the first one only. Without cut it waits for all K. Clock and queue
-    do not look at tokens, so the length of a chain says nothing about what is in it: each token is
-    drawn from the same q as in a whole chain, and the acceptance rule remains exact.
+    will be done before the verdict, and if no other work is queued (Lane.has_time). The look-up
+    takes the steps that are done; if a row hit, it waits for the first one. Without cut it waits
+    for all K. Clock and queue do not look at tokens, so the length of a chain says nothing about
+    what is in it: each token is drawn from the same q as in a whole chain, and the acceptance rule
+    remains exact.
     """
 
     k: int
@@ -96,17 +105,18 @@ class Decoding:
     To draft differently, write a subclass in a file of your own and hand it to Engine.generate as
     `decoding=`, like those in examples/. No engine file needs to change. Override
 
-        prepare    what the draft does while the target verifies: chains.fork, then chains.append
-                   once a step, with the next token of every branch
-        decode     what the draft does while the target waits: K steps for the rows that missed
+        prepare    what the draft does while the target verifies: chains.fork, then once a step
+                   chains.append(tokens [place][branch], LogQ)
+        decode     what the draft does while the target waits: for the rows that missed, `most`
+                   pairs (token by place, LogQ)
         predict    which outcomes are prepared for
         draft_now  which rows that missed are drafted for; it counts the drafted tokens but the last
                    as read by the draft, so override it, too, if your decode does not feed them
 
-    For one pass that proposes K tokens, write the pass as a method of the subclass, and call it in
-    prepare and decode, where there is a loop of steps now. Unless the coupling is `shared`, each
-    token needs the log q that it was drawn from. Verification asks for no more than that, so the
-    text stays exact.
+    For one pass that proposes K tokens, write a method of the subclass that calls your own model,
+    and call it in prepare and decode, where there is a loop of steps now. Under `shared` the LogQ
+    is None; else each token needs the log q that it was drawn from. Verification asks for no more
+    than that, so the text stays exact.
     """
 
     def __init__(
@@ -142,36 +152,39 @@ class Decoding:
         yield
 
     def play(self, places: range, proposal: Proposal) -> Generator[None, None, Proposal]:
-        """The rounds of the rows in these places, from `proposal` on. Returns the last proposal."""
+        """The rounds of the rows in these places, from `proposal` on. Returns the final one."""
         while live := self.seated(places):  # rows that wait take the places of rows that ended
-            plan, feed, last = self.plan, self.feed(live, proposal), self.figures.last
+            plan, feed, previous = self.plan, self.feed(live, proposal), self.figures.last
             verdict = self.target_lane.start(self.target.verify, feed, proposal.kind, proposal.logq)
             chains = SpeculationCache(self.draft_lane, plan.cut)  # for this round's outcomes
             if plan.m > 0:  # else the draft idles until the verdict, and every row misses
                 job = (self.prepare, chains, feed, self.take_skipped(feed), plan, verdict)
                 chains.filled_by(self.draft_lane.start(*job))
-            yield  # the caller prints the text of the last round
-            planned = self.planner.next(last) if last else plan  # from earlier rounds only
+            yield  # the caller prints the text of the previous round
+            # The next K and M must not hang on what this round draws.
+            planned = self.planner.next(previous) if previous else self.planner.first()
             accepted, bonus = verdict.result()  # waits for the target
             self.emit(live, proposal, accepted, bonus)
-            done = self.figures.verified(plan, proposal, live, accepted, verdict)
+            played = self.figures.verified(plan, proposal, live, accepted, verdict)
             try:
-                proposal, self.plan = self.propose(chains, accepted, bonus, planned, done), planned
+                proposal = self.propose(chains, accepted, bonus, planned, played)
+                self.plan = planned
             except DraftLost as lost:  # what this round emitted stays
                 proposal, self.plan = self.go_on_alone(lost)
         return proposal
 
-    def propose(self, chains, accepted, bonus, plan: Plan, done: Round) -> Proposal:
-        """The next proposal. A row that hit gets its chain; for one that missed it is made now.
+    def propose(self, chains, accepted, bonus, plan: Plan, played: Round) -> Proposal:
+        """The next proposal. A row that hit gets its chain; one that missed is drafted for now, or
+        guessed.
 
         The key of `chains` is (place, accepted, bonus); a look-up gives the Chain drafted for it.
         """
-        proposal, live = Proposal(len(self.rows)), self.live(done.live)
+        proposal, live = Proposal(len(self.rows)), self.live(played.live)
         hits = chains.look_up(live, accepted, bonus)  # waits as `cut` says
         missed = [b for b in live if b not in hits]
-        self.learn(done, chains, hits, missed)
+        self.learn(played, chains, hits, missed)
         jit = plan.fallback == "jit" or (plan.fallback == "auto" and not hits)
-        chain_of = hits | (self.draft_now(missed, plan, done) if missed and jit else {})
+        chain_of = hits | (self.draft_now(missed, plan, played) if missed and jit else {})
         for b in live:
             room = self.rows[b].room(plan.k)  # at most k, less at the end of a text
             if b in chain_of:
@@ -183,8 +196,8 @@ class Decoding:
     def prepare(self, chains, feed: Feed, skipped, plan: Plan, verdict: Work) -> None:
         """The draft's side of a round, on its own lane: M outcomes, then a chain after each."""
         draft, lane = self.draft, self.draft_lane
-        draft.prefill(*skipped)  # mostly nothing: see take_skipped
-        with lane.span("extend"):  # read the proposal onto the trunk, score what may follow
+        draft.prefill(*skipped)  # usually nothing: see take_skipped
+        with lane.span("extend"):  # read the proposal into the KV cache, score what may follow
             scores = draft.extend(feed)
         with lane.span("fork"):  # pick the likeliest r', and the j that each follows
             tokens, depths, chance = self.predict(scores, feed, plan)
@@ -195,31 +208,32 @@ class Decoding:
             with lane.span("chain step"):
                 tokens, logq = draft.chain_step(feed, tokens, depths, step, saguaro_top(plan))
                 chains.append(tokens, logq)
-        chains.settle()  # steps run one ahead of their tokens: wait for the last ones
+        chains.settle()  # a GPU's step is only launched so far: wait for the last one's tokens
 
     # ---- the steps of a round
 
     def live(self, places=None) -> list[int]:
-        """The places, of all by default, whose prompt is read and whose row has not ended."""
+        """Those of these places (all by default) whose prompt is read and whose row goes on."""
         return self.seats.live(range(len(self.rows)) if places is None else places)
 
     def seated(self, places: range) -> list[int]:
-        """The live ones of these places, after rows that wait took the places of rows that ended.
+        """Seat waiting rows where rows have ended, let both models read their prompts, and return
+        the live places.
 
-        Both lanes seat these rows and read their prompts. A failure of the target is raised before
-        the next round, one of the draft when it is next asked for something.
+        A failure of the target is raised before the next round, one of the draft when it is next
+        asked for something.
         """
-        for work in self.reading:
-            work.result()  # has ended by now
+        for reading in self.reading:
+            reading.result()  # a lane works in order: this ended before the last verification
         self.reading = []
-        for work, *args in self.seats.joining(places):
-            self.reading.append(self.target_lane.start(getattr(self.target, work), *args))
+        for method, *args in self.seats.joining(places):
+            self.reading.append(self.target_lane.start(getattr(self.target, method), *args))
             if self.draft is not None:
-                self.draft_lane.start(getattr(self.draft, work), *args)
+                self.draft_lane.start(getattr(self.draft, method), *args)
         return self.live(places)
 
     def feed(self, live: list[int], proposal: Proposal) -> Feed:
-        """[r, d_1 .. d_L] of each live row, padded to one length. Compiled steps exist for few."""
+        """[r, d_1 .. d_L] of each live row, padded to a length that there is a step for."""
         fed, start = [[] for _ in self.rows], [0 for _ in self.rows]
         for b in live:
             ids = self.rows[b].ids
@@ -230,10 +244,10 @@ class Decoding:
 
     def take_skipped(self, feed: Feed) -> tuple[list[list[int]], list[int]]:
         """The ids that the draft has skipped and must read before `feed`, and the position of the
-        first, by row. It marks both as read, so it is called exactly once for each feed.
+        first, by row. It marks both as read: call it once for each feed that the draft reads.
 
         Where a proposal that was drafted while the target waited is accepted whole, its last token
-        was never fed. A draft that was left out of some rounds has skipped all of theirs.
+        was drawn and never fed. A draft that was left out of some rounds has skipped all of theirs.
         """
         begins = [min(row.draft_read, start) for row, start in zip(self.rows, feed.start)]
         ids = [row.ids[known:start] for row, known, start in zip(self.rows, begins, feed.start)]
@@ -248,20 +262,22 @@ class Decoding:
             for token in (*proposal.tokens[b][: accepted[b]], bonus[b]):
                 if row.finish is None:
                     row.push(token)
-            # Beyond this the draft's cache holds rejected tokens.
+            # The bonus token is unread, and what was read after the accepted tokens is wrong.
             row.draft_read = min(row.draft_read, len(row.ids) - 1)
 
-    def learn(self, done: Round, chains: SpeculationCache, hits: dict, missed: list[int]) -> None:
-        """Record hits and misses. The draft's next forks use them."""
-        done.looked_up(chains, list(hits), missed)
-        for b in (*hits, *missed) if chains.work else ():
-            self.foresight.learn(chains.chance[b], b in hits, done.accepted[b], done.rejected(b))
+    def learn(self, played: Round, chains: SpeculationCache, hits: dict, missed: list[int]) -> None:
+        """Record hits and misses. Foresight learns from them for the next forks."""
+        played.looked_up(chains, list(hits), missed)
+        if chains.work is not None:
+            for b in (*hits, *missed):
+                tests = played.accepted[b], played.rejected(b)
+                self.foresight.learn(chains.chance[b], b in hits, *tests)
 
     def predict(self, scores, feed: Feed, plan: Plan) -> Fork:
         """The outcomes to prepare for, on the draft's lane: those that it finds likeliest."""
         return self.draft.fork(scores, feed, plan.m, self.foresight)
 
-    def draft_now(self, missed: list[int], plan: Plan, done: Round) -> dict[int, Chain]:
+    def draft_now(self, missed: list[int], plan: Plan, played: Round) -> dict[int, Chain]:
         """A Chain for each row that missed, by ordinary decoding, while the target waits."""
         if self.draft is None or (most := max(self.rows[b].room(plan.k) for b in missed)) == 0:
             return {}
@@ -269,10 +285,11 @@ class Decoding:
         skipped = self.take_skipped(feed)
         for b in missed:
             self.rows[b].draft_read += most - 1  # the last token that it drafts is never fed
-        done.drafted = self.draft_lane.start(self.decode, feed, skipped, most, saguaro_top(plan))
-        steps = self.draft_lane.answer(done.drafted)
+        job = self.decode, feed, skipped, most, saguaro_top(plan)
+        played.drafted = self.draft_lane.start(*job)
+        steps = self.draft_lane.answer(played.drafted)
         return {
-            b: ([tokens[b] for tokens, _ in steps], [logq and logq.of(b, 0) for _, logq in steps])
+            b: ([tokens[b] for tokens, _ in steps], [q and q.of(b, 0) for _, q in steps])
             for b in missed
         }
 
@@ -283,7 +300,7 @@ class Decoding:
         before, begins = skipped
         if max(map(len, before)) > 1:  # the draft was left out of some rounds
             self.draft.prefill(before, begins)
-        elif any(before):
+        elif any(before):  # one token: it and r are a feed of two
             tokens = [old + new for old, new in zip(before, feed.tokens)]
             tokens = [row + [0] * (2 - len(row)) for row in tokens]
             count = [c and len(old) + c for old, c in zip(before, feed.count)]
@@ -312,8 +329,8 @@ class Decoding:
         ids = [row.prompt_left for row in self.rows]
         reading = self.target_lane.start(self.target.prefill, ids, start)
         if self.draft is not None:
-            last = Feed([], [len(row.ids) - 1 for row in self.rows], [0] * len(self.rows))
-            drafting = self.draft_lane.start(self.draft.prefill, *self.take_skipped(last))
+            nothing = Feed([], [len(row.ids) - 1 for row in self.rows], [0] * len(self.rows))
+            drafting = self.draft_lane.start(self.draft.prefill, *self.take_skipped(nothing))
         for row in self.rows:
             row.target_read = len(row.ids) - 1
         reading.result()
@@ -328,8 +345,8 @@ class Decoding:
         if self.draft is not None:
             work = self.draft_lane.start(self.draft.warm_up, *self.shapes)
             fresh |= bool(self.await_draft(work, WARM_UP_PATIENCE_S))
-        if fresh:
-            took = time.perf_counter() - began
+        took = time.perf_counter() - began
+        if fresh and took > NOTICED_S:
             self.warn(f"compiled in {took:.1f} s; the same shapes will not compile again")
         self.draft_lane.slowest_s = 0.0  # compiling says nothing about later work
 
@@ -347,15 +364,16 @@ class Decoding:
         """
         if not self.lost:
             self.warn(f"the draft failed ({lost}): the target goes on alone, the text stays right")
-        # Work that hangs keeps its thread. The lane, which the target may share, gets a new one.
+        # Work that hangs keeps the old thread. The lane gets a new one: the target may use it, too.
         self.draft_lane.leave()
         self.draft, self.lost, self.planner = None, True, SamePlan(Plan(0, 0))
         return Proposal(len(self.rows)), self.planner.first()
 
 
 def saguaro_top(plan: Plan) -> int:
-    """How many of the draft's likeliest tokens Saguaro weighs down: an equal share of the budget
-    for each of the K + 1 positions, and one for the drafted token itself.
+    """How many of the draft's likeliest tokens are drawn less often than q says, so that a
+    rejection's r' is among them (sampling.saguaro): an equal share of the budget for each of the
+    K + 1 positions, and one for the drafted token itself.
     """
     return plan.m // (plan.k + 1) + 1
 

@@ -43,8 +43,8 @@ from sampling import (
     within,
 )
 
-# Noise lies between -3 and 23. A token that the draft's top-k or top-p leaves out is forked after
-# all that it keeps.
+# Noise lies between -3 and 23. A token that the draft's top-k or top-p leaves out ranks below all
+# that it keeps.
 LEFT_OUT = -32.0
 # Prompt tokens of a pass: few shapes, so that the length of a prompt never compiles anything anew.
 PREFILL_CHUNKS = (32, 256)
@@ -52,11 +52,11 @@ PREFILL_CHUNKS = (32, 256)
 
 @dataclass
 class Feed:
-    """What a model is fed in a round: [r, d_1 .. d_L] of each row, padded to T.
+    """What one pass is fed, padded to T: in a round [r, d_1 .. d_L] of each row.
 
-    start is the position of r; count is L + 1, and 0 for a row that takes no part. Lists have an
-    entry for every place of the batch. A pass runs on the places in `part`, by default from the
-    first to the last that is fed.
+    start is the position of the first token, r; count is L + 1, and 0 for a row that is not fed.
+    Lists have an entry for every place of the batch; tokens may also be what a step has `Drawn`. A
+    pass runs on the places in `part`, by default from the first to the last that is fed.
     """
 
     tokens: list[list[int]]
@@ -68,7 +68,7 @@ class Feed:
 class Fork(NamedTuple):
     """Each row's branches, likeliest first, and the chance that the outcome is among them.
 
-    None for rows that took no part.
+    None for places outside the feed's part.
     """
 
     tokens: list[list[int]]  # [B][M]
@@ -79,7 +79,7 @@ class Fork(NamedTuple):
 class Runner:
     """A model, its KV cache and B places for rows, on one lane. Methods run on that lane's thread,
     and take and return lists with an entry for every place. A pass runs on the places that are fed
-    and those between them, as views of the cache, and leaves None for the others.
+    and those between them, on views of the cache; for the others it returns None.
 
     role names the model in errors. k is the most draft tokens of a round, branches the most
     branches (0 for a model that only verifies), vocab the size of the target's vocabulary.
@@ -115,7 +115,7 @@ class Runner:
         self.index_of[ids_V] = torch.arange(len(ids_V), device=weight.device)
         self.noise_dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         self.parts = [range(batch)]  # that static steps exist for, the smallest first
-        self.views: dict[range, dict] = {}  # what a part's steps have beside their numbers
+        self.views: dict[range, dict] = {}  # what a part's steps need besides their numbers
         self.params: Params | None = None
         self.by_draws, self.gathers, self.apart = True, False, False  # as set_rows decides
         self.how: tuple | None = None  # all rows sample: coupling, saguaro_c, greedy, filtered
@@ -129,7 +129,8 @@ class Runner:
         graphs read the new values.
 
         by_draws: a draft token is accepted if it is the target's own draw. Several ranks draw
-        apart, each among its own tokens, unless that needs all logits: then rank 0 gathers them.
+        apart, each among its own tokens, unless that needs all logits: then rank 0 gathers them. On
+        one device both gathers and apart are False.
         """
         several = self.group.ranks > 1
         self.by_draws = coupling == "shared" or (several and params.greedy)
@@ -139,9 +140,9 @@ class Runner:
             every = self.gathers and self.group.rank == 0
             self.ids_V = torch.arange(self.vocab, device=self.device) if every else self.own_V
             self.words_V = self.ids_V.to(torch.int32)
-        how = coupling, saguaro_c, *params[6:]
+        how = coupling, saguaro_c, *params.flags
         if self.policy.static and how == self.how:
-            for old, new in zip(self.params[:6], params[:6]):
+            for old, new in zip(self.params.tensors, params.tensors):
                 old.copy_(new)
             return
         self.params, self.how = params, how
@@ -154,11 +155,11 @@ class Runner:
         """
         self.group.tell("seat", place, sampling, number)
         new = Params.make(*([value] for value in sampling), [number], self.device)
-        for mine, its in zip(self.params[:6], new[:6]):
+        for mine, its in zip(self.params.tensors, new.tensors):
             mine[place] = its[0]
 
     def warm_up(self, lengths: list[int], budgets: list[int], parts: list[range]) -> bool:
-        """Whether anything was compiled or captured: every static step is, before the run is timed.
+        """Compile and capture all steps whose first call is slow. Returns whether any was new.
 
         It runs on rows that write to the dead slot only. lengths: how many tokens a verification or
         extend may be fed; budgets: how many branches there may be; parts: the places that rounds
@@ -166,7 +167,7 @@ class Runner:
         """
         self.lengths, shapes = sorted(lengths), (*lengths, -1, *budgets, *parts)
         self.parts = sorted(parts, key=len)
-        if not self.policy.static or self.warm == shapes:
+        if not self.policy.warms_up or self.warm == shapes:
             return False
         for part in parts:
             self._warm_up(part, lengths, budgets, len(part) > 1 or self.batch == 1)
@@ -203,10 +204,8 @@ class Runner:
         rounds = [p for p in self.parts if len(p) > 1 or self.batch == 1]
         return next(p for p in rounds if p.start <= part.start and part.stop <= p.stop)
 
-    def placed(self, values: list, feed: Feed) -> list:
-        """What a pass over `feed` gave, by place of the batch: None for those that
-        took no part.
-        """
+    def by_place(self, values: list, feed: Feed) -> list:
+        """What a pass over `feed` gave, by place of the batch: None outside the feed's part."""
         part = self.part_of(feed)
         return [None] * part.start + values + [None] * (self.batch - part.stop)
 
@@ -249,7 +248,7 @@ class Runner:
             logq_BKV = logq_BKV.to(self.device)
             for at, b in enumerate(part):
                 for i, q in enumerate((logq[b] or ())[: feed.count[b] - 1]):
-                    logq_BKV[at, i, q.ids_V.to(self.device)] = q.logq_V.to(
+                    logq_BKV[at, i, q.ids_V.to(self.device)] = q.logq.to(
                         self.device, self.noise_dtype
                     )
             tensors = (logq_BKV,)
@@ -294,25 +293,26 @@ class Runner:
         """The next token of every branch, [B][M], and their LogQ of (B, M, V) or None.
 
         tokens are what the branches are fed, and feed is the round's. Branch i sees the trunk up to
-        the depths[b][i]-th draft token and its own chain; the keys of chains lie in the scratch.
+        the depths[b][i]-th draft token and its own chain, whose keys lie in the scratch: the slots
+        after the trunk (KVCache.place_chain).
         top: for Saguaro, how many of the likeliest tokens are weighed down.
         """
-        B, length, part = self.batch, [s + 1 for s in feed.start], self.part_of(feed)
+        B, known, part = self.batch, [s + 1 for s in feed.start], self.part_of(feed)
         m = len(depths[part.start])
         if self.policy.static:
             limits = {
                 "extent": self.cache.trunk,
                 "tight": False,
                 "steps": self.cache.steps,
-                "places": self.k + 1,
+                "positions": self.k + 1,
             }
         else:
             deepest = max(max(depths[b]) for b in part)
-            extent = max(length[b] + max(depths[b]) for b in part)
-            limits = {"extent": extent, "tight": True, "steps": step + 1, "places": 1 + deepest}
+            extent = max(known[b] + max(depths[b]) for b in part)
+            limits = {"extent": extent, "tight": True, "steps": step + 1, "positions": 1 + deepest}
         columns = dict(
             depths=depths,
-            length=length,
+            known=known,
             count=feed.count,
             step=[step] * B,
             top=[top] * B,
@@ -335,10 +335,10 @@ class Runner:
     def _fork(self, x, scores_BTV, *, m):
         return (self.policy.fuse(likeliest)(scores_BTV, x, m),)
 
-    def _chain_step(self, x, fed_BM, *, extent, tight, steps, places):
+    def _chain_step(self, x, fed_BM, *, extent, tight, steps, positions):
         x.tokens = fed_BM
         logits_BMV = self._logits(x, chain_place, extent, tight, steps)
-        return self.policy.fuse(draw_chain)(logits_BMV, x, places)
+        return self.policy.fuse(draw_chain)(logits_BMV, x, positions)
 
     def _decode(self, x, fed_BT, *, extent, tight):
         x.tokens = fed_BT
@@ -346,9 +346,9 @@ class Runner:
 
     # ---- helpers
 
-    def _logits(self, x, placed, *limits):
-        """The logits of x.tokens, which `placed` says where to put."""
-        place = self.policy.fuse(placed)(x, *limits)
+    def _logits(self, x, where, *limits):
+        """The logits of x.tokens. `where` finds the slots for their keys and values."""
+        place = self.policy.fuse(where)(x, *limits)
         logits = self.model(self._known(x.tokens), place, x.cache)[..., : len(self.own_V)]
         return self.group.whole(logits, self.vocab) if self.gathers else logits
 
@@ -358,7 +358,7 @@ class Runner:
         return tokens_BT if most >= self.vocab else tokens_BT.clamp(max=most - 1)
 
     def _read(self, fetched: tuple, feed: Feed, **kinds) -> SimpleNamespace:
-        """The numbers of _join by name, None for rows that took no part. kinds: int or float for
+        """The numbers of _join by name, None outside the feed's part. kinds: int or float for
         one number a row, a width for so many whole ones.
         """
         rows, out, at = self.policy.read(fetched), SimpleNamespace(), 1
@@ -370,7 +370,7 @@ class Runner:
             wide = kind not in (int, float)
             values = [row[at : at + kind] if wide else row[at] for row in rows]
             values = values if kind is not float else list(map(_as_float, values))
-            setattr(out, name, self.placed(values, feed))
+            setattr(out, name, self.by_place(values, feed))
             at += kind if wide else 1
         return out
 
@@ -418,7 +418,7 @@ class Runner:
     def _step(self, work, columns: dict[str, list], *tensors, feed: Feed, **static):
         """What work(named numbers, *tensors, **static) returns, for the places of the feed.
 
-        The named numbers are one namespace with what is _beside them. On CUDA each
+        The named numbers are one namespace with what it needs _besides them. On CUDA each
         combination of part, shapes and `static` is one graph; only a single place's prompt is read
         without one, since there are many places.
         """
@@ -433,25 +433,25 @@ class Runner:
     def run(self, name: str, numbers: list, layout: tuple, part: range, static: dict, *tensors):
         """_step of packed numbers: all ranks run it alike."""
         work = getattr(self, name)
-        packed, beside = self.policy.send(numbers), self._beside(part)
+        packed, besides = self.policy.send(numbers), self._besides(part)
         if not self.policy.static:
-            return work(_views(packed, layout, beside), *tensors, **static)
+            return work(_views(packed, layout, besides), *tensors, **static)
         if len(part) == 1 < self.batch:
             self.policy.enter_thread()
-            return work(_views(packed.to(self.device), layout, beside), *tensors, **static)
+            return work(_views(packed.to(self.device), layout, besides), *tensors, **static)
         key = (work.__name__, layout, part, *(x.shape for x in tensors), *static.values())
         if key not in self.step_of:
             self.policy.enter_thread()
 
             def fixed(packed, *tensors):
-                return work(_views(packed, layout, beside), *tensors, **static)
+                return work(_views(packed, layout, besides), *tensors, **static)
 
             self.step_of[key] = self.policy.step(fixed, self.pool)
         return self.step_of[key](packed, *tensors)
 
-    def _beside(self, part: range) -> dict:
-        """What the steps of these places need beside their numbers: views of the memory of all, and
-        what the whole run has in common.
+    def _besides(self, part: range) -> dict:
+        """What the steps of these places need besides their numbers: views of the memory of all,
+        and what the whole run has in common.
         """
         if part not in self.views:
             self.views[part] = dict(
@@ -477,7 +477,7 @@ def trunk_place(x, extent: int, tight: bool):
 
 def chain_place(x, extent: int, tight: bool, steps: int):
     """Where the tokens of a chain step sit."""
-    return x.cache.place_chain(x.length, x.depths, x.step, x.count > 0, extent, tight, steps)
+    return x.cache.place_chain(x.known, x.depths, x.step, x.count > 0, extent, tight, steps)
 
 
 def decide(logits_BTV, logq_BKV, x) -> torch.Tensor:
@@ -488,7 +488,7 @@ def decide(logits_BTV, logq_BKV, x) -> torch.Tensor:
     warped_BTV, tokens_BK = warp(logits_BTV, x.params), x.tokens[:, 1:]
     length_B = (x.count - 1).clamp(min=0)
     if logq_BKV is None:
-        best_BT, draws_BT = highest(noisy(warped_BTV, x.params, fed_for(x), x.words_V))
+        best_BT, draws_BT = highest(noisy(warped_BTV, x.params, predicted_by(x), x.words_V))
         if x.apart is not None:
             best_BT, draws_BT = x.apart.best(best_BT, x.ids_V[draws_BT])
         return _join(best_BT, *accept_shared(draws_BT, tokens_BK, length_B))
@@ -497,8 +497,10 @@ def decide(logits_BTV, logq_BKV, x) -> torch.Tensor:
 
 
 def score(logits_BTV, x) -> torch.Tensor:
-    """The scores (B, T, V) to fork by: log q, and the noise that will draw the bonus token."""
-    scores_BTV, at_BT = warp(logits_BTV, x.params, LEFT_OUT), fed_for(x)
+    """The scores (B, T, V) to fork by: log q plus the noise that will draw the bonus token, unless
+    the coupling is `independent`.
+    """
+    scores_BTV, at_BT = warp(logits_BTV, x.params, LEFT_OUT), predicted_by(x)
     if x.coupling == "shared":
         return noisy(scores_BTV, x.params, at_BT, x.words_V)
     if x.coupling == "independent" or x.params.greedy:
@@ -526,12 +528,12 @@ def likeliest(scores_BTV, x, m: int) -> torch.Tensor:
     return _join(top.values[:, :1], x.ids_V[top.indices % V], top.indices // V, chance_B)
 
 
-def draw_chain(logits_BMV, x, places: int) -> tuple:
-    """The next token of each branch. They fill the `places` positions from length + step + 1 on.
+def draw_chain(logits_BMV, x, positions: int) -> tuple:
+    """The next token of each branch. They fill so many positions from known + step + 1 on.
 
     Many branches share few positions: noise is hashed once for each of those.
     """
-    at_BT = predicted(x.length + x.step, places)
+    at_BT = predicted(x.known + x.step, positions)
     return draw(logits_BMV, x, at_BT, x.depths[..., None].expand_as(logits_BMV))
 
 
@@ -544,8 +546,8 @@ def draw_next(logits_BTV, x) -> tuple:
 def draw(logits_BTV, x, at_BP, which_BTV) -> tuple:
     """Tokens (B, T) drawn from q, or Saguaro's q', for _read; and their log q, unless `shared`.
 
-    at_BP are the positions that are drawn for, and which_BTV says which of them each draw has; None
-    if each has its own.
+    at_BP are the positions that are drawn for. which_BTV, the same for all V, is the index in at_BP
+    of each draw's position; with None draw i is for at_BP[:, i].
     """
     warped_BTV = scores_BTV = warp(logits_BTV, x.params)
     if x.coupling != "shared":
@@ -560,11 +562,11 @@ def draw(logits_BTV, x, at_BP, which_BTV) -> tuple:
             noise_BPV if which_BTV is None else noise_BPV.gather(1, which_BTV)
         )
     best_BT, drawn_BT = highest(scores_BTV)
-    # A greedy row's log q is finite whatever the logits are: look at those.
+    # A greedy row's best log q is 0 even if its logits are NaN: it is the logits that are checked.
     return _join(warped_BTV.amax(-1) if logq else best_BT, x.ids_V[drawn_BT]), *logq
 
 
-def fed_for(x) -> torch.Tensor:
+def predicted_by(x) -> torch.Tensor:
     """The positions (B, T) that a pass over the trunk predicts."""
     return predicted(x.start, x.tokens.shape[1])
 
@@ -590,11 +592,11 @@ class LogQ(NamedTuple):
     """The log q that tokens were drawn from, over the tokens ids_V of the model that drew them."""
 
     ids_V: torch.Tensor
-    logq_V: torch.Tensor | dict[int, torch.Tensor]  # (V,) of one draw; or by place, (draws, V)
+    logq: torch.Tensor | dict[int, torch.Tensor]  # (V,) of one draw; or by place, (draws, V)
 
     def of(self, row: int, draw: int) -> "LogQ":
         """One draw of many."""
-        return LogQ(self.ids_V, self.logq_V[row][draw])
+        return LogQ(self.ids_V, self.logq[row][draw])
 
 
 # All numbers of a step travel in one int64 tensor with a row for each row of the batch: one copy to
@@ -613,9 +615,9 @@ def _pack(columns: dict[str, list]) -> tuple[list[list[int]], tuple]:
     return [sum(row, []) for row in zip(*parts)], tuple(layout)
 
 
-def _views(packed: torch.Tensor, layout: tuple, beside: dict) -> SimpleNamespace:
+def _views(packed: torch.Tensor, layout: tuple, besides: dict) -> SimpleNamespace:
     """The columns of _pack again, as views: (B, width), or (B,) for one number a row."""
-    out, at = SimpleNamespace(**beside), 0
+    out, at = SimpleNamespace(**besides), 0
     for name, kind in layout:
         width = 1 if kind in (int, float) else kind
         column = packed[:, at : at + width] if kind not in (int, float) else packed[:, at]

@@ -63,7 +63,7 @@ class Hierarchical(ssd.Decoding):
         padded = [tokens + [0] * (T - len(tokens)) for tokens in fed]
         feed = Feed(padded, start, list(map(len, fed)))
         scores_BTV = self.draft.extend(feed)
-        return self.draft.placed(self.draft.ids_V[scores_BTV.argmax(-1)].tolist(), feed)
+        return self.draft.by_place(self.draft.ids_V[scores_BTV.argmax(-1)].tolist(), feed)
 
 
 def accepted(guessed: list[int], own: list[int]) -> int:

@@ -36,12 +36,12 @@ SSD = {"mode": "ssd", "fan_out": 12}
 class Pearl(ssd.Decoding):
     def predict(self, scores_BTV, feed, plan) -> Fork:
         """One outcome a row: all accepted, then the token that the draft itself draws there."""
-        drawn_BT = self.draft.placed(self.draft.ids_V[scores_BTV.argmax(-1)].tolist(), feed)
+        drawn_BT = self.draft.by_place(self.draft.ids_V[scores_BTV.argmax(-1)].tolist(), feed)
         last = [max(count - 1, 0) for count in feed.count]  # a row that has ended has a count of 0
         tokens = [row and [row[j]] for row, j in zip(drawn_BT, last)]
         return Fork(tokens, [[j] for j in last], [1.0] * len(last))  # chances: only SSD reads them
 
-    def draft_now(self, missed, plan, done) -> dict:
+    def draft_now(self, missed, plan, played) -> dict:
         """No tokens for the rows that missed: the next round pre-verifies."""
         return {b: ([], []) for b in missed}
 

@@ -180,9 +180,26 @@ def ratios(groups: dict) -> Iterator[dict]:
             yield row
 
 
+def bits(groups: dict) -> Iterator[dict]:
+    """A row for each format of a target, then of its draft. The whole pair is loaded each time."""
+    for pair in groups.values():
+        for role in ("target", "draft"):
+            for name, way in pair[role].items():
+                yield {
+                    "model": way["name"], "role": role, "asked for": name,
+                    "weights": way["dtype"] if way["quantize"] == "none" else way["quantize"],
+                    "MB read a token": f"{way['step_bytes'] / 1e6:.0f}",
+                    "peak MB of loading": f"{way['load_bytes'] / 1e6:.0f}",
+                    "tokens/s": shown(way["tokens_per_s"], ".1f", True),
+                    "perplexity of code": shown(way.get("perplexity code"), ".2f"),
+                    "of text": shown(way.get("perplexity text"), ".2f"),
+                    "acceptance": shown(way.get("accepted"), ".3f"),
+                }  # fmt: skip
+
+
 VIEWS: dict[str, Callable] = {
-    "modes": modes, "accept": accept, "overlap": overlap, "auto": auto, "ablate": ratios,
-    "beside": ratios, **{f"halves{batch}": ratios for batch in (2, 4, 8, 16)},
+    "bits": bits, "modes": modes, "accept": accept, "overlap": overlap, "auto": auto,
+    "ablate": ratios, "beside": ratios, **{f"halves{batch}": ratios for batch in (2, 4, 8, 16)},
 }  # fmt: skip
 
 

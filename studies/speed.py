@@ -1,6 +1,6 @@
 """The speed model: tokens a second from times and chances, and where a budget goes best.
 
-Knows: the formulas of the walkthrough's sections 6 and 10. Does not know: the engine, and what
+Knows: what the walkthrough's sections 6 and 10 build on. Does not know: the engine, and what
 anybody measured. Read next: simulate.py.
 
 All times are seconds. P_j is the chance that exactly j draft tokens of a proposal of length L are
@@ -64,7 +64,11 @@ def allocate(
 def geometric(acceptance: float, exponent: float, length: int, budget: int) -> list[float]:
     """F_0..F_L as real numbers, the paper's fan-out: a geometric series whose last term is raised.
 
-    It is the continuous optimum for the miss curve c F^-exponent, whatever c is.
+    P_j is the probability that exactly j draft tokens are accepted: a^j (1 - a), and a^L for j = L,
+    where nothing has to be rejected. F guesses all miss with the chance c F^-b, whatever c is (b is
+    the exponent). The F_j sum to M and maximise the sum of P_j (1 - c F_j^-b): at the optimum one
+    more branch is worth the same for every j, P_j b c F_j^-(1+b) = constant. So F_j is proportional
+    to P_j^(1/(1+b)), here divided by the common (1 - a)^(1/(1+b)).
     """
     power = 1 / (1 + exponent)
     weights = [acceptance ** (j * power) for j in range(length + 1)]

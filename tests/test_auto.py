@@ -203,8 +203,20 @@ def test_what_is_given_by_hand_stays():
             plans = {one.first(), *Machine().play(one, 300.0).plans}
             assert {p.k for p in plans} <= set(ks) and {p.m for p in plans} <= {0, *ms}
             assert {p.cut for p in plans} == {cut}
-            turns = "jit" if fallback == "auto" else fallback
-            assert all(p.fallback == (fallback if p.m else turns) for p in plans)
+            on_miss, in_turns = {fallback}, {fallback}
+            if fallback == "auto":
+                on_miss, in_turns = {"auto", "fast"}, {"jit"}
+            assert all(p.fallback in (on_miss if p.m else in_turns) for p in plans)
+
+
+def test_a_miss_is_drafted_for_only_where_that_pays():
+    """By hand: K = 4, a hit rate of one half. Drafting takes 4 steps and gains what is accepted."""
+    for decode, acceptance, fallback in ((0.1, 0.9, "auto"), (0.3, 0.3, "fast")):
+        machine = Machine(decode, acceptance, acceptance, miss=2.0, power=0.5, noise=0.0)
+        got = machine.play(planner((4,), (16,)), 1000.0)
+        assert {p.fallback for p in got.plans[-200:]} == {fallback}
+        (better, plan) = machine.best([Plan(4, 16, way) for way in ("auto", "fast")])
+        assert plan.fallback == fallback and got.rate > 0.97 * better
 
 
 def test_times_between_and_past_what_was_measured():

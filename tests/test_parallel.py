@@ -19,6 +19,7 @@ from tiny import transformer
 import engine
 import parallel
 import ranks
+from checkpoint.gguf import Groups
 from checkpoint.weights import load_model, pieces_of
 from linear import finisher
 from model import Transformer
@@ -45,11 +46,12 @@ CUT = {"top_k": [0, 9, 0, 0], "top_p": [1.0, 1.0, 0.8, 1.0]}
 def runs() -> list[tuple[list, dict]]:
     """Prompts and settings: modes, couplings, one row and four, greedy, sampled and filtered."""
     asked = [(PROMPTS[:1], {"mode": mode}) for mode in ("ar", "sd", "ssd")]
-    asked += [(PROMPTS[:1], {"mode": "ssd", "coupling": "maximal"})]
+    asked += [(PROMPTS[:1], {"mode": mode, "coupling": "maximal"}) for mode in ("sd", "ssd")]
     for mode in ("ar", "sd", "ssd"):
         asked += [(PROMPTS, {"mode": mode} | EACH), (PROMPTS, {"mode": mode} | EACH | CUT)]
     for coupling in ("maximal", "independent"):
         asked += [(PROMPTS, {"mode": "ssd", "coupling": coupling} | EACH | CUT)]
+        asked += [(PROMPTS, {"mode": "sd", "coupling": coupling} | EACH)]
     # One row after the other: the second takes a place whose noise was the first one's.
     asked += [(PROMPTS[:2], {"mode": "sd", "temperature": [1.3, 1.0], "seed": 3, "batch": 1})]
     common = {"k": 2, "fan_out": 5, "max_new_tokens": 9, "ignore_eos": True, "cut": False}
@@ -148,21 +150,26 @@ class Parts(torch.nn.Module):
 def in_parts(name: Path, count: int, bits: str) -> Transformer:
     """One process' model of few bits, but products are rounded where ranks round theirs.
 
-    Codes and scales are those of the whole layer: ranks that chose their own would differ.
+    Codes and scales are those of the whole layer: ranks that chose their own would differ. bits:
+    also "stored", of a GGUF file.
     """
     plain = finisher(bits, True)
 
     def finish(linear, name="", stored=None):
         if not parallel.is_summed(name):
             return plain(linear, name, stored)
+        groups = [stored] * count
+        if isinstance(stored, Groups):
+            groups = [Groups(*each) for each in zip(*(x.chunk(count, 1) for x in stored))]
+            linear.weight = torch.nn.Parameter(stored.dense(), requires_grad=False)
         weight, parts = linear.weight.detach(), []
         together = parallel.Group()
         most = weight.abs().amax(1)
         together.largest = lambda x: most if len(x) > 1 else x
-        for piece in weight.chunk(count, 1):
+        for piece, own in zip(weight.chunk(count, 1), groups):
             part = torch.nn.Linear(piece.shape[1], len(weight), bias=False)
             part.weight = torch.nn.Parameter(piece.contiguous(), requires_grad=False)
-            parts.append(finisher(bits, True, together)(part, name, None))
+            parts.append(finisher(bits, True, together)(part, name, own))
         return Parts(parts)
 
     with one_thread():
@@ -197,14 +204,19 @@ def test_ranks_read_their_own_part_of_a_gguf_file(tmp_path):
     model = model.float()
     kinds = {"attn_q.weight": "Q8_0", "ffn_gate.weight": "Q5_0"}
     path = write(tmp_path / "m.gguf", raw, pieces_of(model), lambda name: kinds.get(name, "Q4_0"))
-    asked = [([[5, 6, 7]], {"max_new_tokens": 8, "ignore_eos": True})]
+    common = {"max_new_tokens": 8, "ignore_eos": True}
+    asked = [([[5, 6, 7]], common), ([[5, 6, 7], [9, 1]], common | {"temperature": [0.9, 0.0]})]
     for bits in ("none", None):
         load = {"target": str(path), "quantize": bits, "device": "cpu"}
         fast = {"float32": 1.0, "int4": 0.5}
         found = texts_of_ranks(2, tmp_path, load, asked, speeds=fast)
         one = engine.load(str(path), device="cpu", quantize="none")
-        if bits == "none":
-            assert found[0]["ids"] == one.generate(*asked[0][:1], **asked[0][1]).token_ids
+        truth = one
+        if bits is None:
+            model = engine.Model.of(in_parts(path, 2, "stored"), "target", bits="stored")
+            truth = engine.Engine(model, None, Devices("cpu", "cpu"))
+        for (prompts, settings), got in zip(asked, found):
+            assert got["ids"] == truth.generate(prompts, **settings).token_ids, settings
         weights = [json.loads((tmp_path / f"job2.target{r}").read_text())[0] for r in (0, 1)]
         whole = engine.load(str(path), device="cpu", quantize="none").target.step_bytes
         assert all(w < 1.1 * whole / (2 if bits else 4) for w in weights), (weights, whole)

@@ -14,6 +14,7 @@ import torch
 
 import auto
 import runtime
+import ssd
 from engine import Engine, Model
 from rows import COUPLINGS
 from runtime import (
@@ -289,6 +290,32 @@ def test_compiled_steps_equal_eager_ones_and_never_recompile():
             before = graphs
             assert got.token_ids == eager.generate(rows, **options).token_ids
     assert said and all("compiled in" in text for text in said)
+
+
+def test_steps_whose_first_call_is_slow_are_called_before_the_first_round(monkeypatch):
+    """As eager ones on a GPU, whose kernels compile then: a draft would be lost to its patience."""
+    target = tiny.transformer()
+    engine = tiny.engine(target, tiny.transformer(1, base=target, noise=0.02))
+    options = {"mode": "ssd", "k": 2, "fan_out": 6, "max_new_tokens": 12, "temperature": 1.0}
+    truth = engine.generate([[1, 2, 3], [4]], **options).token_ids
+    for model in (engine.target, engine.draft):
+        model.policy.warms_up = True
+    ran, run, warm_up = [], Runner.run, ssd.Decoding.warm_up
+
+    def noted(runner, name, *rest):
+        ran.append((runner.role, name))
+        return run(runner, name, *rest)
+
+    def ended(decoding):
+        warm_up(decoding)
+        ran.append("the rounds")
+
+    monkeypatch.setattr(Runner, "run", noted)
+    monkeypatch.setattr(ssd.Decoding, "warm_up", ended)
+    assert engine.generate([[1, 2, 3], [4]], **options).token_ids == truth
+    warmed = set(ran[: ran.index("the rounds")])
+    steps = {"target": "_prefill _verify", "draft": "_prefill _decode _extend _fork _chain_step"}
+    assert warmed == {(role, name) for role in steps for name in steps[role].split()}
 
 
 def test_texts_of_every_length_run(eager_backend):

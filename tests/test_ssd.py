@@ -300,7 +300,7 @@ def test_a_chain_is_ordinary_decoding_from_its_prefix(models, coupling, temperat
             if coupling == "shared":
                 assert all(logq is None for _, logq in steps)
             elif temperature > 0:
-                ours = torch.stack([logq.of(b, m).logq_V for _, logq in steps])
+                ours = torch.stack([logq.of(b, m).logq for _, logq in steps])
                 torch.testing.assert_close(ours, truth, rtol=0, atol=1e-9)
 
 
@@ -439,7 +439,7 @@ def test_the_log_q_of_a_cut_head_is_that_of_its_own_tokens(models, coupling):
                 mine = logq.of(b, m)
                 assert mine.ids_V.tolist() == SOME_IDS
                 truth_V = (truth[step] / 0.75).log_softmax(-1)
-                torch.testing.assert_close(mine.logq_V, truth_V, rtol=0, atol=1e-9)
+                torch.testing.assert_close(mine.logq, truth_V, rtol=0, atol=1e-9)
 
 
 # ---- drafts that are always right, useless, or malicious
