@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from statistics import median
 
 from figures import Round, expected_tokens
-from sampling import MISS_POWER
+from sampling import CHAIN, FIXED, MISS_POWER
 from ssd import Plan
 
 KS, MS = (1, 2, 3, 4, 6, 8), (6, 12, 24)
@@ -78,23 +78,24 @@ class Seen:
         default_factory=lambda: [0.6 * PRIOR * 12**-MISS_POWER, PRIOR * 12**-MISS_POWER]
     )
 
-    def learn(self, done: Round, drafted: int, state: bool) -> None:
-        """Add one round. drafted: the K of the plan after it. state: was the proposal before it
-        accepted whole?
+    def learn(self, done: Round, state: bool, kinds: tuple[int, ...]) -> None:
+        """Add one round. state: was the proposal before it accepted whole? kinds: of which
+        proposals the acceptance counts.
         """
         self.rounds += 1
         m, fed = done.plan.m, 1 + max(done.length[b] for b in done.live)
-        work = done.drafted if drafted else None
+        work = done.drafted
         for times, size, seconds in (
             (self.beside if m else self.verify, fed, done.end - done.begin),
             (self.prepare, fed, done.prepare_s),
             (self.step, m, done.step_s),
-            (self.draft, drafted, work and (work.end - work.begin) / drafted),
+            (self.draft, work and work.tokens, work and (work.end - work.begin) / work.tokens),
         ):
             if seconds:
                 times.of[size].append((self.rounds, seconds))
-        accepted = sum(done.accepted[b] for b in done.live)
-        tested = accepted + sum(done.rejected(b) for b in done.live)
+        counted = [b for b in done.live if done.kind[b] in kinds]
+        accepted = sum(done.accepted[b] for b in counted)
+        tested = accepted + sum(done.rejected(b) for b in counted)
         for share in self.tests.values():
             share[:] = (x * MEMORY**tested for x in share)
         self.tests[state][0] += accepted
@@ -153,8 +154,11 @@ class Auto:
             for fallback in (on_miss if m else in_turns)
         ]  # fmt: skip
         self.modes = defaultdict(list)
-        for plan in self.plans:
-            self.modes[plan.k > 0, plan.m > 0].append(plan)
+        for plan in self.plans:  # a mode that never drafts would not learn what drafting takes
+            self.modes[plan.k > 0, plan.m > 0, plan.fallback != "fast"].append(plan)
+        # Guesses from the text say nothing about the draft. If misses are only guessed, they count.
+        drafts = any(plan.fallback != "fast" for plan in self.plans)
+        self.kinds = (CHAIN,) if drafts else (CHAIN, FIXED)
         self.seen, self.batch, self.state = seen, batch, True
         self.tried, self.due = 0, seen.rounds + TRY_EVERY // 4
         self.revise()
@@ -168,7 +172,7 @@ class Auto:
 
     def next(self, done: Round) -> Plan:
         """Learn from a round and plan the next but one: by now another is under way."""
-        self.seen.learn(done, self.now.k, self.state)
+        self.seen.learn(done, self.state, self.kinds)
         if any(done.length):  # what the last proposal came to foretells the next one's fate
             self.state = not any(done.rejected(b) for b in done.live)
         if self.seen.rounds % REVISE_EVERY == 0:

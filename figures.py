@@ -14,6 +14,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, median
+from typing import NamedTuple
 
 MODES = ("ar", "sd", "ssd")
 OF_SSD = ("fan_out", "cut", "fallback")
@@ -48,6 +49,16 @@ SHOWN = (  # name, label, format: a line of --compare, a part of the line of fig
 )
 
 
+class Drafting(NamedTuple):
+    """When the draft drafted while the target waited, and how many tokens in a row. What it drafted
+    is not kept: under `maximal` every token has a q of its own.
+    """
+
+    begin: float
+    end: float
+    tokens: int
+
+
 @dataclass
 class Round:
     """One round: what was tried, what held, what was foreseen, and how long it took.
@@ -55,8 +66,7 @@ class Round:
     kind, length and accepted have an entry for each place of the batch; live, hit and missed are
     the places whose rows played, hit and missed.
     chain_steps is how many of them were ready at the look-up, prepare_s the seconds of extend and
-    fork, step_s those of a chain step. drafted is the work that drafted while the target waited,
-    None where there was none.
+    fork, step_s those of a chain step. drafted: what the draft did while the target waited.
     """
 
     plan: object
@@ -72,7 +82,7 @@ class Round:
     chain_steps: int = 0
     prepare_s: float | None = None
     step_s: float | None = None
-    drafted: object = None
+    drafted: Drafting | None = None
 
     def rejected(self, b: int) -> int:
         """1 if a draft token of row b was rejected. Tokens after it are untested."""

@@ -164,8 +164,8 @@ class Lane:
             raise DraftLost(str(self.error) or type(self.error).__name__) from self.error
 
     def patience(self) -> float:
-        """How long to wait for an answer, in seconds."""
-        return max(PATIENCE_S, PATIENCE_TIMES * self.slowest_s)
+        """How long to wait for an answer, in seconds: work that is queued before it counts."""
+        return max(PATIENCE_S, (PATIENCE_TIMES + self._queue.qsize()) * self.slowest_s)
 
     def has_time(self, verdict: Work) -> bool:
         """Whether one more step like the last is likely to be done before `verdict` is in, and no
@@ -412,8 +412,8 @@ class Policy:
     def __init__(self, device: torch.device, compile: bool):
         self.device, self.static = device, compile
         self.graphs = compile and device.type == "cuda"
-        # Whether the first call of a step is slow. An eager one on a GPU compiles Triton kernels.
-        self.warms_up = compile or device.type == "cuda"
+        # Eager steps on a GPU compile Triton kernels when texts get so long that they need them.
+        self.compiles_late = device.type == "cuda" and not compile
         self.fused: dict[Callable, Callable] = {}
         self.how = {"fullgraph": True, "dynamic": False}  # for torch.compile
         if self.graphs:  # small operations that do not need each other share a kernel

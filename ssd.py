@@ -32,7 +32,7 @@ from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 
 from cache import SpeculationCache
-from figures import Figures, Round
+from figures import Drafting, Figures, Round
 from rows import Row, Seats
 from runtime import PATIENCE_TIMES, DraftLost, Lane, Work
 from sampling import CHAIN, FIXED, NONE, Foresight
@@ -41,7 +41,7 @@ from steps import Feed, Fork, Runner
 # How long the target waits for the draft's first passes, in seconds: they may still fetch weights
 # from memory or disk, or compile. Later the limit grows with the slowest work so far.
 PREFILL_PATIENCE_S, WARM_UP_PATIENCE_S = 10.0, 600.0
-NOTICED_S = 0.5  # compiling that took longer is reported
+NOTICED_S, COMPILES_S = 0.5, 3.0  # compiling that is reported; what a kernel may take to compile
 # Draft tokens, and for each the LogQ that it was drawn from (under `shared` None).
 Chain = tuple[list[int], list]
 
@@ -229,7 +229,9 @@ class Decoding:
         for method, *args in self.seats.joining(places):
             self.reading.append(self.target_lane.start(getattr(self.target, method), *args))
             if self.draft is not None:
-                self.draft_lane.start(getattr(self.draft, method), *args)
+                drafting = self.draft_lane.start(getattr(self.draft, method), *args)
+                if self.draft_lane is self.target_lane:  # a verification would wait without a limit
+                    self.await_draft(drafting, PREFILL_PATIENCE_S)
         return self.live(places)
 
     def feed(self, live: list[int], proposal: Proposal) -> Feed:
@@ -238,7 +240,9 @@ class Decoding:
         for b in live:
             ids = self.rows[b].ids
             fed[b], start[b] = [ids[-1], *proposal.tokens[b]], len(ids) - 1
-        T = self.target.fits(max(map(len, fed)))
+        T = max(map(len, fed))
+        for runner in (self.target, *([self.draft] if self.draft else ())):
+            T = runner.fits(T)
         padded = [tokens + [0] * (T - len(tokens)) for tokens in fed]
         return Feed(padded, start, list(map(len, fed)))
 
@@ -268,7 +272,7 @@ class Decoding:
     def learn(self, played: Round, chains: SpeculationCache, hits: dict, missed: list[int]) -> None:
         """Record hits and misses. Foresight learns from them for the next forks."""
         played.looked_up(chains, list(hits), missed)
-        if chains.work is not None:
+        if chains.chance:  # else nothing was prepared, or the draft was lost before it forked
             for b in (*hits, *missed):
                 tests = played.accepted[b], played.rejected(b)
                 self.foresight.learn(chains.chance[b], b in hits, *tests)
@@ -286,8 +290,9 @@ class Decoding:
         for b in missed:
             self.rows[b].draft_read += most - 1  # the last token that it drafts is never fed
         job = self.decode, feed, skipped, most, saguaro_top(plan)
-        played.drafted = self.draft_lane.start(*job)
-        steps = self.draft_lane.answer(played.drafted)
+        work = self.draft_lane.start(*job)
+        steps = self.draft_lane.answer(work)
+        played.drafted = Drafting(work.begin, work.end, most)
         return {
             b: ([tokens[b] for tokens, _ in steps], [q and q.of(b, 0) for _, q in steps])
             for b in missed
@@ -348,7 +353,9 @@ class Decoding:
         took = time.perf_counter() - began
         if fresh and took > NOTICED_S:
             self.warn(f"compiled in {took:.1f} s; the same shapes will not compile again")
-        self.draft_lane.slowest_s = 0.0  # compiling says nothing about later work
+        # Compiling says nothing of later work. But an eager draft on a GPU compiles in its rounds.
+        late = self.draft is not None and self.draft.policy.compiles_late
+        self.draft_lane.slowest_s = COMPILES_S if late else 0.0
 
     def await_draft(self, work: Work, limit_s: float):
         """What the draft's work returns. If it fails: None, and the target goes on alone."""

@@ -159,7 +159,7 @@ class Runner:
             mine[place] = its[0]
 
     def warm_up(self, lengths: list[int], budgets: list[int], parts: list[range]) -> bool:
-        """Compile and capture all steps whose first call is slow. Returns whether any was new.
+        """Compile and capture all static steps. Returns whether any was new.
 
         It runs on rows that write to the dead slot only. lengths: how many tokens a verification or
         extend may be fed; budgets: how many branches there may be; parts: the places that rounds
@@ -167,7 +167,7 @@ class Runner:
         """
         self.lengths, shapes = sorted(lengths), (*lengths, -1, *budgets, *parts)
         self.parts = sorted(parts, key=len)
-        if not self.policy.warms_up or self.warm == shapes:
+        if not self.policy.static or self.warm == shapes:
             return False
         for part in parts:
             self._warm_up(part, lengths, budgets, len(part) > 1 or self.batch == 1)

@@ -15,8 +15,8 @@ from tiny import engine, play, transformer
 import auto
 import runtime
 from auto import Auto, Seen, Times
-from figures import Round
-from sampling import CHAIN
+from figures import Drafting, Round
+from sampling import CHAIN, FIXED
 from ssd import Plan, SamePlan
 from steps import Runner
 
@@ -92,7 +92,7 @@ class Machine:
             if not hit and next_plan.k and next_plan.fallback != "fast":
                 begin = max(t, free)
                 t = free = begin + lasts("draft", next_plan.k * self.decode)
-                done.drafted, length = SimpleNamespace(begin=begin, end=t), next_plan.k
+                done.drafted, length = Drafting(begin, t, next_plan.k), next_plan.k
         return SimpleNamespace(rate=tokens / t, plans=plans)
 
     def text(self, tokens: int) -> list[bool]:
@@ -207,6 +207,24 @@ def test_what_is_given_by_hand_stays():
             if fallback == "auto":
                 on_miss, in_turns = {"auto", "fast"}, {"jit"}
             assert all(p.fallback in (on_miss if p.m else in_turns) for p in plans)
+
+
+def test_what_to_do_on_a_miss_is_never_final():
+    """M is given: without SD among the plans, only a plan that drafts on a miss learns its time."""
+    for quick in (Machine(0.1, 0.9, 0.9), Machine(0.1, 0.9, 0.9, slow=(60.0, "draft", 8.0))):
+        plans = quick.play(planner(ms=(16,)), 1500.0).plans[-300:]
+        assert sum(p.fallback == "auto" for p in plans) > 0.8 * len(plans)
+
+
+def test_guesses_from_the_text_say_nothing_about_the_draft():
+    for kind, moved in ((CHAIN, True), (FIXED, False)):
+        seen = Seen()
+        before = seen.acceptance(True)
+        for _ in range(20):
+            seen.learn(Round(Plan(3, 8), [0], [kind], [3], [0], 0.0, 1.0), True, (CHAIN,))
+        assert (seen.acceptance(True) < 0.5 * before) == moved
+    one = planner((3,), (0,), "fast")  # n-grams alone, or misses that are only guessed
+    assert one.kinds == (CHAIN, FIXED) and planner().kinds == (CHAIN,)
 
 
 def test_a_miss_is_drafted_for_only_where_that_pays():

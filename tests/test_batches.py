@@ -230,6 +230,29 @@ def test_a_draft_that_is_lost_in_halves(models, monkeypatch):  # noqa: F811
     assert len(said) == 1 and "broken" in said[0]
 
 
+@pytest.mark.parametrize("step", ["extend", "fork"])
+def test_a_draft_that_is_lost_in_halves_before_it_forked(models, monkeypatch, step):  # noqa: F811
+    """Both halves have work under way that prepared nothing when the draft is given up."""
+    from steps import Runner
+
+    calls, work = [], getattr(Runner, step)
+
+    def fails(self, *args):
+        calls.append(1)
+        if len(calls) > 8:
+            raise RuntimeError("broken")
+        return work(self, *args)
+
+    monkeypatch.setattr(Runner, step, fails)
+    said = []
+    pair = engine(*models[:2], warn=said.append)  # noqa: F811
+    settings = {"max_new_tokens": 30, "temperature": 1.0}
+    expected = pair.generate(LONG[:6], mode="ar", **settings).token_ids
+    more = {"mode": "ssd", "k": 3, "fan_out": 6, "batch_halves": "on"}
+    assert pair.generate(LONG[:6], **settings, **more).token_ids == expected
+    assert len(said) == 1 and "broken" in said[0]
+
+
 def test_the_quicker_way_is_found_and_found_again():
     """A simulated machine on which halves are quicker at first, and later are not."""
     plan, clock = SamePlan(Plan(2, 0)), 0.0

@@ -18,6 +18,7 @@ from scipy.stats import chi2
 from tiny import Restless, cut_head, engine, log_probs, play, resized, settle, transformer
 
 import runtime
+from figures import Drafting
 from rows import Row
 from runtime import Lane
 from sampling import CHAIN, FIXED, NONE
@@ -198,6 +199,7 @@ def test_ssd_maximal_whole_and_cut_chains_and_every_fallback(pair, monkeypatch):
     rounds = decoding.figures.rounds
     assert min(tried.values()) > 20_000 and 0.2 < stats["hit_rate"] < 0.8
     assert sum(done.drafted is not None for done in rounds) > 3
+    assert all(isinstance(done.drafted, Drafting | None) for done in rounds), "no q is kept"
     assert {done.chain_steps for done in rounds if done.look_up} == {1, 2}
     check(pair, decoding)
 

@@ -157,6 +157,17 @@ def test_a_draft_that_hangs(bench, monkeypatch, place, settings):
         woken.set()
 
 
+def test_a_draft_that_hangs_on_the_shared_lane_while_it_reads_a_row_that_joins(bench, monkeypatch):
+    woken = threading.Event()
+    bench.engine.devices = Devices(f"cpu:{available_cores()[0]}")
+    impatient(monkeypatch)
+    bench.break_("prefill", lambda value: woken.wait(30) and value, after=1)
+    try:
+        assert bench.survives(mode="sd", batch=1) < 10
+    finally:
+        woken.set()
+
+
 @pytest.mark.parametrize("mode", ["sd", "ssd"])
 def test_a_draft_that_hangs_on_the_target_s_own_lane(bench, monkeypatch, mode):
     """For SD on one device both share a lane: the target gets a new one instead of waiting behind

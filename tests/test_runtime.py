@@ -14,7 +14,6 @@ import torch
 
 import auto
 import runtime
-import ssd
 from engine import Engine, Model
 from rows import COUPLINGS
 from runtime import (
@@ -172,6 +171,9 @@ def test_patience_grows_with_the_slowest_work_and_an_answer_may_have_more(lane, 
     monkeypatch.setattr(runtime, "PATIENCE_S", 0.01)
     lane.start(time.sleep, 0.05).result()
     assert lane.patience() >= 20 * 0.05
+    for _ in range(30):
+        lane.start(time.sleep, 0.01)
+    assert lane.patience() >= 40 * 0.05, "work that is queued before it takes time, too"
     monkeypatch.setattr(runtime, "PATIENCE_TIMES", 0)
     assert lane.answer(lane.start(lambda: time.sleep(0.2) or 7), limit_s=10) == 7
 
@@ -292,30 +294,47 @@ def test_compiled_steps_equal_eager_ones_and_never_recompile():
     assert said and all("compiled in" in text for text in said)
 
 
-def test_steps_whose_first_call_is_slow_are_called_before_the_first_round(monkeypatch):
-    """As eager ones on a GPU, whose kernels compile then: a draft would be lost to its patience."""
-    target = tiny.transformer()
-    engine = tiny.engine(target, tiny.transformer(1, base=target, noise=0.02))
-    options = {"mode": "ssd", "k": 2, "fan_out": 6, "max_new_tokens": 12, "temperature": 1.0}
-    truth = engine.generate([[1, 2, 3], [4]], **options).token_ids
-    for model in (engine.target, engine.draft):
-        model.policy.warms_up = True
-    ran, run, warm_up = [], Runner.run, ssd.Decoding.warm_up
+@pytest.mark.parametrize("late", [True, False])
+def test_an_eager_draft_on_a_gpu_has_time_to_compile_in_its_rounds(monkeypatch, late):
+    """Its Triton kernels compile when a text gets long enough; another draft is lost by then."""
+    monkeypatch.setattr(runtime, "PATIENCE_S", 0.3)
+    monkeypatch.setattr(runtime, "PATIENCE_TIMES", 20 if late else 0)
+    said, target, calls, extend = [], tiny.transformer(), [], Runner.extend
+    pair = tiny.engine(target, tiny.transformer(1, base=target, noise=0.02), warn=said.append)
+    pair.draft.policy.compiles_late = late
 
-    def noted(runner, name, *rest):
-        ran.append((runner.role, name))
-        return run(runner, name, *rest)
+    def compiles(runner, feed):
+        calls.append(1)
+        time.sleep(2.0 if len(calls) == 3 else 0.0)
+        return extend(runner, feed)
 
-    def ended(decoding):
-        warm_up(decoding)
-        ran.append("the rounds")
+    monkeypatch.setattr(Runner, "extend", compiles)
+    options = {"mode": "ssd", "k": 2, "fan_out": 6, "max_new_tokens": 12, "ignore_eos": True}
+    got = pair.generate([[1, 2, 3]], **options)
+    assert got.token_ids == pair.generate([[1, 2, 3]], max_new_tokens=12).token_ids
+    assert len(said) == (not late)
 
-    monkeypatch.setattr(Runner, "run", noted)
-    monkeypatch.setattr(ssd.Decoding, "warm_up", ended)
-    assert engine.generate([[1, 2, 3], [4]], **options).token_ids == truth
-    warmed = set(ran[: ran.index("the rounds")])
-    steps = {"target": "_prefill _verify", "draft": "_prefill _decode _extend _fork _chain_step"}
-    assert warmed == {(role, name) for role in steps for name in steps[role].split()}
+
+def test_lengths_that_a_static_draft_knows_are_fed_to_it_by_an_eager_target(
+    eager_backend, monkeypatch
+):
+    """Where proposals are shorter than K, at the end of a text: nothing is compiled in a round."""
+    target = tiny.transformer(dtype=torch.float32, num_hidden_layers=1)
+    draft = tiny.transformer(1, base=target, noise=0.02, dtype=torch.float32, num_hidden_layers=1)
+    models = Model.of(target, "target"), Model.of(draft, "draft", compile=True)
+    fed, extend = set(), Runner.extend
+
+    def noted(runner, feed):
+        fed.add(len(feed.tokens[0]))
+        assert fed <= set(runner.lengths)
+        return extend(runner, feed)
+
+    monkeypatch.setattr(Runner, "extend", noted)
+    pair = Engine(*models, tiny.DEVICES, warn=lambda text: None)
+    options = {"mode": "ssd", "k": 4, "fan_out": 6, "ignore_eos": True, "fallback": "jit"}
+    for new in range(9, 14):
+        pair.generate([[1, 2, 3]], max_new_tokens=new, **options)
+    assert fed == {1, 5}
 
 
 def test_texts_of_every_length_run(eager_backend):
