@@ -25,7 +25,7 @@ from checkpoint.weights import (
     resolve,
 )
 from figures import run_stats
-from linear import FORMATS, finish_all, finisher, speeds
+from linear import DRAFT_ROWS, FORMATS, TARGET_ROWS, finish_all, finisher, speeds
 from model import Transformer
 from parallel import ALONE, Group
 from ranks import join, serve
@@ -74,7 +74,8 @@ class Model:
         group: the ranks that share the model.
         """
         where, compile = resolve(name), device.type == "cuda" if compile is None else compile
-        numbers, bits = group.same(choose_format(where, device, dtype, quantize, compile))
+        drafts = target is not None
+        numbers, bits = group.same(choose_format(where, device, dtype, quantize, compile, drafts))
         share, of = group.share if group.ranks > 1 else None, target and target.transformer
         with one_thread():
             if of is not None and of.group.ranks > 1 and load_config(name).head_tokens:
@@ -176,14 +177,20 @@ class Model:
 
 
 def choose_format(
-    where: Path, device: torch.device, dtype: str | None, quantize: str | None, plain: bool
+    where: Path,
+    device: torch.device,
+    dtype: str | None,
+    quantize: str | None,
+    plain: bool,
+    drafts: bool = False,
 ) -> tuple[torch.dtype, str]:
     """The dtype between the layers of a model, and the bits of their weights: what was asked for,
     or what is fastest here.
 
     Bits are "none", "bfloat16", "int8", "int4", or "stored": the few bits of a GGUF file as they
     are, the default where this CPU multiplies them faster than floats. plain: weights must stay
-    nn.Linear's.
+    nn.Linear's. drafts: it is a draft's, which costs hits and never exactness: without a choice of
+    the user it gets few bits where they are fastest.
     """
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}, wanted one of {', '.join(DTYPES)}")
@@ -193,10 +200,13 @@ def choose_format(
         return asked, quantize or "none"
     if dtype not in (None, "bfloat16"):
         return asked, "none"  # nothing to choose, so nothing is measured
-    here = speeds()
+    here = speeds(DRAFT_ROWS if drafts else TARGET_ROWS)
     faster = [name for name in here if here[name] < here.get("float32", math.inf)]
     if dtype is None and quantize is None and where.is_file() and "int4" in faster:
         return usual, "stored"
+    quickest = min(here, key=here.get, default="none")
+    if drafts and dtype is None and quantize is None and quickest in ("int8", "int4"):
+        return usual, quickest
     if dtype is None and "bfloat16" in faster or dtype == "bfloat16" and dtype in here:
         return torch.float32, "bfloat16"  # a CPU computes the rest in float32 as fast
     return asked, "none"
@@ -471,8 +481,8 @@ def load(
     machine. dtype: "float32", "bfloat16", "float16", "float64"; by default bfloat16 on CUDA, and
     on a CPU what is faster there, float32 or bfloat16. compile: by default only on CUDA. quantize,
     draft_quantize: "none", "int8", "int4"; by default a GGUF file's few bits stay as they are where
-    a CPU is fast with them. Raises ValueError with one sentence for anything that the user can set
-    right.
+    a CPU is fast with them, and another draft has what is fastest there. Raises ValueError with one
+    sentence for anything that the user can set right.
     """
     for name, bits in (("quantize", quantize), ("draft_quantize", draft_quantize)):
         if bits is not None and bits not in FORMATS:

@@ -28,6 +28,8 @@ from runtime import one_thread
 
 FORMATS = ("none", "int8", "int4")
 AT_ONCE = 1 << 22  # weights that are quantised at a time: temporaries stay small
+# Rows of a pass that a format is chosen by: a step and a verification; a step and one of branches.
+TARGET_ROWS, DRAFT_ROWS = (1, 4), (1, 12)
 ROWS_AT_ONCE = 1 << 12  # a multiple of the rows of all blocks that int4 is packed in
 
 
@@ -211,12 +213,17 @@ def finish_all(model: nn.Module, finish: Callable) -> None:
                 setattr(module, name, finish(child, f"{path}.{name}".lstrip(".")))
 
 
+def speeds(rows: tuple[int, int] = TARGET_ROWS) -> dict[str, float]:
+    """Milliseconds that products of so many rows take on this CPU, together, by format."""
+    return {name: sum(ms[count] for count in rows) for name, ms in measured().items()}
+
+
 @functools.cache
-def speeds() -> dict[str, float]:
-    """Milliseconds that products of one row and of four take on this CPU, by format.
+def measured() -> dict[str, dict[int, float]]:
+    """Milliseconds that a product takes on this CPU, by format and rows.
 
     A format that this CPU or this PyTorch cannot compute is missing. Measured once, on one thread,
-    in 0.4 s on a CPU with AVX2. The weights are more than a cache holds, as a model's are: read
+    in 0.5 s on a CPU with AVX2. The weights are more than a cache holds, as a model's are: read
     from a cache, floats are as fast as few bits on some CPUs, and every start would choose anew.
     """
     linear = nn.Linear(2048, 4096, bias=False).requires_grad_(False)
@@ -231,10 +238,10 @@ def speeds() -> dict[str, float]:
         try:
             with one_thread():
                 layer = make()
-                found[name] = sum(
-                    1e3 * min(_seconds(layer, torch.ones(rows, 2048)) for _ in range(3))
-                    for rows in (1, 4)
-                )
+                found[name] = {
+                    rows: 1e3 * min(_seconds(layer, torch.ones(rows, 2048)) for _ in range(3))
+                    for rows in {*TARGET_ROWS, *DRAFT_ROWS}
+                }
         except (RuntimeError, AttributeError):  # it is not for this CPU, or not in this PyTorch
             continue
     return found

@@ -74,7 +74,11 @@ class Plan:
 
 
 class SamePlan:
-    """A planner that never changes its mind. auto.Auto is one that learns from every round."""
+    """A planner that never changes its mind. auto.Auto is one that learns from every round.
+
+    The plan of the next round is made from earlier ones, while the target verifies: K and M must
+    not hang on what this round draws.
+    """
 
     def __init__(self, plan: Plan):
         self.plan = plan
@@ -161,21 +165,18 @@ class Decoding:
                 job = (self.prepare, chains, feed, self.take_skipped(feed), plan, verdict)
                 chains.filled_by(self.draft_lane.start(*job))
             yield  # the caller prints the text of the previous round
-            # The next K and M must not hang on what this round draws.
-            planned = self.planner.next(previous) if previous else self.planner.first()
+            ahead = self.planner.next(previous) if previous else self.planner.first()
             accepted, bonus = verdict.result()  # waits for the target
             self.emit(live, proposal, accepted, bonus)
             played = self.figures.verified(plan, proposal, live, accepted, verdict)
             try:
-                proposal = self.propose(chains, accepted, bonus, planned, played)
-                self.plan = planned
+                proposal, self.plan = self.propose(chains, accepted, bonus, ahead, played), ahead
             except DraftLost as lost:  # what this round emitted stays
                 proposal, self.plan = self.go_on_alone(lost)
         return proposal
 
     def propose(self, chains, accepted, bonus, plan: Plan, played: Round) -> Proposal:
-        """The next proposal. A row that hit gets its chain; one that missed is drafted for now, or
-        guessed.
+        """The next proposal: a row that hit gets its chain, another is drafted for now or guessed.
 
         The key of `chains` is (place, accepted, bonus); a look-up gives the Chain drafted for it.
         """

@@ -51,7 +51,7 @@ def main() -> None:
     path = Path(sys.argv[1])
     job, rank = json.loads(path.read_text()), os.environ["RANK"]
     job |= job.get("of_rank", {}).get(rank, {})
-    engine.speeds = lambda: job.get("speeds", {"float32": 1.0})
+    engine.speeds = lambda *rows: job.get("speeds", {"float32": 1.0})
     made, gathers = engine.Model.load, []
     whole = parallel.Group.whole
 

@@ -232,7 +232,8 @@ def test_a_miss_is_drafted_for_only_where_that_pays():
     for decode, acceptance, fallback in ((0.1, 0.9, "auto"), (0.3, 0.3, "fast")):
         machine = Machine(decode, acceptance, acceptance, miss=2.0, power=0.5, noise=0.0)
         got = machine.play(planner((4,), (16,)), 1000.0)
-        assert {p.fallback for p in got.plans[-200:]} == {fallback}
+        late = [p.fallback for p in got.plans[-200:]]
+        assert late.count(fallback) > 0.8 * len(late)  # the other is tried now and then
         (better, plan) = machine.best([Plan(4, 16, way) for way in ("auto", "fast")])
         assert plan.fallback == fallback and got.rate > 0.97 * better
 

@@ -340,7 +340,7 @@ def test_few_bits_stay_as_they_are_in_the_file(kind, tmp_path, monkeypatch):
     torch.manual_seed(0)
     tensors = {p.theirs: torch.randn(p.shape) for p in weights.pieces(Config.from_dict(raw))}
     path = write(tmp_path / "m.gguf", raw, tensors, kinds=lambda name: kind)
-    monkeypatch.setattr(engine, "speeds", lambda: {"float32": 1.0, "int4": 0.5})
+    monkeypatch.setattr(engine, "speeds", lambda *rows: {"float32": 1.0, "int4": 0.5})
     kept, plain = engine.load(str(path)).target, engine.load(str(path), quantize="none").target
     assert (kept.bits, plain.bits) == ("stored", "none") and kept.dtype == torch.float32
     finish = finisher("stored", pack=True)

@@ -187,12 +187,27 @@ def test_formats_are_compared_out_of_cache_and_only_where_one_is_chosen(monkeypa
         return real(layer, *dtype)
 
     monkeypatch.setattr(linear, "PackedLinear", packed)
-    linear.speeds.__wrapped__()
+    linear.measured.__wrapped__()
     assert min(sizes) >= 32 << 20
-    monkeypatch.setattr(engine_module, "speeds", lambda: pytest.fail("nothing is to be chosen"))
+    measures = lambda *rows: pytest.fail("nothing is to be chosen")  # noqa: E731
+    monkeypatch.setattr(engine_module, "speeds", measures)
     choose = engine_module.choose_format
     for dtype, quantize in (("float32", None), ("float64", "none"), (None, "int8")):
         choose(Path(), torch.device("cpu"), dtype, quantize, False)
+
+
+def test_a_draft_gets_few_bits_where_they_are_fastest(monkeypatch):
+    """By the rows of its own steps; unless the user has chosen, or its file has few bits."""
+    ms = {"float32": {1: 5, 4: 5, 12: 9}, "int8": {1: 2, 4: 3, 12: 10}, "int4": {1: 1, 4: 2, 12: 6}}
+    monkeypatch.setattr(linear, "measured", lambda: ms)
+    cpu, whole = torch.device("cpu"), torch.float32
+    choose = lambda *given: engine_module.choose_format(Path(), cpu, *given)  # noqa: E731
+    assert choose(None, None, False, True) == (whole, "int4")
+    assert choose(None, None, False, False) == (whole, "none"), "a target is not rounded unasked"
+    assert choose("float32", None, False, True) == (whole, "none")
+    assert choose(None, "none", False, True) == (whole, "none")
+    ms["bfloat16"] = {1: 3, 4: 3, 12: 3}
+    assert choose(None, None, False, True) == (whole, "bfloat16")
 
 
 def test_a_decode_step_reads_what_is_stored():
