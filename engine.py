@@ -33,13 +33,17 @@ from rows import AUTO, Row, Settings, make_rows
 from runtime import Devices, Policy, one_thread, peak_memory_gb
 from sampling import Params
 from ssd import Decoding, Plan, SamePlan
-from steps import Runner
+from steps import PREFILL_CHUNKS, Runner
 
 DEFAULT_DRAFT = str(Path(__file__).resolve().parent / "assets" / "draft")
 NGRAM = "ngram"  # a draft that is not a model: it guesses from the row's own text
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 # Tokens. Static trunks are as long as this, or twice, four times ... as long: at most 8 sizes.
 SHORTEST_TRUNK = 256
+# Of the memory that is free, runs use so much; the rest is for what nobody counts.
+FREE_SHARE = 0.8
+# So many times a pass holds what it reads, and the scores of all words, at once: measured, float32.
+READ_COPIES, SCORE_COPIES = 4, 8
 
 
 @dataclass
@@ -121,11 +125,22 @@ class Model:
     def device(self) -> torch.device:
         return self.transformer.embed.weight.device
 
-    @property
-    def slot_bytes(self) -> int:
-        """Bytes of the keys and values of one token."""
+    def room(self, trunk: int) -> int:
+        """Tokens that a row of a runner for `trunk` has room for: static ones have few sizes."""
+        if not self.policy.static:
+            return trunk
+        return SHORTEST_TRUNK << ((trunk - 1) // SHORTEST_TRUNK).bit_length()
+
+    def row_bytes(self, trunk: int, k: int, branches: int) -> int:
+        """Bytes that a row of so many tokens takes, about: its keys and values, and the numbers of
+        the largest pass, which reads a chunk of its prompt or scores all words.
+        """
         c = self.config
-        return 2 * c.num_layers * c.num_kv_heads * c.head_dim * self.dtype.itemsize
+        slots = self.room(trunk) + branches * k + 1  # the trunk, the scratch, the dead slot
+        kv = 2 * c.num_layers * c.num_kv_heads * c.head_dim * self.dtype.itemsize * slots
+        wide = c.hidden_size + c.intermediate_size + trunk * c.num_heads // c.num_kv_heads
+        scores = SCORE_COPIES * max(k + 1, branches) * c.vocab_size
+        return kv + 4 * max(READ_COPIES * PREFILL_CHUNKS[-1] * wide, scores)
 
     def numbers(self) -> dict[str, str]:
         """The dtype and the bits, by the names of the flags. A dtype of weights alone counts."""
@@ -146,9 +161,7 @@ class Model:
         if kept is not None and kept.cache.trunk >= trunk:
             return kept
         self.runners.clear()  # one set of buffers at a time
-        room = trunk
-        if self.policy.static:  # few sizes
-            room = SHORTEST_TRUNK << ((trunk - 1) // SHORTEST_TRUNK).bit_length()
+        room = self.room(trunk)
         made = Runner(role, self.transformer, batch, room, k, branches, self.policy, vocab)
         if self.policy.static:
             self.runners[key] = made
@@ -243,38 +256,36 @@ def check_pair(target: Model, draft: Model) -> None:
 def fit_memory(
     models: list[tuple[str, Model, int]], rows: list[Row], batch: int | None, k: int, tell
 ) -> tuple[int, int]:
-    """How many rows are decoded at once, and the tokens of the longest: `batch` rows, or as many as
-    memory holds.
+    """How many rows are decoded at once, and the tokens of the longest: `batch` rows, or fewer
+    where memory does not hold so many; by default all that it holds.
 
-    A row with which the KV caches would not fit is refused, before anything is allocated. Raises
-    ValueError where none is left. models: roles, models, numbers of branches. tell: is told what is
+    A row that does not fit by itself is refused, before anything is allocated. Raises ValueError
+    where none is left. models: roles, models, numbers of branches. tell: is told what is
     taken.
     """
     free = {model.device: available_bytes(model.device) for _, model, _ in models}
+    free = {device: FREE_SHARE * found for device, found in free.items() if found is not None}
     while left := [row for row in rows if row.finish is None]:
         longest = max(left, key=lambda row: row.limit)
-        trunk = in_whole_blocks(longest.limit + k + 1)
-        wanted = min(batch or 1, len(left))
-        row_bytes = dict.fromkeys(free, 0)
-        for _, model, branches in models:  # the trunk, the scratch, the dead slot
-            row_bytes[model.device] += model.slot_bytes * (trunk + branches * k + 1)
-        fits = {
-            device: free[device] / row_bytes[device] for device in free if free[device] is not None
-        }
-        if min(fits.values(), default=wanted) >= wanted:
-            batch = int(min(batch or len(left), len(left), *fits.values()))
+        trunk, row_bytes = in_whole_blocks(longest.limit + k + 1), dict.fromkeys(free, 0)
+        for _, model, branches in models:
+            if model.device in free:
+                row_bytes[model.device] += model.row_bytes(trunk, k, branches)
+        fits = {device: free[device] / row_bytes[device] for device in free}
+        most = min(fits.values(), default=math.inf)
+        if most >= 1:
+            batch = int(min(batch or len(left), len(left), most))
             for device in fits:
                 tell(
-                    f"KV cache on {device}: {batch} rows of {trunk} tokens, "
-                    f"{batch * row_bytes[device] / 1e9:.2f} of {free[device] / 1e9:.1f} GB free"
+                    f"memory on {device}: {batch} rows of {trunk} tokens, "
+                    f"{batch * row_bytes[device] / 1e9:.2f} of {free[device] / 1e9:.1f} GB"
                 )
             return batch, trunk
         device = min(fits, key=fits.get)
         longest.refuse(
-            f"the KV cache for {wanted} rows of {trunk} tokens needs "
-            f"{wanted * row_bytes[device] / 1e9:.1f} GB, but {device} has "
-            f"{free[device] / 1e9:.1f} GB free: use fewer or shorter prompts or a smaller "
-            "max_new_tokens"
+            f"a row of {trunk} tokens needs {row_bytes[device] / 1e9:.2f} GB, but {device} has "
+            f"{free[device] / FREE_SHARE / 1e9:.2f} GB free, of which it gets {FREE_SHARE:.0%}: "
+            "use a shorter prompt or a smaller max_new_tokens"
         )
     raise ValueError(rows[0].refused)
 
@@ -359,6 +370,7 @@ class Engine:
         models = [("target", self.target, 0)] + [("draft", draft, max(ms)) for draft in drafts]
         batch, trunk = fit_memory(models, rows, settings.batch, k, self.tell)
         old = self.reuse(rows[0], len(models)) if keep and len(rows) == 1 else {}
+        self.previous = {}, [], 0  # this run may overwrite it, and perhaps it never ends
         for row in rows:
             if row.refused:
                 self.warn(row.refused)
@@ -431,7 +443,7 @@ class Engine:
     def finish(self, decoding: Decoding) -> Result:
         """The result of a generation, complete or interrupted."""
         rows, figures = decoding.all_rows, decoding.figures
-        self.previous, figures.end = ({}, [], 0), figures.end or time.perf_counter()
+        figures.end = figures.end or time.perf_counter()
         if decoding.lost:
             self.draft.runners.clear()  # what hangs may still write to their buffers
         # A prompt that was not read whole leaves no KV worth keeping.

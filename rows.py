@@ -323,10 +323,10 @@ def make_rows(
     each = [settings.per_row(name, len(prompts)) for name in PER_ROW]
     rows = []
     for b, (prompt, *sampling, max_new) in enumerate(zip(prompts, *each)):
-        ids = _encode(prompt, b + 1, tokenizer, config.vocab_size)
+        at = b if numbers is None else numbers[b]
+        ids = _encode(prompt, at + 1, tokenizer, config.vocab_size)
         detokenizer = tokenizer.stream() if tokenizer is not None else None
         ends = frozenset() if settings.ignore_eos else eos
-        at = b if numbers is None else numbers[b]
         number = 0 if seeds_are_own else at
         most = config.max_positions
         row = Row(number, ids, max_new, most, ends, detokenizer, settings.stop, tuple(sampling))

@@ -196,7 +196,7 @@ class Lane:
         self.close(0.0)
         self._open()
 
-    def close(self, limit_s: float = 1.0) -> None:
+    def close(self, limit_s: float = 10.0) -> None:
         """Let the work in hand finish: a thread that is killed inside torch aborts the program."""
         self._queue.put(None)
         self._thread.join(limit_s)

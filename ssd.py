@@ -36,7 +36,7 @@ from figures import Drafting, Figures, Round
 from rows import Row, Seats
 from runtime import PATIENCE_TIMES, DraftLost, Lane, Work
 from sampling import CHAIN, FIXED, NONE, Foresight
-from steps import Feed, Fork, Runner
+from steps import PREFILL_CHUNKS, Feed, Fork, Runner
 
 # How long the target waits for the draft's first passes, in seconds: they may still fetch weights
 # from memory or disk, or compile. Later the limit grows with the slowest work so far.
@@ -233,6 +233,8 @@ class Decoding:
                 drafting = self.draft_lane.start(getattr(self.draft, method), *args)
                 if self.draft_lane is self.target_lane:  # a verification would wait without a limit
                     self.await_draft(drafting, PREFILL_PATIENCE_S)
+            if len(self.reading) > 2 and not self.live():  # so that Ctrl-C does not wait for all
+                self.reading.pop(0).result()
         return self.live(places)
 
     def feed(self, live: list[int], proposal: Proposal) -> Feed:
@@ -242,7 +244,7 @@ class Decoding:
             ids = self.rows[b].ids
             fed[b], start[b] = [ids[-1], *proposal.tokens[b]], len(ids) - 1
         T = max(map(len, fed))
-        for runner in filter(None, (self.target, self.draft)):
+        for runner in (self.target, *([self.draft] if self.draft else ())):
             T = runner.fits(T)
         padded = [tokens + [0] * (T - len(tokens)) for tokens in fed]
         return Feed(padded, start, list(map(len, fed)))
@@ -328,21 +330,28 @@ class Decoding:
     # ---- before the first round, and after a draft is lost
 
     def prefill(self) -> None:
-        """Both models read the prompts, all but their last token, at the same time."""
+        """Both models read the prompts, all but their last token, at the same time. Each waits for
+        the other after every chunk, so Ctrl-C waits for one only: what a lane has begun, it ends.
+        """
         self.warm_up()
         self.figures.begin = time.perf_counter()
-        start = [row.target_read for row in self.rows]
-        ids = [row.prompt_left for row in self.rows]
-        reading = self.target_lane.start(self.target.prefill, ids, start)
-        if self.draft is not None:
-            nothing = Feed([], [len(row.ids) - 1 for row in self.rows], [0] * len(self.rows))
-            drafting = self.draft_lane.start(self.draft.prefill, *self.take_skipped(nothing))
+        nothing = Feed([], [len(row.ids) - 1 for row in self.rows], [0] * len(self.rows))
+        sides = [([row.prompt_left for row in self.rows], [row.target_read for row in self.rows])]
+        sides += [self.take_skipped(nothing)] if self.draft is not None else []
         for row in self.rows:
             row.target_read = len(row.ids) - 1
-        reading.result()
-        if self.draft is not None:
-            took = reading.end - reading.begin
-            self.await_draft(drafting, PREFILL_PATIENCE_S + PATIENCE_TIMES * took)
+        for at in range(0, max(len(row) for ids, _ in sides for row in ids), PREFILL_CHUNKS[-1]):
+            jobs = [
+                ([row[at : at + PREFILL_CHUNKS[-1]] for row in ids], [at + s for s in start])
+                for ids, start in sides
+            ]
+            reading = self.target_lane.start(self.target.prefill, *jobs[0])
+            if self.draft is not None:
+                drafting = self.draft_lane.start(self.draft.prefill, *jobs[1])
+            reading.result()
+            if self.draft is not None:
+                took = reading.end - reading.begin
+                self.await_draft(drafting, PREFILL_PATIENCE_S + PATIENCE_TIMES * took)
 
     def warm_up(self) -> None:
         """Compile and capture what is new, one lane after the other, and report the time."""

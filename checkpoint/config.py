@@ -4,8 +4,9 @@ understood.
 Knows: the keys of Hugging Face's config.json and what they mean. Does not know: tensors of weights,
 files beside config.json. Read next: weights.py.
 
-Covers Llama 2 / 3 / 3.1 / 3.2, TinyLlama, SmolLM2, Mistral, Qwen2, Qwen2.5, Qwen3. A setting that
-is not understood is an error that names it: a model that loads must compute what its author meant.
+Covers Llama 2 / 3 / 3.1 / 3.2, TinyLlama, SmolLM2, Mistral, Qwen2, Qwen2.5, Qwen3. A value that is
+not understood, or an unknown key of RoPE, is an error that names it: a model that loads must
+compute what its author meant. Keys that these families do not have are not looked at.
 """
 
 import json

@@ -174,7 +174,7 @@ def open_gguf(path: str | Path) -> File:
             "`llama-gguf-split --merge`"
         )
     alignment = metadata.get("general.alignment", 32)
-    if alignment not in range(8, 1 << 17, 8):
+    if type(alignment) is not int or alignment not in range(8, 1 << 17, 8):
         raise cursor.damaged(f"its alignment is {shorten(alignment)}")
     start = -(-cursor.at // alignment) * alignment
     for name, entry in entries.items():

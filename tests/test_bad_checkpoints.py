@@ -177,6 +177,19 @@ def test_not_enough_memory_is_said_with_both_sizes(folder, monkeypatch):
     load_model(folder)
 
 
+def test_a_container_may_have_less_memory_than_its_machine(tmp_path, monkeypatch):
+    """Files that were read and are not in use do not count as used."""
+    monkeypatch.setattr(weights, "CGROUP", tmp_path)
+    (tmp_path / "memory.current").write_text("700\n")
+    for most, free in (("1000", 300), ("500", 0), ("max", None)):
+        (tmp_path / "memory.max").write_text(most + "\n")
+        assert free is None or weights.available_bytes("cpu") == free
+    assert weights.available_bytes("cpu") > 1 << 20
+    (tmp_path / "memory.max").write_text("1000\n")
+    (tmp_path / "memory.stat").write_text("anon 5\ninactive_file 100\nactive_file 9\n")
+    assert weights.available_bytes("cpu") == 400
+
+
 # ---- files that are not what they say ----
 
 

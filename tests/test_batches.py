@@ -69,6 +69,8 @@ def test_one_seed_names_rows_by_their_number(pair):  # noqa: F811
     for _ in decoding.rounds():
         pass
     assert pair.finish(decoding).token_ids == [whole[n] for n in (7, 2, 4)]
+    with pytest.raises(ValueError, match="prompt 8 is \\[\\]"):
+        pair.start([[3], []], numbers=[2, 7])
 
 
 @pytest.mark.parametrize("mode", ["ar", "ssd"])
@@ -89,23 +91,27 @@ def test_a_prompt_that_cannot_fit_is_refused_by_itself(mode):
 
 
 def test_as_many_rows_as_memory_holds_are_decoded_at_once(pair, monkeypatch):  # noqa: F811
-    """The KV of a slot has 2 models * 2 layers * 2 heads * 8 numbers * 8 bytes, twice. A row has
-    whole blocks of 16 of them, and one that is never read.
+    """The KV of a slot has 2 layers * 2 heads * 8 numbers * 8 bytes, twice. A row has whole blocks
+    of 16 of them, and one that is never read; beside it there must be room for a pass.
     """
     import engine as module
 
-    slot, said = 2 * 2 * 2 * 8 * 8, []
+    said, row = [], pair.target.row_bytes(96, 0, 0)
+    logits = pair.target.row_bytes(96, 9999, 0) - pair.target.row_bytes(96, 0, 0)
+    assert row > 97 * 2 * 2 * 2 * 8 * 8 + 256 * 4 * 96 and logits > 9999 * 50 * 4
     monkeypatch.setattr(pair, "tell", said.append)
     monkeypatch.setattr(pair, "warn", lambda text: None)
     prompts, settings = [[1]] * 6 + [[2] * 60], {"max_new_tokens": 20, "ignore_eos": True}
     whole = pair.generate(prompts, **settings)
-    monkeypatch.setattr(module, "available_bytes", lambda device: 3 * 98 * slot)
+    monkeypatch.setattr(module, "available_bytes", lambda device: 3.9 * row)
     said.clear()
-    assert pair.generate(prompts, **settings).token_ids == whole.token_ids
-    assert len(said) == 1 and "3 rows of 96 tokens" in said[0]
-    got = pair.generate(prompts, batch=4, **settings)  # not so many with the long one
+    for batch, at_once in ((None, 3), (4, 3), (2, 2)):
+        assert pair.generate(prompts, batch=batch, **settings).token_ids == whole.token_ids
+        assert len(said) == 1 and f"{at_once} rows of 96 tokens" in said.pop()
+    monkeypatch.setattr(module, "available_bytes", lambda device: 1.2 * row)
+    got = pair.generate(prompts, batch=4, **settings)  # the long one does not fit by itself
     assert got.finish_reason == ["length"] * 6 + ["refused"]
-    assert got.token_ids[:6] == whole.token_ids[:6] and "4 rows of 32 tokens" in said[1]
+    assert got.token_ids[:6] == whole.token_ids[:6] and "rows of 32 tokens" in said[0]
 
 
 def test_static_steps_are_not_compiled_again_by_rows_that_join(eager_backend):  # noqa: F811

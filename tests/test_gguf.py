@@ -567,6 +567,7 @@ def test_names_that_are_not_in_the_model_and_names_that_lack(small, tmp_path):
         ("general.type", "string", "adapter", "has general.type 'adapter', wanted a model"),
         ("split.count", "uint16", 3, "is one of 3 parts, .*llama-gguf-split --merge"),
         ("general.alignment", "uint32", 7, "alignment"),
+        ("general.alignment", "float32", 32.0, "its alignment is 32.0"),
     ],
 )
 def test_metadata_that_is_not_understood_is_named(tmp_path, monkeypatch, key, add, value, says):

@@ -4,6 +4,7 @@ import copy
 import logging
 import os
 import random
+import signal
 import threading
 import time
 import warnings
@@ -227,6 +228,26 @@ def test_work_is_due_when_such_work_usually_ends(lane):
     assert lane.start(threading.get_ident).due == float("inf")
 
 
+def test_ctrl_c_while_a_long_prompt_is_read_waits_for_one_chunk(monkeypatch):
+    target, read, prefill = tiny.transformer(positions=2048), [], Runner.prefill
+    pair = tiny.engine(target, tiny.transformer(1, base=target, noise=0.02))
+
+    def interrupted(runner, ids, start):
+        prefill(runner, ids, start)
+        read.append((runner.role, start[0], len(ids[0])))
+        if runner.role == "target":
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+            time.sleep(0.1)  # the main thread waits for this work
+
+    monkeypatch.setattr(Runner, "prefill", interrupted)
+    decoding = pair.start([[1] * 2000], mode="ssd")
+    with pytest.raises(KeyboardInterrupt):
+        next(decoding.rounds())
+    pair.finish(decoding)
+    tiny.settle(decoding)
+    assert sorted(read) == [("draft", 0, 256), ("target", 0, 256)]
+
+
 # ---- what the machine can do
 
 
@@ -335,6 +356,18 @@ def test_lengths_that_a_static_draft_knows_are_fed_to_it_by_an_eager_target(
     for new in range(9, 14):
         pair.generate([[1, 2, 3]], max_new_tokens=new, **options)
     assert fed == {1, 5}
+
+
+def test_a_run_left_in_the_middle_leaves_no_text_to_keep(eager_backend):
+    """Static runners are used again, so it has overwritten the KV that the next turn would keep."""
+    static, eager = static_pair([], num_hidden_layers=1)
+    text, options = [(7 * i) % 50 for i in range(40)], {"mode": "ar", "max_new_tokens": 8}
+    static.generate([text], keep=True, **options)
+    left = static.start([[5, 9] * 20], **options).rounds()
+    next(left), next(left)
+    more = [*text, 3, 1, 4]
+    kept = static.generate([more], keep=True, **options)
+    assert kept.token_ids == eager.generate([more], **options).token_ids
 
 
 def test_texts_of_every_length_run(eager_backend):
