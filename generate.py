@@ -17,7 +17,7 @@ import sys
 import time
 import warnings
 from dataclasses import fields
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 from figures import MODES, UNUSED, compare, explain, figures_line, table, write_trace
@@ -28,6 +28,7 @@ FILE_LIMIT = 1 << 26  # bytes of a prompt file
 # Exit codes; the last two are 128 + a signal.
 FAILED, MISTAKE, INTERRUPTED, NOBODY_READS = 1, 2, 130, 141
 SAMPLING_FLAGS = ("top_k", "top_p", "seed")  # of no effect at temperature 0
+LINE_BEGINS = b'{"number": '  # of --out
 TEXTS = {"nargs": "+", "action": "extend", "metavar": "TEXT"}
 SWITCH = argparse.BooleanOptionalAction
 
@@ -164,15 +165,20 @@ class Answers:
                 "--out was given with --compare or without a prompt, wanted texts to complete: "
                 "use --prompt or --prompt-file"
             )
-        self.path, self.prompts = Path(args.out), prompts
-        named = "target dtype max_new_tokens temperature top_k top_p seed stop ignore_eos coupling"
+        self.path, self.prompts, self.made_with = Path(args.out), prompts, set()
+        named = "target dtype quantize max_new_tokens temperature top_k top_p seed stop ignore_eos "
+        named += "coupling"
         asked = json.dumps([getattr(args, name) for name in named.split()])
         self.settings = hashlib.sha256(asked.encode()).hexdigest()[:12]  # the texts hang on these
-        data = self.path.read_bytes() if self.path.exists() else b""
-        whole = data.rfind(b"\n") + 1  # a program that was killed may have left part of a line
-        self.known = {self.checked(*line) for line in enumerate(data[:whole].splitlines(), 1)}
-        self.file = self.path.open("ab")
-        self.file.truncate(whole)
+        self.file = self.path.open("a+b")
+        lock(self.file)
+        self.file.seek(0)
+        *lines, end = self.file.read().split(b"\n")
+        self.known = {self.checked(*line) for line in enumerate(lines, 1)}
+        # A program that was killed may have left part of a line. Anything else is not ours to cut.
+        if not end.startswith(LINE_BEGINS[: len(end)]):
+            raise self.foreign(len(lines) + 1)
+        self.file.truncate(self.file.tell() - len(end))
         self.left = [n for n in range(len(prompts)) if n not in self.known]
         if self.known:
             told = f"{self.path} holds {len(self.known)} of {len(prompts)} texts"
@@ -183,15 +189,30 @@ class Answers:
         try:
             told = json.loads(line)
             number, known = told["number"] - 1, (told["prompt"], told["settings"])
+            self.made_with.add((told["dtype"], told["quantize"]))
             same = known == (self.prompts[number], self.settings) and number >= 0
         except (ValueError, KeyError, TypeError, IndexError):
             same = False
         if not same:
-            raise ValueError(
-                f"line {at} of {self.path} does not answer one of these prompts with these "
-                "settings: give those that it was written with, or name another file"
-            )
+            raise self.foreign(at)
         return number
+
+    def foreign(self, at: int) -> ValueError:
+        return ValueError(
+            f"line {at} of {self.path} does not answer one of these prompts with these "
+            "settings: give those that it was written with, or name another file"
+        )
+
+    def use(self, numbers: dict) -> None:
+        """Write from now on, with the engine's own dtype and quantize in each line. ValueError if
+        the file has texts of others, which the same flags may give on another machine.
+        """
+        self.numbers = numbers
+        if self.made_with - {tuple(numbers.values())}:
+            raise ValueError(
+                f"{self.path} holds texts of other weights than {' and '.join(numbers.values())}: "
+                "give the --dtype and --quantize of the first run, or name another file"
+            )
 
     def write(self, rows: list) -> None:
         """Add the rows that have ended since the last call. rows: of `left`, in that order."""
@@ -200,9 +221,25 @@ class Answers:
                 self.known.add(number)
                 line = {"number": number + 1, "prompt": self.prompts[number], "text": row.text}
                 line |= {"finish_reason": row.finish, "token_ids": row.new_ids}
-                line = json.dumps(line | {"settings": self.settings})
+                line = json.dumps(line | self.numbers | {"settings": self.settings})
                 self.file.write(line.encode() + b"\n")
                 self.file.flush()
+
+
+def lock(file) -> None:
+    """Keep other runs from writing to a file, where platform and file system know locks. ValueError
+    if another run has it.
+    """
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(
+            f"another run writes to {file.name}: wait until it ends, or name another file"
+        ) from None
+    except (ImportError, OSError):
+        return
 
 
 def progress_bar(rows: int, quiet: bool):
@@ -231,18 +268,43 @@ def tell_refused(numbers, rows: list) -> bool:
 
 
 def check_outputs(args) -> None:
-    """A file that cannot be written should not be found out after the work."""
-    for path in (args.json, args.trace, args.out):
-        if path is None or path == "-":
+    """ValueError for a file that cannot be written, or that two flags name: no such thing should be
+    found out after the work.
+    """
+    used = {}
+    for flag in ("--prompt-file", "--out", "--json", "--trace"):
+        name = vars(args)[flag[2:].replace("-", "_")]
+        if name is None or (flag, name) == ("--json", "-"):
             continue
-        if Path(path).is_dir():
-            raise ValueError(
-                f"{path or repr(path)} is a folder, wanted a file to write: name one in it"
-            )
-        if not Path(path).resolve().parent.is_dir():
-            raise ValueError(
-                f"{path} cannot be written, its folder does not exist: create it first"
-            )
+        path = Path(name)
+        if flag != "--prompt-file":
+            check_output(flag, name)
+        other = used.setdefault(path.resolve(), flag)
+        if other != flag and (path.is_file() or not path.exists()):
+            raise ValueError(f"{other} and {flag} are both {name}, wanted two files: name another")
+
+
+def check_output(flag: str, name: str) -> None:
+    path = Path(name)
+    place = path if path.exists() else path.resolve().parent
+    for wrong, said in (
+        (name == "-", "is no file, wanted one: only --json writes to stdout"),
+        (path.is_dir(), "is a folder, wanted a file to write: name one in it"),
+        (
+            flag == "--out" and place == path and not path.is_file(),
+            "is a pipe or a device, wanted an ordinary file: name one",
+        ),
+        (
+            place != path and not place.is_dir(),
+            "cannot be written, its folder does not exist: create it first",
+        ),
+        (
+            not os.access(place, os.W_OK),
+            "cannot be written, it or its folder is read-only: name another file",
+        ),
+    ):
+        if wrong:
+            raise ValueError(f"{flag} {name or repr(name)} {said}")
 
 
 def note_idle_flags(args, mode: str) -> None:
@@ -268,13 +330,13 @@ def chat_ids(engine, args, messages: list[dict]) -> list[int]:
 
 
 def complete(engine, prompts: list, settings: dict, quiet: bool, keep=False, opening="", out=None):
-    """The result of one generation, the run, and whether it was interrupted.
+    """The result of one generation, the run, and what ended it early: an error, Ctrl-C, or None.
 
     A single text streams to stdout as it comes, after `opening`. Whatever ends the generation, the
     text so far has been printed. out: the Answers that take the texts instead.
     """
     decoding = engine.start(prompts, keep, numbers=out and out.left, **settings)
-    interrupted, error, bar = False, None, progress_bar(len(prompts), quiet and out is None)
+    ended, bar = None, progress_bar(len(prompts), quiet and out is None)
     quiet = quiet or out is not None
     if not quiet:
         print(opening, end="", flush=True)
@@ -285,10 +347,8 @@ def complete(engine, prompts: list, settings: dict, quiet: bool, keep=False, ope
                 out.write(decoding.all_rows)
             if len(prompts) == 1 and not quiet and (piece := decoding.rows[0].piece()):
                 print(piece, end="", flush=True)
-    except KeyboardInterrupt:
-        interrupted = True
-    except (ValueError, RuntimeError) as raised:
-        error = raised
+    except (KeyboardInterrupt, ValueError, RuntimeError) as raised:
+        ended = raised.with_traceback(None)  # which would keep all that is here alive
     result = engine.finish(decoding)
     bar.close()
     if out is not None:
@@ -298,38 +358,46 @@ def complete(engine, prompts: list, settings: dict, quiet: bool, keep=False, ope
             print(f"--- {number} ---\n{text}")
     elif not quiet:
         print(decoding.rows[0].text[decoding.rows[0].told :], flush=True)
-    if error:
-        raise error
-    return result, decoding, interrupted
+    return result, decoding, ended
 
 
 def compare_modes(engine, prompts: list[str], args) -> int:
     """The three modes on the same prompts and seed; a short run before each, so that nothing is
-    timed cold.
+    timed cold. Modes that are done before an error or Ctrl-C are shown.
     """
-    quiet, runs, decoding = args.json == "-", {}, None
-    for mode in MODES:
-        settings = settings_of(args, mode)
-        engine.generate(prompts, **settings | {"max_new_tokens": min(8, args.max_new_tokens)})
-        decoding = engine.start(prompts, **settings)
-        for _ in decoding.rounds():
-            pass
-        runs[mode] = engine.finish(decoding).stats
-    compared = compare(runs)
-    if not quiet:
-        print("\n\n".join(runs["ar"]["text"]), table(compared), *explain(compared), sep="\n")
-    save(args, compared, decoding)
-    return 0
+    runs, decoding, ended = {}, None, None
+    engine.warn = cache(engine.warn)  # the same sentence once, not in every mode
+    try:
+        for mode in MODES:
+            settings = settings_of(args, mode)
+            engine.generate(prompts, **settings | {"max_new_tokens": min(8, args.max_new_tokens)})
+            decoding = engine.start(prompts, **settings)
+            for _ in decoding.rounds():
+                pass
+            runs[mode] = engine.finish(decoding).stats
+    except (KeyboardInterrupt, ValueError, RuntimeError) as raised:
+        ended = raised
+    told = map(figures_line, runs.values())
+    if ended is None:
+        runs = compare(runs)
+        told = table(runs), *explain(runs)
+    if runs and args.json != "-":
+        print("\n\n".join(runs["ar"]["text"]), *told, sep="\n")
+    if runs:
+        save(args, runs, decoding)
+    if ended is not None:
+        raise ended
+    return FAILED if tell_refused(range(len(prompts)), decoding.all_rows) else 0
 
 
 def save(args, stats: dict, decoding) -> None:
-    """Write the files of --trace and --json."""
-    if args.trace is not None:
-        write_trace(args.trace, decoding)
+    """Write the files of --json and --trace."""
     if args.json == "-":
         print(json.dumps(stats))
     elif args.json is not None:
         Path(args.json).write_text(json.dumps(stats) + "\n")
+    if args.trace is not None:
+        write_trace(args.trace, decoding)
 
 
 def chat(engine, args, settings: dict) -> int:
@@ -352,14 +420,14 @@ def chat(engine, args, settings: dict) -> int:
         if not said.strip():
             continue
         ids = chat_ids(engine, args, [*messages, {"role": "user", "content": said}])
-        result, _, interrupted = complete(engine, [ids], settings, quiet=False, keep=True)
+        result, _, ended = complete(engine, [ids], settings, quiet=False, keep=True)
         print(figures_line(result.stats), file=sys.stderr)
         messages += [
             {"role": "user", "content": said},
             {"role": "assistant", "content": result.text[0]},
         ]
-        if interrupted and not sys.stdin.isatty():
-            return INTERRUPTED
+        if ended and not (isinstance(ended, KeyboardInterrupt) and sys.stdin.isatty()):
+            raise ended
 
 
 def load_pair(args, mode: str):
@@ -383,13 +451,24 @@ def load_pair(args, mode: str):
     return engine
 
 
+def started_ranks(args, mode: str) -> int:
+    """How many ranks torchrun started, 1 without it. Returns on rank 0 only, which has the text."""
+    if not {"WORLD_SIZE", "RANK"} & os.environ.keys():
+        return 1
+    from ranks import own_rank
+
+    ranks, rank = own_rank()
+    if rank > 0:
+        sys.stderr = io.StringIO()
+        load_pair(args, mode)  # serves rank 0 until that ends
+    return ranks
+
+
 def run(args) -> int:
     # torch misses NumPy at each start; nobody here does.
     warnings.filterwarnings("ignore", "Failed to initialize NumPy")
     mode = "ssd" if args.ssd or args.compare else "sd" if args.sd else "ar"
-    if int(os.environ.get("RANK", 0)):  # torchrun started others: rank 0 has the text
-        sys.stderr = io.StringIO()
-        load_pair(args, mode)  # serves rank 0 until that ends
+    ranks = started_ranks(args, mode)
     if args.chat and (args.compare or args.json is not None or args.trace is not None):
         raise ValueError(
             "--chat was given with --compare, --json or --trace, which are of one text: choose"
@@ -404,9 +483,14 @@ def run(args) -> int:
     if out is not None:
         prompts = [prompts[n] for n in out.left]
         if not prompts:
+            print("nothing is left to do, so there are no figures", file=sys.stderr)
+            if ranks > 1:
+                load_pair(args, mode)  # the others wait for rank 0
             return 0
     Settings(**settings_of(args, mode))  # before the models: a wrong flag should not wait for them
     engine = load_pair(args, mode)
+    if out is not None:
+        out.use(engine.target.numbers())
     note_idle_flags(args, mode)
     if args.chat:
         return chat(engine, args, settings_of(args, mode))
@@ -418,23 +502,33 @@ def run(args) -> int:
         return compare_modes(engine, prompts, args)
     if len(prompts) > 1:
         engine.tell = lambda text: print(text, file=sys.stderr)
-    result, decoding, interrupted = complete(
+    result, decoding, ended = complete(
         engine, prompts, settings_of(args, mode), quiet, opening=opening, out=out
     )
     print(figures_line(result.stats), file=sys.stderr)
     save(args, result.stats, decoding)
     refused = tell_refused(out.left if out else range(len(prompts)), decoding.all_rows)
-    return INTERRUPTED if interrupted else FAILED if refused else 0
+    if ended is not None:
+        raise ended
+    return FAILED if refused else 0
 
 
 def main() -> int:
+    for name, how in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # it is closed; print() would take stdout for stderr
+            nowhere = os.open(os.devnull, os.O_RDWR)
+            setattr(sys, name, os.fdopen(nowhere, how, errors="replace"))
     # A character that the terminal cannot show is no reason to stop.
     sys.stdout.reconfigure(errors="replace")
     try:
-        return run(parser().parse_args())
-    # `| head` has what it wanted; without the next line the last flush would complain.
+        try:
+            return run(parser().parse_args())
+        finally:
+            sys.stdout.flush()
+    # `| head` has what it wanted; without the next lines the last flush would complain.
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         return NOBODY_READS
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

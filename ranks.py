@@ -31,6 +31,7 @@ from parallel import ALONE, Group
 BEAT_S, LOST_S, ENDS_S = 0.5, 7.0, 4.0
 # What a step's numbers hang on.
 CODE = ("cache", "kernels", "linear", "model", "parallel", "sampling", "steps")
+TORCHRUN = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 class RankLost(RuntimeError):
@@ -173,6 +174,21 @@ def leave(group: Group) -> None:
 # ---- the start
 
 
+def own_rank() -> tuple[int, int]:
+    """How many ranks there are, and the number of this one, as torchrun says; 1 and 0 without it.
+
+    ValueError for an environment that says it in part.
+    """
+    ranks, rank = (int(os.environ.get(name, n)) for name, n in (("WORLD_SIZE", 1), ("RANK", 0)))
+    missing = [name for name in TORCHRUN if name not in os.environ]
+    if missing and (ranks, rank) != (1, 0):
+        raise ValueError(
+            f"this process is rank {rank} of {ranks}, but its environment has no "
+            f"{', '.join(missing)}: start it with torchrun, or unset RANK and WORLD_SIZE"
+        )
+    return ranks, rank
+
+
 def join(
     target: str | None, device: str | None, draft_device: str | None, flags: dict
 ) -> tuple[Group, str | None, str | None]:
@@ -181,7 +197,7 @@ def join(
 
     ValueError, on rank 0: what differs between them, or a shape that they cannot share.
     """
-    ranks, rank = (int(os.environ.get(name, n)) for name, n in (("WORLD_SIZE", 1), ("RANK", 0)))
+    ranks, rank = own_rank()
     if ranks == 1:
         return ALONE, device, draft_device
     device, draft_device = own_devices(device, draft_device)

@@ -200,6 +200,13 @@ MISTAKES = {
     "trace into no folder": (["--trace", "no/such/x.json"], "its folder does not exist"),
     "json into a folder": (["--json", "."], ". is a folder, wanted a file"),
     "json into nothing": (["--json", ""], "is a folder, wanted a file"),
+    "out to stdout": (
+        ["--prompt", "a", "--out", "-"],
+        "--out - is no file, wanted one: only --json",
+    ),
+    "trace to stdout": (["--trace", "-"], "--trace - is no file, wanted one: only --json"),
+    "out into a device": (["--prompt", "a", "--out", "/dev/null"], "is a pipe or a device"),
+    "two in one file": (["--json", "x", "--trace", "./x"], "--json and --trace are both ./x"),
     "empty stop": (["--stop", ""], "stop is ('',), wanted texts of at least one character"),
     "saguaro alone": (["--ssd", "--saguaro-c", "0.5"], "use --coupling independent"),
     "fan-out of all": (
@@ -334,7 +341,7 @@ def test_a_prompt_longer_than_the_context_names_both_lengths(program):
 @pytest.mark.parametrize("mode", FLAG)
 def test_a_kv_cache_that_does_not_fit_is_refused_before_it_is_allocated(mode, program, monkeypatch):
     monkeypatch.setattr(engine, "available_bytes", lambda device: 1000)
-    check_mistake(program(*FLAG[mode]), "GB, but cpu has 0.0 GB free")
+    check_mistake(program(*FLAG[mode]), "GB, but cpu has 0.00 GB free")
 
 
 def test_a_checkpoint_without_tokenizer_or_chat_template(program, tmp_path, demo):
@@ -353,11 +360,22 @@ def test_stdin_of_a_chat_that_is_not_utf8(program):
     check_mistake(program("--chat", stdin="caf\udce9\n"), "a line of stdin is not UTF-8")
 
 
-def test_a_disk_that_is_full(program):
+def test_a_disk_that_is_full(program, tmp_path):
     if not os.path.exists("/dev/full"):
         pytest.skip("no /dev/full here")
     code, out, err = program("--max-new-tokens", 1, "--json", "/dev/full")
     assert code == 2 and "error: [Errno 28] No space left" in err and "Traceback" not in err
+    flags = ["--max-new-tokens", 1, "--json", tmp_path / "x.json"]
+    assert program(*flags, "--trace", "/dev/full")[0] == 2
+    assert json.loads((tmp_path / "x.json").read_text())["new_tokens"] == [1]
+
+
+def test_what_cannot_be_written_is_said_before_the_work(program, tmp_path, monkeypatch):
+    (tmp_path / "there").touch()
+    monkeypatch.setattr(os, "access", lambda path, how: False)  # root may write everywhere
+    for flag in ("--json", "--trace"):
+        for name in ("there", "new"):
+            check_mistake(program(flag, tmp_path / name), "is read-only: name another file")
 
 
 def test_a_device_that_fails_is_no_mistake_of_the_user(program, monkeypatch):
@@ -367,6 +385,65 @@ def test_a_device_that_fails_is_no_mistake_of_the_user(program, monkeypatch):
     monkeypatch.setattr(steps.Runner, "verify", full)
     code, out, err = program("--prompt", "x")
     assert code == 1 and err.endswith("error: CUDA out of memory. Tried to allocate\n")
+
+
+def fail_in(monkeypatch, run: int, error: BaseException) -> None:
+    """In this run, counted from 1, the third round does not come to an end."""
+    rounds, runs = ssd.Decoding.rounds, []
+
+    def broken(decoding):
+        runs.append(decoding)
+        for number, _ in enumerate(rounds(decoding)):
+            yield
+            if number == 2 and len(runs) == run:
+                raise error
+
+    monkeypatch.setattr(ssd.Decoding, "rounds", broken)
+
+
+def test_a_device_that_fails_leaves_the_text_and_the_figures_so_far(
+    program, monkeypatch, scripted, tmp_path
+):
+    flags, file = ["--target", scripted, "--prompt", "x"], tmp_path / "x.json"
+    fail_in(monkeypatch, 1, RuntimeError("the device is lost"))
+    code, out, err = program(*flags, "--json", "-")
+    text = json.loads(out)["text"][0]
+    assert code == 1 and err.endswith("error: the device is lost\n") and SCRIPT.startswith(text)
+    fail_in(monkeypatch, 1, RuntimeError("the device is lost"))
+    code, out, err = program(*flags, "--json", file)
+    assert code == 1 and out == text + "\n" and json.loads(file.read_text())["text"] == [text]
+
+
+@pytest.mark.parametrize("error", (KeyboardInterrupt(), RuntimeError("the device is lost")))
+def test_a_comparison_that_ends_early_shows_what_is_done(error, program, monkeypatch, tmp_path):
+    fail_in(monkeypatch, 6, error)  # there are two runs of each mode
+    file = tmp_path / "x.json"
+    code, out, err = program("--compare", "--json", file)
+    assert code == (130 if isinstance(error, KeyboardInterrupt) else 1) and "Traceback" not in err
+    saved = json.loads(file.read_text())
+    assert sorted(saved) == ["ar", "sd"] and saved["ar"]["text"][0] in out
+    assert all(re.search(rf"^{mode}: \d+ tokens", out, re.M) for mode in ("ar", "sd"))
+
+
+def test_a_comparison_with_a_refused_prompt(program):
+    flags = ["--compare", "--prompt", "fine", "☕" * 200, "--max-new-tokens", 3]
+    code, _, err = program(*flags)
+    assert code == 1 and err.count("prompt 2 has 601 tokens") == 1
+    assert "1 of 2 prompts was refused: 2" in err
+
+
+@pytest.mark.parametrize(
+    ("known", "says"),
+    (
+        ({"WORLD_SIZE": "2"}, "has no RANK, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR"),
+        ({"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}, "has no LOCAL_WORLD_SIZE"),
+        ({"RANK": "1"}, "has no WORLD_SIZE, LOCAL_RANK"),
+    ),
+)
+def test_an_environment_that_names_ranks_in_part(known, says, program, monkeypatch):
+    for name, value in known.items():
+        monkeypatch.setenv(name, value)
+    check_mistake(program("--max-new-tokens", 1), says)
 
 
 # ---- what is printed, and where
@@ -966,6 +1043,41 @@ def test_ctrl_c_of_a_real_run(root):
     assert (loading.returncode, out, err) == (130, b"", b"")
 
 
+PRINTS = """
+import sys, generate
+
+def run(args):
+    sys.stdin.read()
+    print("a text")
+    print("figures", file=sys.stderr)
+    return 0
+
+generate.run = run
+sys.exit(generate.main())
+"""
+
+
+@pytest.mark.parametrize("closed", ("<&-", ">&-", "2>&-", "<&- >&- 2>&-"))
+def test_streams_that_are_closed(closed):
+    words = ["sh", "-c", f'exec "$0" -c "$1" {closed}', sys.executable, PRINTS]
+    run = subprocess.run(words, cwd=PROGRAM.parent, stdin=subprocess.DEVNULL, capture_output=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout == (b"" if " >&-" in " " + closed else b"a text\n")
+    assert run.stderr == (b"" if "2>&-" in closed else b"figures\n")
+
+
+@pytest.mark.parametrize("stderr", (subprocess.PIPE, subprocess.STDOUT))
+def test_a_reader_that_is_gone_before_a_text_that_is_not_flushed(stderr):
+    words, pipe = [sys.executable, "-c", PRINTS], subprocess.PIPE
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    how = {"cwd": PROGRAM.parent, "env": buffered}
+    run = subprocess.Popen(words, stdin=pipe, stdout=pipe, stderr=stderr, **how)
+    run.stdout.close()
+    run.stdin.close()
+    err = run.stderr.read() if run.stderr else b""
+    assert run.wait(timeout=100) == 141 and err in (b"", b"figures\n")
+
+
 def test_a_reader_that_leaves_early_is_no_error(root):
     run = start(root, "--ignore-eos")
     run.stdout.read(1)
@@ -999,9 +1111,66 @@ def test_texts_go_to_a_file_and_what_is_there_is_not_made_again(mode, program, t
     code, _, err = program(*flags, "--batch", 3, "--out", out)
     assert code == 0 and "holds 4 of 9 texts" in err
     assert sorted(out.read_text().splitlines()) == sorted("".join(lines).splitlines())
-    assert program(*flags, "--out", out)[0] == 0  # nothing is left to do
+    code, _, err = program(*flags, "--out", out, "--json", tmp_path / "x.json")
+    assert code == 0 and "nothing is left to do, so there are no figures" in err
+    check_mistake(program(*flags, "--out", out, "--quantize", "int8"), "line 1 of")
     check_mistake(program(*flags, "--out", out, "--seed", 1), "line 1 of")
     check_mistake(program("--prompt", "x", "--out", out), "line 1 of")
+
+
+def test_weights_of_other_numbers_do_not_write_to_the_same_file(program, tmp_path):
+    """The same flags may choose others on another machine."""
+    asked, _ = many(tmp_path, 2)
+    out = tmp_path / "out.jsonl"
+    flags = ["--prompt-file", asked, "--max-new-tokens", 2, "--out", out]
+    assert program(*flags)[0] == 0
+    first = out.read_text().splitlines(keepends=True)[0]
+    out.write_text(first.replace('"dtype": "float32"', '"dtype": "bfloat16"'))
+    code, _, err = program(*flags)
+    assert (
+        code == 2
+        and "error:" in err
+        and "holds texts of other weights than float32 and none" in err
+    )
+    out.write_text(first)
+    assert program(*flags)[0] == 0
+
+
+HELD = (b'{"traceEvents": []}', b"my notes", b'{"prompt": "a"}')
+
+
+@pytest.mark.parametrize("held", HELD)
+def test_a_file_of_something_else_is_left_as_it_is(held, program, tmp_path):
+    """It has no newline, and so looks like the part of a line that a killed program leaves."""
+    file = tmp_path / "file"
+    file.write_bytes(held)
+    check_mistake(program("--prompt", "a", "--out", file), "line 1 of")
+    check_mistake(program("--prompt-file", file, "--out", file), "--prompt-file and --out are both")
+    assert file.read_bytes() == held
+
+
+def test_texts_do_not_go_into_a_pipe(program, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    check_mistake(program("--prompt", "a", "--out", tmp_path / "pipe"), "is a pipe or a device")
+
+
+def test_two_runs_do_not_write_to_one_file(program, tmp_path):
+    fcntl = pytest.importorskip("fcntl")
+    flags = ["--prompt", "a", "--max-new-tokens", 2, "--out", tmp_path / "out.jsonl"]
+    with (tmp_path / "out.jsonl").open("ab") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        check_mistake(program(*flags), "another run writes to")
+    assert program(*flags)[0] == 0
+
+
+def test_ranks_do_not_wait_for_one_that_has_nothing_to_do(program, tmp_path, monkeypatch):
+    flags, loaded = ["--prompt", "a", "--max-new-tokens", 2, "--out", tmp_path / "x"], []
+    assert program(*flags)[0] == 0
+    known = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
+    for name, value in (known | {"MASTER_ADDR": "localhost", "MASTER_PORT": "1"}).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(generate, "load_pair", lambda args, mode: loaded.append(mode))
+    assert program(*flags)[0] == 0 and loaded == ["ar"]
 
 
 def test_a_program_that_is_killed_loses_no_row_and_makes_none_twice(demo, tmp_path):
