@@ -244,7 +244,7 @@ class Decoding:
             ids = self.rows[b].ids
             fed[b], start[b] = [ids[-1], *proposal.tokens[b]], len(ids) - 1
         T = max(map(len, fed))
-        for runner in (self.target, *([self.draft] if self.draft else ())):
+        for runner in filter(None, (self.target, self.draft)):
             T = runner.fits(T)
         padded = [tokens + [0] * (T - len(tokens)) for tokens in fed]
         return Feed(padded, start, list(map(len, fed)))
