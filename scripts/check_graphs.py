@@ -15,11 +15,12 @@ so long for each of its kernels that a verification takes a few milliseconds.
 
 The table has a column for each run. Its first rows are kernels of each captured graph; then the
 calls that a capture forbids and the allocations of device or pinned memory in a round after the
-warm-up (wanted: none of both); graphs, launches, copies and waits a round; and the host's time from
-one verification's end to the next one's begin. All that follows --gpu-check is handed to
+warm-up (wanted: none of both; where the host falls behind, a pool of pinned memory may still grow
+by a buffer or two, which is no fault); graphs, launches, copies and waits a round; and the host's
+time from one verification's end to the next one's begin. All that follows --gpu-check is handed to
 gpu_check.py: what it finds right or wrong there means nothing, only that it ends.
 
-Exit code 0: all right; 1: forbidden calls, or allocations in rounds.
+Exit code 0: all right; 1: forbidden calls, or allocations in more than a tenth of the rounds.
 """
 
 import argparse
@@ -54,6 +55,7 @@ from runtime import Devices, Graph, Policy  # noqa: E402
 
 MODELS = {"target": "llama-3.1-8b", "draft": "llama-3.2-1b"}
 K, M, NEW = 7, 24, 64
+ALLOCATIONS = 0.1  # of pinned memory, in a round
 # (mode, temperature, coupling): AR and SD in the usual way, SSD in every way.
 RUNS = (
     ("ar", 0.0, "shared"), ("sd", 0.0, "shared"), ("ssd", 0.0, "shared"),
@@ -168,7 +170,10 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"torch {torch.__version__}; {MODELS['target']} and {MODELS['draft']}, K={K}, M={M};")
     print("kernels of a step, in brackets what each layer adds; all else is of a round\n")
     print_table(kernels, rounds)
-    wrong = [run for run, told in rounds.items() if told["forbidden calls"] or told["allocations"]]
+    wrong = [
+        run for run, told in rounds.items()
+        if told["forbidden calls"] or told["allocations"] > ALLOCATIONS
+    ]  # fmt: skip
     print(f"\n{'wrong' if wrong else 'all right'}")
     return 1 if wrong else 0
 
