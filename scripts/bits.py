@@ -15,6 +15,7 @@ import json
 import math
 import sys
 import threading
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import mean
 
@@ -31,6 +32,24 @@ FORMATS |= {"chosen": (None, None)}
 WORDS, CHUNK = 160, 256  # of a text that perplexity is measured on; tokens of a pass
 
 
+@contextmanager
+def anonymous_peak():
+    """A list that will hold by how many bytes this process grew, files apart, at most."""
+    grown, ended, least = [], threading.Event(), anonymous_bytes()
+
+    def look() -> None:
+        most = least
+        while not ended.wait(0.002):
+            most = max(most, anonymous_bytes())
+        grown.append(most - least)
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    yield grown
+    ended.set()
+    thread.join()
+
+
 def anonymous_bytes() -> int:
     """What this process holds, files that are mapped apart."""
     lines = dict(x.split(":") for x in Path("/proc/self/status").read_text().splitlines())
@@ -43,21 +62,12 @@ class Pair:
     def __init__(self, target: str | None, draft: str | None, bits: tuple, draft_bits: tuple):
         from ssd import load
 
-        ended, most, before = threading.Event(), [0], anonymous_bytes()
-
-        def look() -> None:
-            while not ended.wait(0.002):
-                most[0] = max(most[0], anonymous_bytes() - before)
-
-        watch = threading.Thread(target=look)
-        watch.start()
         how = {"quantize": bits[0], "dtype": bits[1], "draft_quantize": draft_bits[0]}
-        self.engine = load(target, draft, "cpu", **how)
-        ended.set()
-        watch.join()
+        with anonymous_peak() as grown:
+            self.engine = load(target, draft, "cpu", **how)
         model = self.engine.target
         measured = model if draft == "ngram" else self.engine.draft
-        self.told = {"name": Path(measured.name).name, "load_bytes": most[0]}
+        self.told = {"name": Path(measured.name).name, "load_bytes": grown[0]}
         self.told |= {"step_bytes": measured.step_bytes, **measured.numbers()}
 
     def about(self) -> dict:

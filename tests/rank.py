@@ -7,14 +7,13 @@ import json
 import os
 import resource
 import sys
-import threading
-from contextlib import contextmanager
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import engine  # noqa: E402
 import parallel  # noqa: E402
+from scripts.bits import anonymous_peak  # noqa: E402
 
 
 def weigh(model) -> int:
@@ -22,29 +21,6 @@ def weigh(model) -> int:
     layers = [m for m in model.modules() if hasattr(m, "weight_bytes")]
     seen = {w.data_ptr(): w.nbytes for w in model.parameters()}
     return sum(seen.values()) + sum(layer.weight_bytes for layer in layers)
-
-
-@contextmanager
-def anonymous_peak():
-    """A list that will hold by how many bytes this process grew, files apart, at most."""
-    grown, ended, least = [], threading.Event(), anonymous_bytes()
-
-    def look() -> None:
-        most = least
-        while not ended.wait(0.002):
-            most = max(most, anonymous_bytes())
-        grown.append(most - least)
-
-    thread = threading.Thread(target=look)
-    thread.start()
-    yield grown
-    ended.set()
-    thread.join()
-
-
-def anonymous_bytes() -> int:
-    lines = dict(x.split(":") for x in Path("/proc/self/status").read_text().splitlines())
-    return 1024 * int(lines["RssAnon"].split()[0])
 
 
 def main() -> None:

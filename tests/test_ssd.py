@@ -659,3 +659,25 @@ def test_every_figure_is_there(pair, mode):
         assert stats["rounds"] == 59 and stats["tokens_per_round"] == 1
     one = pair.generate([[1]], mode=mode, max_new_tokens=1).stats  # nothing to take a median of
     assert set(STATS) <= set(one) and one["new_tokens"] == [1]
+
+
+@pytest.mark.parametrize("mode", ["ar", "ssd"])
+def test_prompts_of_several_chunks_are_read_like_prompts_of_one(monkeypatch, mode):
+    """Ragged ones, and a turn of a chat that begins in the middle of what the cache holds."""
+    target = transformer(0)
+    pair = engine(target, target, warn=pytest.fail)  # never rejected, unless its KV has a hole
+    turn = {"mode": mode, "max_new_tokens": 8, "temperature": 1.0, "keep": True, "ignore_eos": True}
+    turn |= {"k": 2, "fan_out": 6, "cut": False} if mode == "ssd" else {}
+
+    def texts() -> list:
+        ragged = pair.generate(PROMPTS[7:13], **turn | {"keep": False})
+        first = pair.generate(PROMPTS[12:13], **turn)
+        longer = PROMPTS[12] + first.token_ids[0] + list(range(11))
+        results = ragged, first, pair.generate([longer], **turn)
+        assert mode == "ar" or all(r.stats["acceptance_rate"] == 1 for r in results)
+        return [result.token_ids for result in results]
+
+    whole = texts()
+    for module in ("ssd", "steps"):
+        monkeypatch.setattr(f"{module}.PREFILL_CHUNKS", (2, 4))
+    assert texts() == whole
