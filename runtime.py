@@ -20,6 +20,7 @@ from concurrent.futures import Future
 from concurrent.futures import TimeoutError as NotInTime
 from contextlib import contextmanager, nullcontext
 from statistics import median
+from types import FunctionType
 
 import torch
 
@@ -399,6 +400,16 @@ class Graph:
 # sizes (powers of two), for two models and a few batch sizes.
 COMPILED_SHAPES = 512
 _CAPTURE = threading.Lock()  # one capture at a time in a process
+# Compiled code lives on: Dynamo looks at it again when weights die that it was compiled for.
+_KEPT: list = []
+
+
+def with_own_code(work: Callable) -> Callable:
+    """The same function with a copy of its code."""
+    code, rest = work.__code__.replace(), (work.__name__, work.__defaults__, work.__closure__)
+    own = FunctionType(code, work.__globals__, *rest)
+    own.__kwdefaults__ = work.__kwdefaults__
+    return own
 
 
 class Policy:
@@ -415,6 +426,7 @@ class Policy:
         # Eager steps on a GPU compile Triton kernels when texts get so long that they need them.
         self.compiles_late = device.type == "cuda" and not compile
         self.fused: dict[Callable, Callable] = {}
+        self.turn = threading.Lock()
         self.how = {"fullgraph": True, "dynamic": False}  # for torch.compile
         if self.graphs:  # small operations that do not need each other share a kernel
             self.how["options"] = {"combo_kernels": True}
@@ -431,13 +443,26 @@ class Policy:
     def fuse(self, work: Callable) -> Callable:
         """`work` compiled into few kernels where steps are captured, else as it is."""
         if self.graphs and work not in self.fused:
-            self.fused[work] = torch.compile(work, **self.how)
+            self.fused[work] = self.compiled(work)
         return self.fused.get(work, work)
+
+    def compiled(self, work: Callable) -> Callable:
+        """`work` compiled for this model alone.
+
+        Dynamo keeps what it has compiled with a function's code, and two threads that look there at
+        once end the program (pytorch#118260). So each model has code of its own, and `turn` for
+        it: a lane that was left behind may still be in a step when the next thread begins one.
+        """
+        own = with_own_code(work)
+        _KEPT.append(own.__code__)
+        return torch.compile(own, **self.how)
 
     def compile(self, model) -> None:
         """Compile a transformer's block, which serves all layers, and on CUDA what is around it."""
-        for block in model.layers:
-            block.compile(**self.how)
+        block = type(model.layers[0])
+        compiled = type(block.__name__, (block,), {"forward": self.compiled(block.forward)})
+        for layer in model.layers:  # a new class: a method of its own would hold it in a circle
+            layer.__class__ = compiled
         model.before, model.after = self.fuse(model.before), self.fuse(model.after)
 
     def new_pool(self):

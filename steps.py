@@ -436,18 +436,19 @@ class Runner:
         packed, besides = self.policy.send(numbers), self._besides(part)
         if not self.policy.static:
             return work(_views(packed, layout, besides), *tensors, **static)
-        if len(part) == 1 < self.batch:
-            self.policy.enter_thread()
-            return work(_views(packed.to(self.device), layout, besides), *tensors, **static)
-        key = (work.__name__, layout, part, *(x.shape for x in tensors), *static.values())
-        if key not in self.step_of:
-            self.policy.enter_thread()
+        with self.policy.turn:
+            if len(part) == 1 < self.batch:
+                self.policy.enter_thread()
+                return work(_views(packed.to(self.device), layout, besides), *tensors, **static)
+            key = (work.__name__, layout, part, *(x.shape for x in tensors), *static.values())
+            if key not in self.step_of:
+                self.policy.enter_thread()
 
-            def fixed(packed, *tensors):
-                return work(_views(packed, layout, besides), *tensors, **static)
+                def fixed(packed, *tensors):
+                    return work(_views(packed, layout, besides), *tensors, **static)
 
-            self.step_of[key] = self.policy.step(fixed, self.pool)
-        return self.step_of[key](packed, *tensors)
+                self.step_of[key] = self.policy.step(fixed, self.pool)
+            return self.step_of[key](packed, *tensors)
 
     def _besides(self, part: range) -> dict:
         """What the steps of these places need besides their numbers: views of the memory of all,
