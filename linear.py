@@ -78,7 +78,7 @@ class Int8Linear(nn.Module):
         self.weight_bytes = codes_NK.nbytes + scale_N.nbytes
 
     def forward(self, x):
-        rows = x.to(torch.bfloat16).reshape(-1, self.in_features).contiguous()
+        rows = x.to(torch.bfloat16).reshape(-1, self.in_features)
         if self.fast:
             out = torch._weight_int8pack_mm(rows, self.codes_NK, self.scale_N)
         else:  # compiled for a GPU the conversion is part of the product
@@ -104,7 +104,7 @@ class Int4Linear(nn.Module):
         self.weight_bytes = self.packed.nbytes + self.scale_zero_GN2.nbytes
 
     def forward(self, x):
-        rows = x.to(torch.bfloat16).reshape(-1, self.in_features).contiguous()
+        rows = x.to(torch.bfloat16).reshape(-1, self.in_features)
         if rows.is_cuda:
             out = torch._weight_int4pack_mm(rows, self.packed, 32, self.scale_zero_GN2)
         else:

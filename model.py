@@ -202,12 +202,12 @@ class MLP(nn.Module):
 
     def __init__(self, config: Config):
         super().__init__()
-        E, wide = config.hidden_size, config.intermediate_size
-        self.gate_up = nn.Linear(E, 2 * wide, bias=config.mlp_bias)
-        self.down = nn.Linear(wide, E, bias=config.mlp_bias)
+        E, self.wide = config.hidden_size, config.intermediate_size
+        self.gate_up = nn.Linear(E, 2 * self.wide, bias=config.mlp_bias)
+        self.down = nn.Linear(self.wide, E, bias=config.mlp_bias)
 
     def forward(self, x_BTE):
-        gate_BTF, up_BTF = self.gate_up(x_BTE).chunk(2, -1)
+        gate_BTF, up_BTF = self.gate_up(x_BTE).split((self.wide, self.wide), -1)
         return self.down(F.silu(gate_BTF) * up_BTF)
 
 
@@ -220,11 +220,13 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        if x.dtype == torch.float32 or x.dtype == torch.float64:
-            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
         # bfloat16 and float16: normalise in float32, round, then scale, as the reference
         # implementations do.
-        return F.rms_norm(x.float(), self.weight.shape, eps=self.eps).to(x.dtype) * self.weight
+        wide = x if x.dtype == torch.float64 else x.float()
+        # On a CPU each operator costs a microsecond or more: these are 9, those of F.rms_norm 22.
+        norm = torch.linalg.vector_norm(wide, 2.0, [-1], True)
+        scale = torch.full_like(norm, self.eps).addcmul_(norm, norm, value=1 / x.shape[-1])
+        return (wide * scale.rsqrt_()).to(x.dtype) * self.weight
 
 
 def rotate(x_BTHD: torch.Tensor, cos_BT1D: torch.Tensor, sin_BT1D: torch.Tensor) -> torch.Tensor:
@@ -242,8 +244,9 @@ def write(
 ) -> None:
     """Put the keys and values of T tokens a row into their slots, in place."""
     if len(slots_BT) == 1:
-        k_BGSD.index_copy_(2, slots_BT[0], k_BTGD.transpose(1, 2))
-        v_BGSD.index_copy_(2, slots_BT[0], v_BTGD.transpose(1, 2))
+        slots_T = slots_BT[0]
+        k_BGSD.index_copy_(2, slots_T, k_BTGD.transpose(1, 2))
+        v_BGSD.index_copy_(2, slots_T, v_BTGD.transpose(1, 2))
     else:
         row_B1 = torch.arange(len(slots_BT), device=slots_BT.device)[:, None]
         # Written to the cache itself: through a transposed view, compiled code would copy all of it
