@@ -31,10 +31,12 @@ KINDS = ("code", "chat", "text")
 WORDS = 48  # of a free text: what is continued
 COUPLINGS = ("shared", "maximal", "independent")
 BUDGETS = (4, 8, 16, 32)
-TURNS = tuple({"k": k} for k in (2, 4, 6))
-AT_ONCE = tuple({"k": k, "fan_out": m} for k in (2, 4, 6) for m in (8, 16))
-IN_TURN = ({"mode": "sd", "k": 2}, {"mode": "sd", "k": 4})  # auto may let them take turns, too
-PLAN = {"k": 4, "fan_out": 16}
+# On a CPU a product of 4 bits takes blocks of 4 rows: K = 3 fills one, K = 4 would begin another.
+KS = (2, 3, 6)
+TURNS = tuple({"k": k} for k in KS)
+AT_ONCE = tuple({"k": k, "fan_out": m} for k in KS for m in (8, 16))
+IN_TURN = ({"mode": "sd", "k": 2}, {"mode": "sd", "k": 3})  # auto may let them take turns, too
+TURN, PLAN = {"k": 3}, {"k": 3, "fan_out": 16}
 COUNTED = {"cut": False, "fallback": "jit", "ignore_eos": False}  # nothing hangs on timing
 BUILT_IN = {
     "code": (
@@ -111,7 +113,7 @@ def here_and_there(*ways: Way) -> tuple[Way, ...]:
 
 
 BESIDE = (
-    Way("AR", "ar"), Way("AR both cores", "ar", "both"), Way("SD", "sd", "one", {"k": 4}),
+    Way("AR", "ar"), Way("AR both cores", "ar", "both"), Way("SD", "sd", "one", TURN),
     Way("SSD", "ssd", "apart", PLAN), Way("SSD auto", "ssd", "apart"),
     *(Way(f"SSD {c}, T=1", "ssd", "apart", PLAN | COUNTED | {"temperature": 1.0, "coupling": c})
       for c in COUPLINGS),
@@ -146,7 +148,7 @@ TABLE = (
     ),
     Comparison(
         "overlap", "How much of the draft's time does SSD hide, and what is left to gain?", 2,
-        (Way("SD", "sd", "one", {"k": 4}), Way("SSD", "ssd", "apart", PLAN)),
+        (Way("SD", "sd", "one", TURN), Way("SSD", "ssd", "apart", PLAN)),
         against("SSD", "SD"), repeats=20, judge=ceiling,
     ),
     Comparison(
@@ -158,8 +160,8 @@ TABLE = (
         Comparison(
             f"halves{batch}", f"Do two halves of {batch} rows that take turns pay?", 3,
             (
-                Way("SD", "sd", "one", {"k": 3}), Way("SD both cores", "sd", "both", {"k": 3}),
-                Way("SD halves", "sd", "apart", {"k": 3, "batch_halves": "on"}),
+                Way("SD", "sd", "one", TURN), Way("SD both cores", "sd", "both", TURN),
+                Way("SD halves", "sd", "apart", TURN | {"batch_halves": "on"}),
                 Way("SSD", "ssd", "apart", PLAN),
                 Way("SSD halves", "ssd", "apart", PLAN | {"batch_halves": "on"}),
             ),
