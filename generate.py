@@ -27,7 +27,13 @@ QUESTION = "Why is the sky blue?"
 FILE_LIMIT = 1 << 26  # bytes of a prompt file
 # Exit codes; the last two are 128 + a signal.
 FAILED, MISTAKE, INTERRUPTED, NOBODY_READS = 1, 2, 130, 141
-SAMPLING_FLAGS = ("top_k", "top_p", "seed")  # of no effect at temperature 0
+SAMPLING_FLAGS = (
+    "top_k",
+    "top_p",
+    "seed",
+    "coupling",
+    "saguaro_c",
+)  # of no effect at temperature 0
 LINE_BEGINS = b'{"number": '  # of --out
 TEXTS = {"nargs": "+", "action": "extend", "metavar": "TEXT"}
 SWITCH = argparse.BooleanOptionalAction
@@ -85,7 +91,7 @@ def add_models(add) -> None:
     bits = {"metavar": "none|int8|int4"}
     add("--quantize", **bits, help="bits of the target's weights (a GGUF file's own where this CPU "
         "is fast with few bits, else none)")  # fmt: skip
-    add("--draft-quantize", **bits, help="of the draft's: they cost hits, never exactness")
+    add("--draft-quantize", **bits, help="of the draft's: fewer cost hits, never exactness")
     add("--compile", action=SWITCH, default=None, help="torch.compile (on CUDA only)")
 
 
@@ -307,11 +313,17 @@ def check_output(flag: str, name: str) -> None:
             raise ValueError(f"{flag} {name or repr(name)} {said}")
 
 
-def note_idle_flags(args, mode: str) -> None:
+def note_idle_flags(args, mode: str, rows: int) -> None:
     """Say which flags were given and do nothing here; nothing is dropped in silence."""
     idle = UNUSED[mode] + (SAMPLING_FLAGS if args.temperature == 0 else ())
+    idle += ("draft_device", "draft_quantize") if args.draft == "ngram" else ()
+    idle += ("batch", "batch_halves") if rows < 2 else ()
     usual = vars(parser().parse_args([]))
-    given = ["--" + name.replace("_", "-") for name in idle if vars(args)[name] != usual[name]]
+    given = [
+        "--" + name.replace("_", "-")
+        for name in dict.fromkeys(idle)
+        if vars(args)[name] != usual[name]
+    ]
     if given:
         where = f"in mode {mode} at temperature {args.temperature:g}"
         print(f"note: {where}, {', '.join(given)} changes nothing", file=sys.stderr)
@@ -491,7 +503,7 @@ def run(args) -> int:
     engine = load_pair(args, mode)
     if out is not None:
         out.use(engine.target.numbers())
-    note_idle_flags(args, mode)
+    note_idle_flags(args, mode, len(prompts or ()))
     if args.chat:
         return chat(engine, args, settings_of(args, mode))
     quiet = args.json == "-"

@@ -29,6 +29,8 @@ from parallel import ALONE, Group
 
 # Seconds between two signs of life, without one until a rank is lost, and left to print a text.
 BEAT_S, LOST_S, ENDS_S = 0.5, 7.0, 4.0
+# Another rank may load a large checkpoint from a slow disk; a chat may wait for its user.
+FOREVER = timedelta(days=7)
 # What a step's numbers hang on.
 CODE = ("cache", "kernels", "linear", "model", "parallel", "sampling", "steps")
 TORCHRUN = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -73,9 +75,9 @@ class Watch(threading.Thread):
             lost = self.silent(LOST_S / BEAT_S)
             self.reason = self.reason or fault or lost
         for rank in self.missed:  # one that is stopped would outlive torchrun's patience
-            host, process = self.store.get(f"process {rank}").decode().split()
-            if self.missed[rank] > 2 and host == socket.gethostname():
-                with suppress(ProcessLookupError):
+            with suppress(ProcessLookupError, RuntimeError):  # the store may be gone as well
+                host, process = self.store.get(f"process {rank}").decode().split()
+                if self.missed[rank] > 2 and host == socket.gethostname():
                     os.kill(int(process), signal.SIGKILL)
         if self.rank == 0 and not self.told:
             signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)
@@ -204,7 +206,7 @@ def join(
     address, kept = os.environ["MASTER_ADDR"], os.environ.get("TORCHELASTIC_USE_AGENT_STORE")
     keeps, cuda = rank == 0 and kept != "True", device.startswith("cuda")
     first, second = (
-        dist.TCPStore(address, int(os.environ["MASTER_PORT"]), None, master, wait_for_workers=False)
+        dist.TCPStore(address, int(os.environ["MASTER_PORT"]), None, master, FOREVER, False)
         for master in (keeps, False)
     )
     try:
@@ -221,12 +223,11 @@ def join(
     if cuda:
         torch.cuda.set_device(device)
     watch = Watch(second, rank, ranks)
+    watch.start()
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if cuda else "gloo",
-        store=dist.PrefixStore("group", first), rank=rank, world_size=ranks,
-        timeout=timedelta(days=7),  # the watch is quicker; a chat may wait for its user
+        store=dist.PrefixStore("group", first), rank=rank, world_size=ranks, timeout=FOREVER,
     )  # fmt: skip
-    watch.start()
     group = Group(rank, ranks, watch)
     if rank == 0:
         atexit.register(leave, group)

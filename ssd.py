@@ -22,7 +22,7 @@ the ratio p / q of the target's and the draft's probabilities (sampling.accept_e
 
 A lane is a thread that owns a device: `start` queues work there and returns its future at once. Two
 models on one device may share a lane; then they take turns. A place is a seat in the batch. A
-branch is an outcome that the draft prepares for, and its chain are the draft tokens after it.
+branch is an outcome that the draft prepares for, and its chain is the draft tokens after it.
 
 Source: Kumar, Dao, May, "Speculative Speculative Decoding", ICLR 2026 (arXiv 2603.03251).
 """

@@ -72,7 +72,7 @@ def accepted(guessed: list[int], own: list[int]) -> int:
 
 
 if __name__ == "__main__":
-    from pearl import SSD, side_by_side
+    from pearl import SSD, main
 
     sd, level = {"mode": "sd"}, {"decoding": Hierarchical}
-    side_by_side({"AR": {}, "SD": sd, "SSD": SSD, "H-SSD": SSD | level, "H-SD": sd | level})
+    main({"AR": {}, "SD": sd, "SSD": SSD, "H-SSD": SSD | level, "H-SD": sd | level})

@@ -9,10 +9,9 @@
 Both are SSD with one outcome, and without drafting while the target waits: two methods.
 
 What differs from the paper: the target draws a bonus token, which must be the draft's own token.
-At temperature 0 that is the paper's test. At others the paper accepts the draft's token with a
-probability of its own. Chains end by the clock; in the paper their length is the ratio of the two
-models' speeds. The draft reads a proposal a second time, one pass a round, since this loop does
-not keep the KV of chains.
+At temperature 0 that is the paper's test; at others it accepts with a probability of its own.
+Chains end by the clock; in the paper their length is the ratio of the two models' speeds. The draft
+reads a proposal a second time, one pass a round, since this loop does not keep the KV of chains.
 
     python examples/pearl.py [--prompt TEXT] [--target DIR --draft DIR] [--k 4] [--temperature 0]
 """
@@ -56,7 +55,7 @@ def side_by_side(ways: dict[str, dict]) -> None:
         kind = str if usual is None else type(usual)
         parser.add_argument("--" + flag.replace("_", "-"), type=kind, default=usual)
     args = vars(parser.parse_args())
-    engine, turns = ssd.load(args.pop("target"), args.pop("draft")), args.pop("turns")
+    engine, turns = ssd.load(args.pop("target"), args.pop("draft")), max(1, args.pop("turns"))
     asked = [{"role": "user", "content": QUESTION}]
     prompt, runs = args.pop("prompt") or engine.tokenizer.encode_chat(asked), {}
     for _ in range(turns):  # in turn, so that a slow minute of the machine falls on every way
@@ -70,5 +69,12 @@ def side_by_side(ways: dict[str, dict]) -> None:
     print("The texts are the same." if len(texts) == 1 else "The texts DIFFER.")
 
 
+def main(ways: dict[str, dict]) -> None:
+    try:
+        side_by_side(ways)
+    except ValueError as error:  # one sentence that says what to set right
+        sys.exit(f"error: {error}")
+
+
 if __name__ == "__main__":
-    side_by_side({"AR": {}, "SD": {"mode": "sd"}, "SSD": SSD, "PEARL": PEARL})
+    main({"AR": {}, "SD": {"mode": "sd"}, "SSD": SSD, "PEARL": PEARL})

@@ -24,7 +24,7 @@ from statistics import quantiles
 if str(Path(__file__).resolve().parent) not in sys.path:
     sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from runner import PLACES, Runner, Way, environment, keep, rounded  # noqa: E402
+from runner import PLACES, Runner, Way, check_out, environment, keep, rounded  # noqa: E402
 
 INTERRUPTED, MISTAKE = 130, 2
 KINDS = ("code", "chat", "text")
@@ -86,13 +86,12 @@ def against(of: str, *others: str) -> tuple[tuple[str, str], ...]:
 def ceiling(group: dict) -> dict:
     """The most that SSD could gain over SD here, and how much of it was reached.
 
-    All drafting of SD hidden, with verifications as long as they are beside a busy draft and the
-    tokens a round that SSD reached.
+    A round of SD verifies and drafts; one of SSD would only verify, as long as it does beside a
+    busy draft, for the tokens a round that SSD reached.
     """
     ssd, sd = group["ways"]["SSD"], group["ways"]["SD"]
-    most = (
-        (1 + sd["draft_ms"] / ssd["verify_ms"]) * ssd["tokens_per_round"] / sd["tokens_per_round"]
-    )
+    most = (sd["verify_ms"] + sd["draft_ms"]) / ssd["verify_ms"]
+    most *= ssd["tokens_per_round"] / sd["tokens_per_round"]
     return {"ceiling": most, "share_of_ceiling": group["ratios"]["SSD over SD"]["median"] / most}
 
 
@@ -154,7 +153,7 @@ TABLE = (
     Comparison(
         "auto", "Is the engine's own choice of K and M as good as the best of all?", 4,
         (Way("auto", "ssd", "apart"), Way("best", "ssd", "apart", {}, AT_ONCE + IN_TURN)),
-        against("auto", "best"), temperatures=(0.0, 1.0), tokens=64, sweep_repeats=6,
+        against("auto", "best"), temperatures=(0.0, 1.0), tokens=96, sweep_repeats=6,
     ),
     *(
         Comparison(
@@ -285,13 +284,11 @@ def parser() -> argparse.ArgumentParser:
 
 def chosen(args) -> list[Comparison]:
     names = [c.name for c in TABLE if c.name != "beside" or args.beside]
-    wanted = args.only.split(",") if args.only else names
+    usual = [name for name in names if not name.startswith("halves")]  # in a file of their own
+    wanted = args.only.split(",") if args.only else usual
     if wrong := [name for name in wanted if name not in names]:
         raise ValueError(f"--only names {wrong[0]!r}, wanted some of {', '.join(names)}")
-    if args.out and not Path(args.out).resolve().parent.is_dir():
-        raise ValueError(
-            f"{args.out} cannot be written, its folder does not exist: create it first"
-        )
+    check_out(args.out)
     table = [quick(c) for c in TABLE] if args.quick else TABLE
     return [c for c in table if c.name in wanted]
 
@@ -300,7 +297,7 @@ def measure(runner: Runner, c: Comparison, dtype: str | None) -> dict:
     """A comparison's entry in the file of results."""
     out = {
         "asks": c.asks,
-        "environment": environment(dtype),
+        "environment": environment(dtype) | {"commit": runner.commit},
         "ceiling": runner.ceiling(),
         "groups": {},
     }

@@ -24,7 +24,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 from bench import prompts as read_prompts  # noqa: E402
 from bench import read_lines  # noqa: E402
-from runner import Worker, available_cores, environment, interval, keep, rounded  # noqa: E402
+from runner import Worker, available_cores, check_out, environment, interval, keep, rounded  # noqa: E402
 
 # --quantize and --dtype.
 FORMATS = {"float32": ("none", "float32"), "int8": ("int8", None), "int4": ("int4", None)}
@@ -160,6 +160,9 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     cores, result = available_cores(), {"environment": environment(None)}
     try:
+        check_out(args.out)
+        if (args.target is None) != (args.draft is None):
+            raise ValueError("one of --target and --draft was given, wanted both or neither")
         for what in ("target", "draft"):
             makers = {}
             for name in names:

@@ -22,7 +22,9 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT)]
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
+
+from runner import check_out  # noqa: E402
 
 from generate import read_prompts  # noqa: E402
 from runtime import DraftLost  # noqa: E402
@@ -103,6 +105,7 @@ def main(argv: list[str] | None = None) -> int:
     few, short = (8, 48) if args.quick else (40, 128)
     count, new = args.count or few, args.new_tokens or short
     try:
+        check_out(args.out)
         texts = read_prompts(args)[:count]
         bits = [None if x == "default" else x for x in (args.quantize, args.draft_quantize)]
         dtype = None if None in bits else "float32"  # what a CPU is fast with, or float32

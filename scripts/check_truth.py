@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 from bench import prompts as read_prompts  # noqa: E402
-from runner import keep  # noqa: E402
+from runner import check_out, keep  # noqa: E402
 
 from ssd import load  # noqa: E402
 
@@ -80,6 +80,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--out", metavar="FILE", help="JSON; what it holds of other models is kept")
     args = parser.parse_args(argv)
     try:
+        check_out(args.out)
         prompts, texts, name = written(args)
         model = reader(name)
     except (ValueError, ImportError) as error:

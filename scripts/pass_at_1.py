@@ -25,7 +25,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
-from runner import keep  # noqa: E402
+from runner import check_out, keep  # noqa: E402
 
 from ssd import load  # noqa: E402
 
@@ -81,8 +81,13 @@ def main(argv: list[str] | None = None) -> int:
     add("--out", metavar="FILE", help="JSON; what it holds of other models is kept")
     args = parser.parse_args(argv)
     try:
+        check_out(args.out)
         chosen = tasks(args.count)
         engine = load(args.target, args.draft, "cpu:0", "cpu:1")
+        if engine.draft is None:
+            raise ValueError(
+                "the target came without a draft, wanted a pair: name one with --draft"
+            )
     except ValueError as error:
         print(f"pass_at_1.py: {error}", file=sys.stderr)
         return 2
@@ -97,8 +102,8 @@ def main(argv: list[str] | None = None) -> int:
         differ = sum(a != b for a, b in zip(texts[mode], texts["ar"]))
         result[mode] = {"passed": sum(passed), "texts_that_differ_from_ar": differ}
         print(f"{name} {mode}: {sum(passed)} of {len(chosen)} pass, {differ} texts differ from AR")
-    if args.out:
-        keep(args.out, name, result)
+        if args.out:  # a mode takes an hour: what is done is kept
+            keep(args.out, name, result)
     return 0
 
 

@@ -91,6 +91,21 @@ def distinct_4grams(ids: list[int]) -> float | None:
     return len(set(grams)) / len(grams) if grams else None
 
 
+def check_out(file: str | None) -> None:
+    """ValueError if keep() could not write there: before hours of work, not after."""
+    if file is None:
+        return
+    path = Path(file)
+    if path.is_dir() or not path.resolve().parent.is_dir():
+        raise ValueError(f"{file} is a folder or in one that is missing, wanted a file: name it")
+    try:
+        good = not path.exists() or isinstance(json.loads(path.read_text()), dict)
+    except (OSError, ValueError):
+        good = False
+    if not good:
+        raise ValueError(f"{file} does not hold results in JSON, and is kept: name another file")
+
+
 def keep(file: str, name: str, result) -> None:
     """Write one entry of a JSON file of results; the others stay."""
     path = Path(file)
@@ -162,10 +177,9 @@ class Ours:
 
     def run(self, devices, prompts, new: int, mode: str, **settings) -> dict:
         """Settings are generate's own. The engine chooses k and fan_out if none are given."""
-        prompts = [prompt["ids"] for prompt in prompts]
-        stats = (
-            self.engine(devices).generate(prompts, mode=mode, max_new_tokens=new, **settings).stats
-        )
+        prompts, engine = [prompt["ids"] for prompt in prompts], self.engine(devices)
+        getattr(engine, "seen", {}).clear()  # what auto learnt: a program that starts has nothing
+        stats = engine.generate(prompts, mode=mode, max_new_tokens=new, **settings).stats
         kept = {key: stats.get(key) for key in KEPT}
         kept |= {key: stats[key] for key in ("target", "draft", "tokens_per_s")}
         return {"ids": stats["token_ids"], **kept}
@@ -339,6 +353,7 @@ class Runner:
     def __init__(self, args, texts: dict[str, list[str]]):
         self.args, self.began, self.workers, self.skipped = args, time.perf_counter(), {}, {}
         self.cores = available_cores()[:2]
+        self.commit = environment(None)["commit"]  # the workers keep the code that is here now
         self.devices = self.places()
         encoded = {kind: self.encode(kind, of_kind) for kind, of_kind in texts.items()}
         self.prompts = {kind: prompts for kind, prompts in encoded.items() if prompts}

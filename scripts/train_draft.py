@@ -291,6 +291,23 @@ def report(run: Distiller, held: list[Text], args, what: str) -> dict[str, float
     return figures
 
 
+def claim(args) -> None:
+    """Note in the work folder what it is for. ValueError if it is for something else: texts and
+    weights in it would be taken for those of this target and these numbers.
+    """
+    path = args.work_dir / "about.json"
+    there = Path(args.target).exists()
+    about = {"target": str(Path(args.target).resolve()) if there else args.target}
+    about |= {name: getattr(args, name) for name in ("layers", "vocab", "new_tokens", "seed")}
+    known = json.loads(path.read_text()) if path.exists() else about
+    if wrong := [name for name in about if known.get(name) != about[name]]:
+        raise ValueError(
+            f"{args.work_dir} holds work with {wrong[0]} {known.get(wrong[0])}, wanted "
+            f"{about[wrong[0]]}: give what it was begun with, or name another --work-dir"
+        )
+    path.write_text(json.dumps(about) + "\n")
+
+
 def read_arguments(argv=None):
     about = {"description": __doc__, "formatter_class": argparse.RawDescriptionHelpFormatter}
     add = (parser := argparse.ArgumentParser(**about)).add_argument
@@ -325,6 +342,7 @@ def read_arguments(argv=None):
 
 
 def run(args) -> None:
+    claim(args)
     dtype = getattr(torch, args.dtype)
     target = load_model(args.target, args.device, dtype, Transformer).requires_grad_(False)
     target.set_positions(args.prompt_tokens + args.new_tokens + PIECE)

@@ -39,6 +39,17 @@ def test_a_token_that_is_not_the_best_is_reported_with_its_gap():
     assert found[0]["position"] == 4 and found[0]["gap"] > 0
 
 
+@pytest.mark.parametrize("name", ["bits", "pass_at_1", "check_truth", "check_same_text", "bench"])
+def test_where_results_go_is_checked_before_the_work(name, tmp_path, capsys):
+    foreign = tmp_path / "notes.txt"
+    foreign.write_text("not JSON")
+    prompts = ["prompts.jsonl"] if name == "check_same_text" else []
+    for out, why in ((foreign, "is kept"), (tmp_path, "a folder"), (foreign / "x", "missing")):
+        assert importlib.import_module(name).main([*prompts, "--out", str(out)]) == 2
+        assert why in capsys.readouterr().err
+    assert foreign.read_text() == "not JSON"
+
+
 @pytest.mark.parametrize("body", ["    return 2 * x\n", "    return x + x"])
 def test_a_right_function_passes(body):
     assert pass_at_1.passes(TASK, body)

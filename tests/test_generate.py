@@ -503,6 +503,10 @@ def test_flags_that_do_nothing_are_named(program):
     assert "note: in mode ar at temperature 0, --draft, --k, --cut, --seed changes nothing" in err
     _, _, err = program("--sd", "--k", 3, "--seed", 4, "--temperature", 1, "--max-new-tokens", 2)
     assert "note:" not in err
+    flags = ("--draft-quantize", "int8", "--coupling", "maximal", "--batch-halves", "on")
+    _, _, err = program("--sd", "--draft", "ngram", *flags, "--max-new-tokens", 2)
+    idle = "--coupling, --draft-quantize, --batch-halves"
+    assert f"note: in mode sd at temperature 0, {idle} changes nothing" in err
 
 
 # ---- texts

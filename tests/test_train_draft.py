@@ -58,6 +58,16 @@ def call(script, target, work, *more) -> int:
     return script.main([*command, *more])
 
 
+def test_a_work_folder_is_for_one_target_and_one_set_of_numbers(script, target, tmp_path, capsys):
+    """Another target's texts and weights would be taken for its own."""
+    assert call(script, target, tmp_path, "--stage", "train") == 2  # no texts yet, but claimed
+    capsys.readouterr()
+    for flags in (("--vocab", "30"), ("--layers", "1"), ("--target", "another/model")):
+        assert call(script, target, tmp_path, "--stage", "train", *flags) == 2
+        told = capsys.readouterr().err
+        assert f"holds work with {flags[0].strip('-')}" in told and "name another" in told
+
+
 def figures(work) -> list[dict[str, float]]:
     """Held-out acceptance by kind and temperature, of each line of the log."""
     lines = (work / "log.txt").read_text().splitlines()
