@@ -23,6 +23,7 @@ from checkpoint.weights import (
     load_config,
     load_model,
     resolve,
+    split_inflate,
 )
 from figures import run_stats
 from linear import DRAFT_ROWS, FORMATS, TARGET_ROWS, finish_all, finisher, speeds
@@ -79,7 +80,8 @@ class Model:
         """
         where, compile = resolve(name), device.type == "cuda" if compile is None else compile
         drafts = target is not None
-        numbers, bits = group.same(choose_format(where, device, dtype, quantize, compile, drafts))
+        file = where if split_inflate(name) is None else Path()  # what is grown has no few bits
+        numbers, bits = group.same(choose_format(file, device, dtype, quantize, compile, drafts))
         share, of = group.share if group.ranks > 1 else None, target and target.transformer
         with one_thread():
             if of is not None and of.group.ranks > 1 and load_config(name).head_tokens:
@@ -264,7 +266,12 @@ def fit_memory(
     taken.
     """
     free = {model.device: available_bytes(model.device) for _, model, _ in models}
-    free = {device: FREE_SHARE * found for device, found in free.items() if found is not None}
+    free = {device: found for device, found in free.items() if found is not None}
+    for _, model, _ in models:  # static runners are used again, or make room for others
+        if model.device in free:
+            caches = (runner.cache for runner in model.runners.values())
+            free[model.device] += sum(c.k_LBGSD.nbytes + c.v_LBGSD.nbytes for c in caches)
+    free = {device: FREE_SHARE * found for device, found in free.items()}
     while left := [row for row in rows if row.finish is None]:
         longest = max(left, key=lambda row: row.limit)
         trunk, row_bytes = in_whole_blocks(longest.limit + k + 1), dict.fromkeys(free, 0)
@@ -282,11 +289,14 @@ def fit_memory(
                 )
             return batch, trunk
         device = min(fits, key=fits.get)
-        longest.refuse(
+        why = (
             f"a row of {trunk} tokens needs {row_bytes[device] / 1e9:.2f} GB, but {device} has "
             f"{free[device] / FREE_SHARE / 1e9:.2f} GB free, of which it gets {FREE_SHARE:.0%}: "
             "use a shorter prompt or a smaller max_new_tokens"
         )
+        for row in left:  # all of that length at once
+            if row.limit >= longest.limit:
+                row.refuse(why)
     raise ValueError(rows[0].refused)
 
 
@@ -368,6 +378,8 @@ class Engine:
         if lanes[0] is lanes[1]:  # where they take turns on one lane another half gains nothing
             halves = "off"
         models = [("target", self.target, 0)] + [("draft", draft, max(ms)) for draft in drafts]
+        if not keep:
+            self.previous = {}, [], 0  # its memory is free for this run
         batch, trunk = fit_memory(models, rows, settings.batch, k, self.tell)
         old = self.reuse(rows[0], len(models)) if keep and len(rows) == 1 else {}
         self.previous = {}, [], 0  # this run may overwrite it, and perhaps it never ends
@@ -513,7 +525,7 @@ def load(
         draft = Model.load(draft, devices.draft, dtype, compile, loaded, draft_quantize)
     engine = Engine(loaded, draft, devices)
     for device, bits in ((devices.target, quantize), (devices.draft, draft_quantize)):
-        slow = device.type == "cpu" and speeds().get(bits, 0.0) > speeds().get("float32", math.inf)
-        if slow:
+        few = device.type == "cpu" and bits in ("int8", "int4")  # else nothing need be measured
+        if few and speeds().get(bits, 0.0) > speeds().get("float32", math.inf):
             engine.warn(f"this CPU has no instructions for {bits}, which is slower than float32")
     return engine

@@ -277,8 +277,8 @@ def _yarn(config: Config) -> tuple[torch.Tensor, float]:
 
     # The (fractional) rotary pair that makes so many turns over the original context.
     def pair_with(turns):
-        length = rope["original_max_position_embeddings"] / (turns * 2 * math.pi)
-        return half * math.log(length) / math.log(config.rope_theta)
+        length = math.log(rope["original_max_position_embeddings"]) - math.log(turns * 2 * math.pi)
+        return half * length / math.log(config.rope_theta)
 
     def magnitude(scale):
         return 0.1 * scale * math.log(max(rope["factor"], 1.0)) + 1.0

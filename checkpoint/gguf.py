@@ -467,6 +467,7 @@ ONLY = {  # what is implemented for one value only
     "rope.scaling.yarn_ext_factor": 1.0,
 }
 ROPE_FACTORS = "rope_freqs.weight"  # llama3's scaling: what each frequency is divided by
+MOST_FACTORS = 1 << 12  # half of a head's size
 
 
 def open_checkpoint(path: str | Path) -> tuple[dict, dict[str, Quantised]]:
@@ -547,7 +548,8 @@ def rope_scaling(file: File, said: dict) -> dict:
         rope.setdefault("factor", said.get(OLD_LINEAR))
     if ROPE_FACTORS not in file.entries:
         return rope
-    if rope or len(file.entries[ROPE_FACTORS].shape) > 1:
+    shape = file.entries[ROPE_FACTORS].shape
+    if rope or len(shape) > 1 or shape[0] > MOST_FACTORS:
         raise CheckpointError(
             f"{file.path} has {ROPE_FACTORS}, wanted one row of factors and no other RoPE scaling: "
             "use another file"

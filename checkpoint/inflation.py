@@ -125,6 +125,9 @@ def grow_config(raw: dict, shape: dict[str, int]) -> dict:
         "rms_norm_eps": small.norm_eps * share,
         "tie_word_embeddings": small.tied and not words,
     }
+    if small.rope["type"] == "factors":  # pair i of a head becomes pair i * head_dim / old
+        factors = [f for f in small.rope["factor"] for _ in range(head_dim // small.head_dim)]
+        grown["rope_scaling"] = {"type": "factors", "factors": factors}
     if types := raw.get("layer_types"):
         grown["layer_types"] = types + types[-1:] * (new["layers"] - small.num_layers)
     return grown

@@ -193,7 +193,8 @@ def _patterns(splitters: list[dict]) -> list[str | None]:
             case {"type": "Digits", "individual_digits": single}:
                 patterns.append(r"\p{N}" if single else r"\p{N}+")
             case {"type": "ByteLevel", "add_prefix_space": space}:
-                patterns += [None] * space + [GPT2_PATTERN] * node.get("use_regex", True)
+                patterns += [None] * bool(space)
+                patterns += [GPT2_PATTERN] * bool(node.get("use_regex", True))
             case _:
                 raise _unsupported(
                     "pre_tokenizer", node, "Split (Isolated, not inverted), Digits or ByteLevel"

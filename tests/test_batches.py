@@ -114,6 +114,39 @@ def test_as_many_rows_as_memory_holds_are_decoded_at_once(pair, monkeypatch):  #
     assert got.token_ids[:6] == whole.token_ids[:6] and "rows of 32 tokens" in said[0]
 
 
+def test_memory_that_a_run_may_use_again_counts_as_free(pair, eager_backend, monkeypatch):  # noqa: F811
+    """The KV of the text before, and static runners: the same call fits twice, in as many rows."""
+    import engine as module
+
+    kept = []
+    room = lambda device: kept.append(pair.previous[0]) or 1 << 40  # noqa: E731
+    monkeypatch.setattr(module, "available_bytes", room)
+    for _ in range(2):
+        pair.generate([[1, 2]], max_new_tokens=2)
+    assert kept == [{}] * len(kept), "it is given back before memory is looked at"
+    static, _ = static_pair([], num_hidden_layers=1)
+    model, said = static.target, []
+    held = lambda: sum(2 * r.cache.k_LBGSD.nbytes for r in model.runners.values())  # noqa: E731
+    room = lambda device: 3.9 * model.row_bytes(32, 0, 0) - held()  # noqa: E731
+    monkeypatch.setattr(module, "available_bytes", room)
+    monkeypatch.setattr(static, "tell", said.append)
+    for _ in range(2):
+        static.generate([[1]] * 6, mode="ar", max_new_tokens=20)
+    assert said[0] == said[1], said
+
+
+def test_rows_of_one_length_are_refused_at_once(pair, monkeypatch):  # noqa: F811
+    import engine as module
+
+    asked, real = [], module.Model.row_bytes
+    counted = lambda *given: asked.append(given) or real(*given)  # noqa: E731
+    monkeypatch.setattr(module.Model, "row_bytes", counted)
+    monkeypatch.setattr(module, "available_bytes", lambda device: 1000)
+    with pytest.raises(ValueError, match="a row of"):
+        pair.generate([[1, 2]] * 50, max_new_tokens=20)
+    assert len(asked) <= 2
+
+
 def test_static_steps_are_not_compiled_again_by_rows_that_join(eager_backend):  # noqa: F811
     from torch._dynamo.utils import counters
 

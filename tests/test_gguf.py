@@ -267,6 +267,10 @@ def test_llama3_factors_are_a_tensor(tmp_path):
     assert torch.allclose(rope_frequencies(again)[0], rope_frequencies(model.config)[0], rtol=1e-6)
     write(tmp_path / "n.gguf", LLAMA, spell(model), **{"rope_freqs.weight": factors[:-1]})
     refuses("has 5 factors, wanted 6", tmp_path / "n.gguf", load_model)
+    grown = f"inflate:head_dim={2 * again.head_dim}:{path}"
+    assert (our_logits(grown, text)[:, :96] - whole(model, text)).abs().max() < 1e-4
+    many = {"rope_freqs.weight": torch.ones(ours.MOST_FACTORS + 1)}
+    refuses("wanted one row", write(tmp_path / "p.gguf", LLAMA, spell(model), **many), load_model)
     cube = {"rope_freqs.weight": factors.view(1, 2, 3)}
     refuses("wanted one row", write(tmp_path / "o.gguf", LLAMA, spell(model), **cube), load_model)
 
@@ -347,6 +351,13 @@ def test_few_bits_stay_as_they_are_in_the_file(kind, tmp_path, monkeypatch):
     half = {"Q4": Int4Linear, "F1": PackedLinear}.get(kind[:2], Int8Linear)
     model = load_model(path, finish=finish, bits="stored")
     assert all(type(getattr(model.layers[0].mlp, name)) is half for name in ("gate_up", "down"))
+    config, _, found = weights.open_whole(path)
+    cpu, pieces = torch.device("cpu"), weights.by_module(config)["layers.0.mlp.gate_up"]
+    needed = weights.check_room(config, found, cpu, torch.float32, "stored")
+    share = needed / weights.check_room(config, found, cpu, torch.float32, "none")
+    assert (share == 1) == (kind == "F16"), "what stays floats is counted as floats"
+    form = weights.stored_weight(pieces, found, "meta")
+    assert half is not Int4Linear or all(x.is_meta for x in form), "they go to the device"
     truth = load_model(path)
     for name in ("mlp.gate_up", "mlp.down", "attention.qkv"):
         wanted = truth.layers[0].get_submodule(name)

@@ -178,7 +178,7 @@ def test_every_mode_prints_the_same_text(bits, temperature):
         assert math.isfinite(texts[1].stats["acceptance_rate"])
 
 
-def test_formats_are_compared_out_of_cache_and_only_where_one_is_chosen(monkeypatch):
+def test_formats_are_compared_out_of_cache_and_only_where_one_is_chosen(demo, monkeypatch):
     """Weights that fit in a cache made every start choose anew; and measuring them takes time."""
     sizes, real = [], linear.PackedLinear
 
@@ -194,6 +194,7 @@ def test_formats_are_compared_out_of_cache_and_only_where_one_is_chosen(monkeypa
     choose = engine_module.choose_format
     for dtype, quantize in (("float32", None), ("float64", "none"), (None, "int8")):
         choose(Path(), torch.device("cpu"), dtype, quantize, False)
+    engine_module.load(str(demo / "target"), "ngram", "cpu", dtype="float32")
 
 
 def test_a_draft_gets_few_bits_where_they_are_fastest(monkeypatch):

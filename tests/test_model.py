@@ -25,7 +25,7 @@ from families import (
 )
 
 import engine
-from checkpoint.config import Config
+from checkpoint.config import Config, rope_frequencies
 from checkpoint.weights import load_config, load_model
 from linear import finish_all, finisher
 from model import Block, Pair, Placement, Transformer
@@ -492,3 +492,11 @@ def test_a_head_for_fewer_tokens():
     model = Transformer(Config.from_dict(LLAMA | {"head_tokens": 40, "tie_word_embeddings": True}))
     model.set_positions(8)
     assert model(torch.tensor([[95, 3]])).shape == (1, 2, 40) and model.token_ids_V is None
+
+
+@pytest.mark.parametrize("numbers", [(1e299, 1e-299), (1e-299, 1e299)])
+def test_yarn_of_extreme_numbers_stays_finite(numbers):
+    rope = dict(zip(("original_max_position_embeddings", "beta_fast"), numbers))
+    rope |= {"rope_type": "yarn", "factor": 4.0}
+    frequency, _ = rope_frequencies(Config.from_dict(LLAMA | {"rope_scaling": rope}))
+    assert frequency.isfinite().all()

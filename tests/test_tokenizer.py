@@ -878,3 +878,8 @@ def test_what_is_not_supported_is_named(llama3, tmp_path, part, value, says):
 def test_text_that_is_not_utf8(qwen):
     with pytest.raises(ValueError, match="not UTF-8"):
         qwen[0].encode(b"abc\xff".decode("utf-8", "surrogateescape"))
+
+
+def test_a_number_for_true_or_false_repeats_nothing():
+    node = {"type": "ByteLevel", "add_prefix_space": 10**9, "use_regex": 10**9}
+    assert engine._patterns([node]) == [None, engine.GPT2_PATTERN]
