@@ -352,11 +352,11 @@ def test_few_bits_stay_as_they_are_in_the_file(kind, tmp_path, monkeypatch):
     model = load_model(path, finish=finish, bits="stored")
     assert all(type(getattr(model.layers[0].mlp, name)) is half for name in ("gate_up", "down"))
     config, _, found = weights.open_whole(path)
-    cpu, pieces = torch.device("cpu"), weights.by_module(config)["layers.0.mlp.gate_up"]
+    cpu, gate_up = torch.device("cpu"), weights.by_module(config)["layers.0.mlp.gate_up"]
     needed = weights.check_room(config, found, cpu, torch.float32, "stored")
     share = needed / weights.check_room(config, found, cpu, torch.float32, "none")
     assert (share == 1) == (kind == "F16"), "what stays floats is counted as floats"
-    form = weights.stored_weight(pieces, found, "meta")
+    form = weights.stored_weight(gate_up, found, "meta")
     assert half is not Int4Linear or all(x.is_meta for x in form), "they go to the device"
     truth = load_model(path)
     for name in ("mlp.gate_up", "mlp.down", "attention.qkv"):
