@@ -7,6 +7,7 @@ turns. Does not know: rounds (ssd.py), formats of files (checkpoint/). Read next
 import difflib
 import math
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
@@ -156,9 +157,10 @@ class Model:
         """A runner with room for `trunk` tokens a row. A static one is kept: its graphs belong to
         its buffers.
 
-        A shorter text runs in a longer trunk, since attention reads no more than there is.
+        A shorter text runs in a longer trunk, since attention reads no more than there is. Graphs
+        belong to a stream as well, and so to the thread of a lane: another one gets a new runner.
         """
-        key = (role, batch, k, branches, vocab)
+        key = (threading.current_thread(), role, batch, k, branches, vocab)
         kept = self.runners.get(key)
         if kept is not None and kept.cache.trunk >= trunk:
             return kept
@@ -459,7 +461,7 @@ class Engine:
         if decoding.lost:
             self.draft.runners.clear()  # what hangs may still write to their buffers
         # A prompt that was not read whole leaves no KV worth keeping.
-        elif len(rows) == 1 and figures.rounds:
+        elif len(rows) == 1 and figures.rounds and decoding.is_last():
             runners = {"target": decoding.target, "draft": decoding.draft}
             runners = {role: runner for role, runner in runners.items() if runner is not None}
             self.previous = runners, list(rows[0].ids), rows[0].draft_read

@@ -295,6 +295,7 @@ class Seats:
         left = JOIN_CHUNK
         for b in places:
             if self.rows[b].finish and self.waiting:
+                self.rows[b].last_seen.clear()  # it guesses no more
                 self.rows[b] = self.waiting.popleft()
                 yield "seat", b, self.rows[b].sampling, self.rows[b].number
             row = self.rows[b]

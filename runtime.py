@@ -124,6 +124,7 @@ class Lane:
         self.threads = len(self.cores) or len(available_cores())
         self.spans: list[tuple[str, float, float]] = []
         self.recent = defaultdict(lambda: deque(maxlen=9))  # seconds that work of a name took
+        self.stream = None
         self._open()
         atexit.register(self.close)
 
@@ -203,7 +204,10 @@ class Lane:
         self._thread.join(limit_s)
 
     def _open(self) -> None:
+        before = self.stream
         self.stream = torch.cuda.Stream(self.device, self.priority) if self.on_gpu else None
+        if before is not None:  # a target on this lane has work there that it builds upon
+            self.stream.wait_stream(before)
         self.error: BaseException | None = None
         self.slowest_s = self.last_s = 0.0  # of whole works; of the last span
         self._queue: queue.SimpleQueue = queue.SimpleQueue()
@@ -430,6 +434,16 @@ class Policy:
         self.how = {"fullgraph": True, "dynamic": False}  # for torch.compile
         if self.graphs:  # small operations that do not need each other share a kernel
             self.how["options"] = {"combo_kernels": True}
+
+    @contextmanager
+    def alone(self):
+        """The right to be in this model's compiled code. RuntimeError if another thread stays."""
+        if not self.turn.acquire(timeout=HANGS_S):
+            raise RuntimeError("a step of an earlier run still hangs")
+        try:
+            yield
+        finally:
+            self.turn.release()
 
     def enter_thread(self) -> None:
         """Call this before anything compiles on a thread: from torch 2.13 on the limit is a

@@ -144,6 +144,7 @@ class Decoding:
         self.target, self.target_lane = target, target_lane
         self.draft, self.draft_lane = draft, draft_lane
         self.figures, self.foresight, self.lost = Figures(rows), Foresight(), False
+        self.run_number = target.run_number
 
     # ---- the method
 
@@ -224,6 +225,8 @@ class Decoding:
         A failure of the target is raised before the next round, one of the draft when it is next
         asked for something.
         """
+        if not self.is_last():
+            raise RuntimeError("another text was begun with this engine: end one before the next")
         for reading in self.reading:
             reading.result()  # a lane works in order: this ended before the last verification
         self.reading = []
@@ -232,7 +235,10 @@ class Decoding:
             if self.draft is not None:
                 drafting = self.draft_lane.start(getattr(self.draft, method), *args)
                 if self.draft_lane is self.target_lane:  # a verification would wait without a limit
-                    self.await_draft(drafting, PREFILL_PATIENCE_S)
+                    self.await_reading(self.reading[-1], drafting)
+                else:  # its next answer may wait for a long chunk
+                    slowest_s = PREFILL_PATIENCE_S / PATIENCE_TIMES
+                    self.draft_lane.slowest_s = max(self.draft_lane.slowest_s, slowest_s)
             if len(self.reading) > 2 and not self.live():  # so that Ctrl-C does not wait for all
                 self.reading.pop(0).result()
         return self.live(places)
@@ -348,10 +354,21 @@ class Decoding:
             reading = self.target_lane.start(self.target.prefill, *jobs[0])
             if self.draft is not None:
                 drafting = self.draft_lane.start(self.draft.prefill, *jobs[1])
-            reading.result()
             if self.draft is not None:
-                took = reading.end - reading.begin
-                self.await_draft(drafting, PREFILL_PATIENCE_S + PATIENCE_TIMES * took)
+                self.await_reading(reading, drafting)
+            reading.result()
+
+    def await_reading(self, reading: Work, drafting: Work) -> None:
+        """Wait until both models have read a chunk; for the draft longer where the target took
+        long.
+        """
+        reading.result()
+        took = reading.end - reading.begin
+        self.await_draft(drafting, PREFILL_PATIENCE_S + PATIENCE_TIMES * took)
+
+    def is_last(self) -> bool:
+        """Whether nothing has begun after this that may use the same buffers."""
+        return self.run_number == self.target.run_number
 
     def warm_up(self) -> None:
         """Compile and capture what is new, one lane after the other, and report the time."""

@@ -120,6 +120,7 @@ class Runner:
         self.by_draws, self.gathers, self.apart = True, False, False  # as set_rows decides
         self.how: tuple | None = None  # all rows sample: coupling, saguaro_c, greedy, filtered
         self.lengths: list[int] = []  # of verifications and extends, where steps are static
+        self.run_number = 0  # of the run that it belongs to now
         self.step_of: dict = {}
         self.warm: tuple | None = None  # what the compiled and captured steps were made for
         self.pool = policy.new_pool()
@@ -140,7 +141,7 @@ class Runner:
             every = self.gathers and self.group.rank == 0
             self.ids_V = torch.arange(self.vocab, device=self.device) if every else self.own_V
             self.words_V = self.ids_V.to(torch.int32)
-        how = coupling, saguaro_c, *params.flags
+        how, self.run_number = (coupling, saguaro_c, *params.flags), self.run_number + 1
         if self.policy.static and how == self.how:
             for old, new in zip(self.params.tensors, params.tensors):
                 old.copy_(new)
@@ -436,7 +437,7 @@ class Runner:
         packed, besides = self.policy.send(numbers), self._besides(part)
         if not self.policy.static:
             return work(_views(packed, layout, besides), *tensors, **static)
-        with self.policy.turn:
+        with self.policy.alone():
             if len(part) == 1 < self.batch:
                 self.policy.enter_thread()
                 return work(_views(packed.to(self.device), layout, besides), *tensors, **static)

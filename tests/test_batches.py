@@ -2,6 +2,7 @@
 Tiny random models in float64."""
 
 import dataclasses
+import time
 
 import pytest
 from test_runtime import eager_backend, static_pair  # noqa: F401
@@ -11,7 +12,9 @@ from tiny import Restless, engine, play, transformer
 from figures import Round
 from halves import Quicker
 from rows import COUPLINGS
+from runtime import Devices
 from ssd import Plan, SamePlan
+from steps import Runner
 
 LONG = [[(3 * i + b) % 50 for i in range(1 + 37 * b % 90)] for b in range(18)]
 
@@ -306,3 +309,33 @@ def test_the_quicker_way_is_found_and_found_again():
         clock, now = clock + took, planner.next(done)
         played.append(now.halves)
     assert sum(played[200:1500]) > 0.8 * 1300 and sum(played[2200:]) < 0.2 * 800
+
+
+@pytest.mark.parametrize("mode", ["sd", "ssd"])
+def test_a_long_chunk_of_a_row_that_joins_does_not_lose_the_draft(monkeypatch, mode):
+    """On one lane the draft waits for the target's chunk; on its own its next answer is late."""
+    said, real = [], Runner.prefill
+    own = engine(transformer(), transformer(1), warn=said.append)
+    if mode == "sd":
+        own.devices = Devices("cpu", "cpu")
+    monkeypatch.setattr("runtime.PATIENCE_S", 0.3)
+    monkeypatch.setattr("ssd.PREFILL_PATIENCE_S", 0.5)
+
+    def slow(runner, ids, start):
+        if max(map(len, ids)) > 20:
+            time.sleep({("target", "sd"): 1.0, ("draft", "ssd"): 0.4}.get((runner.role, mode), 0))
+        real(runner, ids, start)
+
+    monkeypatch.setattr(Runner, "prefill", slow)
+    own.generate([[1], [2], [3] * 30], mode=mode, k=2, batch=1, max_new_tokens=6, ignore_eos=True)
+    assert not said
+
+
+def test_rows_that_have_ended_keep_no_ngrams(pair):  # noqa: F811
+    pair.ngram, draft, pair.draft = True, pair.draft, None
+    try:
+        run = pair.start([[1, 2, 1, 2]] * 6, mode="sd", k=2, batch=2, max_new_tokens=5)
+        list(run.rounds())
+    finally:
+        pair.ngram, pair.draft = False, draft
+    assert sum(bool(row.last_seen) for row in run.all_rows) <= 2

@@ -1,5 +1,6 @@
 """Lanes, devices, compilation: where work runs must not change what it computes."""
 
+import contextlib
 import copy
 import functools
 import gc
@@ -506,3 +507,88 @@ def test_a_plan_may_change_between_any_two_rounds(eager_backend, monkeypatch):
     assert got.token_ids == eager.generate([[1, 2], [3]], mode="ar", **options).token_ids
     played = {(r.plan.k, r.plan.m) for r in run.figures.rounds}
     assert played >= {(0, 0), (1, 0), (3, 0), (1, 4), (3, 4)}
+
+
+# ---- several runs with one engine
+
+
+def test_a_run_whose_buffers_another_one_took_says_so(eager_backend):
+    """Static runners are used again: the first run would go on with the other's KV."""
+    static, eager = static_pair([], num_hidden_layers=1)
+    options = {"mode": "ar", "max_new_tokens": 6}
+    first = static.start([[1, 2, 3]], **options).rounds()
+    next(first)
+    second = static.generate([[4, 5]], keep=True, **options)
+    assert second.token_ids == eager.generate([[4, 5]], **options).token_ids
+    with pytest.raises(RuntimeError, match="another text was begun"):
+        list(first)
+    done = static.start([[1, 2, 3]], True, **options)
+    list(done.rounds())
+    static.generate([[7, 8, 9]], **options)
+    static.finish(done)  # late: its KV is gone
+    more = [[*done.rows[0].ids, 5]]
+    kept = static.generate(more, keep=True, **options)
+    assert kept.token_ids == eager.generate(more, **options).token_ids
+
+
+def test_a_static_runner_belongs_to_the_thread_that_made_it(eager_backend):
+    """Graphs hold a stream's memory, and Dynamo's limits are a thread's own."""
+    static, eager = static_pair([], num_hidden_layers=1)
+    static.devices = runtime.Devices("cpu", "cpu")
+    prompts, options = [[1, 2, 3], [4, 5]], {"max_new_tokens": 12, "k": 2}
+    truth, seen = eager.generate(prompts, mode="ar", max_new_tokens=12).token_ids, []
+    for mode in ({"mode": "sd"}, {"mode": "ssd", "fan_out": 6}, {"mode": "sd"}):
+        run = static.start(prompts, **mode, **options)
+        list(run.rounds())
+        assert [row.new_ids for row in run.all_rows] == truth
+        seen.append(run.draft)
+        static.finish(run)
+    assert seen[0] is not seen[1] is not seen[2]
+
+
+@pytest.mark.parametrize("mode", ({"mode": "sd"}, {"mode": "ssd", "fan_out": 6}))
+def test_a_draft_that_hangs_in_a_static_step_costs_the_next_run_little(
+    eager_backend, monkeypatch, mode
+):
+    monkeypatch.setattr(runtime, "PATIENCE_S", 0.3)
+    monkeypatch.setattr(runtime, "HANGS_S", 0.3)
+    said, held = [], threading.Event()
+    static, eager = static_pair(said, num_hidden_layers=1)
+    truth = eager.generate([[1, 2, 3]], mode="ar", max_new_tokens=12).token_ids
+    static.generate([[1, 2, 3]], max_new_tokens=12, k=2, **mode)
+    logits = Runner._logits
+
+    def hang(runner, *args):
+        if runner.role == "draft" and not held.is_set():
+            held.wait(30)
+        return logits(runner, *args)
+
+    monkeypatch.setattr(Runner, "_logits", hang)
+    try:
+        began = time.perf_counter()
+        for _ in range(2):
+            got = static.generate([[1, 2, 3]], max_new_tokens=12, k=2, **mode)
+            assert got.token_ids == truth
+        assert time.perf_counter() - began < 20 and "still hangs" in said[-1], said
+    finally:
+        held.set()
+
+
+def test_a_lane_that_goes_on_waits_for_what_its_old_stream_was_given(monkeypatch):
+    """In SD on one GPU the target's prompt may still be in work there when a draft is lost."""
+
+    class Stream:
+        def __init__(self, *_):
+            self.waited = []
+
+        def wait_stream(self, other):
+            self.waited.append(other)
+
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(Lane, "on_gpu", property(lambda lane: True))
+    lane = Lane("cpu", "target")
+    before = lane.stream
+    lane.leave()
+    assert lane.stream is not before and lane.stream.waited == [before] and not before.waited
+    lane.close()
