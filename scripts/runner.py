@@ -96,8 +96,10 @@ def check_out(file: str | None) -> None:
     if file is None:
         return
     path = Path(file)
-    if path.is_dir() or not path.resolve().parent.is_dir():
-        raise ValueError(f"{file} is a folder or in one that is missing, wanted a file: name it")
+    if not path.resolve().parent.is_dir():
+        raise ValueError(f"{file} cannot be written, its folder is missing: create it first")
+    if path.is_dir():
+        raise ValueError(f"{file} is a folder, wanted a file: name one in it")
     try:
         good = not path.exists() or isinstance(json.loads(path.read_text()), dict)
     except (OSError, ValueError):

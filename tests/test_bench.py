@@ -124,7 +124,7 @@ def test_overlap_is_judged_by_its_ceiling(run, tmp_path):
     group = entry["groups"]["T=0"]
     sd, ssd = group["ways"]["SD"], group["ways"]["SSD"]
     tokens = ssd["tokens_per_round"] / sd["tokens_per_round"]
-    most = (1 + sd["draft_ms"] / ssd["verify_ms"]) * tokens
+    most = (sd["verify_ms"] + sd["draft_ms"]) / ssd["verify_ms"] * tokens
     assert group["ceiling"] == pytest.approx(most, rel=1e-3)
     share = group["ratios"]["SSD over SD"]["median"] / most
     assert headline["overlap T=0: share_of_ceiling"] == pytest.approx(share, rel=1e-3)
