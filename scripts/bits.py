@@ -24,7 +24,15 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 from bench import prompts as read_prompts  # noqa: E402
 from bench import read_lines  # noqa: E402
-from runner import Worker, available_cores, check_out, environment, interval, keep, rounded  # noqa: E402
+from runner import (  # noqa: E402
+    Worker,
+    available_cores,
+    check_out,
+    environment,
+    interval,
+    keep,
+    rounded,
+)
 
 # --quantize and --dtype.
 FORMATS = {"float32": ("none", "float32"), "int8": ("int8", None), "int4": ("int4", None)}
