@@ -27,13 +27,8 @@ QUESTION = "Why is the sky blue?"
 FILE_LIMIT = 1 << 26  # bytes of a prompt file
 # Exit codes; the last two are 128 + a signal.
 FAILED, MISTAKE, INTERRUPTED, NOBODY_READS = 1, 2, 130, 141
-SAMPLING_FLAGS = (
-    "top_k",
-    "top_p",
-    "seed",
-    "coupling",
-    "saguaro_c",
-)  # of no effect at temperature 0
+# Of no effect at temperature 0.
+SAMPLING_FLAGS = ("top_k", "top_p", "seed", "coupling", "saguaro_c")
 LINE_BEGINS = b'{"number": '  # of --out
 TEXTS = {"nargs": "+", "action": "extend", "metavar": "TEXT"}
 SWITCH = argparse.BooleanOptionalAction
@@ -319,11 +314,8 @@ def note_idle_flags(args, mode: str, rows: int) -> None:
     idle += ("draft_device", "draft_quantize") if args.draft == "ngram" else ()
     idle += ("batch", "batch_halves") if rows < 2 else ()
     usual = vars(parser().parse_args([]))
-    given = [
-        "--" + name.replace("_", "-")
-        for name in dict.fromkeys(idle)
-        if vars(args)[name] != usual[name]
-    ]
+    given = [name for name in dict.fromkeys(idle) if vars(args)[name] != usual[name]]
+    given = ["--" + name.replace("_", "-") for name in given]
     if given:
         where = f"in mode {mode} at temperature {args.temperature:g}"
         print(f"note: {where}, {', '.join(given)} changes nothing", file=sys.stderr)

@@ -534,16 +534,19 @@ def test_a_run_whose_buffers_another_one_took_says_so(eager_backend):
 def test_a_static_runner_belongs_to_the_thread_that_made_it(eager_backend):
     """Graphs hold a stream's memory, and Dynamo's limits are a thread's own."""
     static, eager = static_pair([], num_hidden_layers=1)
-    static.devices = runtime.Devices("cpu", "cpu")
-    prompts, options = [[1, 2, 3], [4, 5]], {"max_new_tokens": 12, "k": 2}
-    truth, seen = eager.generate(prompts, mode="ar", max_new_tokens=12).token_ids, []
-    for mode in ({"mode": "sd"}, {"mode": "ssd", "fan_out": 6}, {"mode": "sd"}):
-        run = static.start(prompts, **mode, **options)
+    prompts, options = [[1, 2, 3], [4, 5]], {"mode": "sd", "max_new_tokens": 12, "k": 2}
+    truth, drafts = eager.generate(prompts, mode="ar", max_new_tokens=12).token_ids, []
+    for leave in (False, False, True):
+        run = static.start(prompts, **options)
+        if leave:
+            drafts[0].draft_lane.leave()
+            run = static.start(prompts, **options)
         list(run.rounds())
         assert [row.new_ids for row in run.all_rows] == truth
-        seen.append(run.draft)
+        drafts.append(run)
         static.finish(run)
-    assert seen[0] is not seen[1] is not seen[2]
+    first, second, third = (run.draft for run in drafts)
+    assert first is second and third is not second
 
 
 @pytest.mark.parametrize("mode", ({"mode": "sd"}, {"mode": "ssd", "fan_out": 6}))
