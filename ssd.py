@@ -353,9 +353,7 @@ class Decoding:
             ]
             reading = self.target_lane.start(self.target.prefill, *jobs[0])
             if self.draft is not None:
-                drafting = self.draft_lane.start(self.draft.prefill, *jobs[1])
-            if self.draft is not None:
-                self.await_reading(reading, drafting)
+                self.await_reading(reading, self.draft_lane.start(self.draft.prefill, *jobs[1]))
             reading.result()
 
     def await_reading(self, reading: Work, drafting: Work) -> None:

@@ -141,7 +141,8 @@ class Runner:
             every = self.gathers and self.group.rank == 0
             self.ids_V = torch.arange(self.vocab, device=self.device) if every else self.own_V
             self.words_V = self.ids_V.to(torch.int32)
-        how, self.run_number = (coupling, saguaro_c, *params.flags), self.run_number + 1
+        self.run_number += 1
+        how = coupling, saguaro_c, *params.flags
         if self.policy.static and how == self.how:
             for old, new in zip(self.params.tensors, params.tensors):
                 old.copy_(new)

@@ -270,11 +270,10 @@ def load_model(
             stored = lambda pieces: stored_weight(pieces, tensors, device)  # noqa: E731
     needed = check_room(config, tensors, torch.device(device), dtype, bits)
     if bits != "none":  # each thread holds a weight in floats while it makes few bits of it
-        sizes = {
-            name: sum(math.prod(p.shape) for p in job) for name, job in by_module(config).items()
-        }
-        largest = dtype.itemsize * max(size for name, size in sizes.items() if name != "embed")
-        workers = max(1, min(workers, max(needed // 10, SCRATCH_BYTES) // largest))
+        layers = (job for name, job in by_module(config).items() if name != "embed")
+        largest = max(sum(math.prod(piece.shape) for piece in job) for job in layers)
+        room = max(needed // 10, SCRATCH_BYTES) // (largest * dtype.itemsize)
+        workers = max(1, min(workers, room))
     model = build_model(config, fill, device, dtype, make, given, finish, stored, workers)
     if ids_V is not None:
         model.token_ids_V = ids_V.to(device)

@@ -26,7 +26,6 @@ import ssd
 from figures import figures_line
 from steps import Fork
 
-QUESTION = "Why is the sky blue?"
 FLAGS = {"target": None, "draft": None, "prompt": None}
 FLAGS |= {"k": 4, "temperature": 0.0, "max_new_tokens": 128, "turns": 3}
 SSD = {"mode": "ssd", "fan_out": 12}
@@ -56,7 +55,7 @@ def side_by_side(ways: dict[str, dict]) -> None:
         parser.add_argument("--" + flag.replace("_", "-"), type=kind, default=usual)
     args = vars(parser.parse_args())
     engine, turns = ssd.load(args.pop("target"), args.pop("draft")), max(1, args.pop("turns"))
-    asked = [{"role": "user", "content": QUESTION}]
+    asked = [{"role": "user", "content": "Why is the sky blue?"}]
     prompt, runs = args.pop("prompt") or engine.tokenizer.encode_chat(asked), {}
     for _ in range(turns):  # in turn, so that a slow minute of the machine falls on every way
         for way, settings in ways.items():
@@ -73,7 +72,8 @@ def main(ways: dict[str, dict]) -> None:
     try:
         side_by_side(ways)
     except ValueError as error:  # one sentence that says what to set right
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

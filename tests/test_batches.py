@@ -2,6 +2,7 @@
 Tiny random models in float64."""
 
 import dataclasses
+import json
 import time
 
 import pytest
@@ -329,6 +330,23 @@ def test_a_long_chunk_of_a_row_that_joins_does_not_lose_the_draft(monkeypatch, m
     monkeypatch.setattr(Runner, "prefill", slow)
     own.generate([[1], [2], [3] * 30], mode=mode, k=2, batch=1, max_new_tokens=6, ignore_eos=True)
     assert not said
+
+
+def test_the_bench_of_rows_that_join(demo, tmp_path, capsys):
+    from scripts import bench_rows
+
+    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "out.json"
+    prompts.write_text("".join(json.dumps({"prompt": f"def f{n}"}) + "\n" for n in range(6)))
+    flags = ["--target", str(demo / "target"), "--batch", "2", "--fixed", "2", "3", "--runs", "1"]
+    flags += ["--new-tokens", "4", "--out", str(out)]
+    assert bench_rows.main([str(prompts), *flags]) == 0
+    found = json.loads(out.read_text())["rows"]
+    assert found["prompts"] == 6 and len(found["runs"]) == 3 and found["different_texts"] == 0
+    killed = found["killed"]
+    assert killed["exit_code"] == killed["missing"] == killed["twice"] == 0
+    assert killed["rows"] == 6 and killed["kept_ones_stay"]
+    assert bench_rows.main([str(tmp_path / "none.jsonl")]) == 2
+    assert "none.jsonl" in capsys.readouterr().err
 
 
 def test_rows_that_have_ended_keep_no_ngrams(pair):  # noqa: F811

@@ -166,5 +166,5 @@ def test_an_example_runs_in_a_terminal(name, demo):
     assert [line.split(":")[0] for line in lines if "tokens/s" in line] == ways
     assert lines[-1] == "The texts are the same."
     wrong = subprocess.run([*command, "--k=999"], capture_output=True, text=True, timeout=120)
-    assert wrong.returncode and "999" in wrong.stderr, wrong.stderr
+    assert wrong.returncode == 2 and "999" in wrong.stderr, wrong.stderr
     assert wrong.stderr.startswith("error: ")

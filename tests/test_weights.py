@@ -183,6 +183,19 @@ def test_weights_land_once_without_a_second_copy_in_memory(tmp_path):
     assert size > 200e6 and used < size + 25e6, "the largest tensor has 67 MB"
 
 
+def test_threads_that_make_few_bits_are_bounded_by_memory(tmp_path, monkeypatch):
+    """Each holds a weight in floats: on many cores that was more than all that it becomes."""
+    save_model(tiny_model(seed=3), LLAMA, tmp_path)
+    found, build = [], weights.build_model
+    noted = lambda *given: found.append(given[-1]) or build(*given)  # noqa: E731
+    monkeypatch.setattr(weights, "build_model", noted)
+    monkeypatch.setattr(weights, "available_cores", lambda: range(8))
+    for bits, scratch in (("int8", 1 << 28), ("int8", 1), ("none", 1)):
+        monkeypatch.setattr(weights, "SCRATCH_BYTES", scratch)
+        weights.load_model(tmp_path, "cpu", torch.float32, Transformer, bits=bits)
+    assert found == [8, 1, 8]
+
+
 # ---- names ----
 
 
