@@ -19,7 +19,7 @@ from figures import Round, expected_tokens
 from sampling import CHAIN, FIXED, MISS_POWER
 from ssd import Plan
 
-KS, MS = (1, 2, 3, 4, 6, 8), (6, 12, 24)
+KS, MS = (1, 2, 3, 4, 6, 8), (2, 6, 12, 24)
 # By whether steps are static: then each size is compiled and captured.
 SIZES = {False: (KS, MS), True: ((2, 4, 7), (8, 24))}
 REVISE_EVERY = 4  # rounds
@@ -144,13 +144,15 @@ class Auto:
 
     def __init__(self, ks, ms, plan: Plan, batch: int, seen: Seen):
         """plan: the fallback of every plan, and cut or not. With fallback auto the planner also
-        chooses whether to draft on a miss; where they take turns, it does.
+        chooses whether to draft on a miss; where they take turns, it does. With cut it also chooses
+        whether to wait for whole chains, which pays where a step of the draft takes long.
         """
         on_miss = ("auto", "fast") if plan.fallback == "auto" else (plan.fallback,)
         in_turns = ("jit",) if plan.fallback == "auto" else on_miss
         self.plans = [
-            Plan(k, m, fallback, plan.cut)
+            Plan(k, m, fallback, cut)
             for k in ks for m in ms if k or not m
+            for cut in ((False, True) if plan.cut and m and k > 1 else (plan.cut,))
             for fallback in (on_miss if m else in_turns)
         ]  # fmt: skip
         self.modes = defaultdict(list)
@@ -162,9 +164,13 @@ class Auto:
         self.seen, self.batch, self.state = seen, batch, True
         self.tried, self.due = 0, seen.rounds + TRY_EVERY // 4
         self.revise()
-        # A run that knows nothing first plays a middle, a small and a large plan, SURE times each.
-        most = self.modes[max(self.modes)]
-        self.trying = [] if seen.rounds else SURE * [most[len(most) // 2], most[0], most[-1]]
+        # A run that knows nothing first plays a small and a middle plan, SURE times each. What
+        # large ones take follows; to play one would cost most where the draft is slow.
+        most = [p for p in self.modes[max(self.modes)] if p.cut == plan.cut]
+        k, m = (sorted(set(sizes)) for sizes in zip(*((p.k, p.m) for p in most)))
+        tried = (k[(len(k) - 1) // 2], m[len(m) // 2]), (k[len(k) // 4], m[0])
+        most = {(p.k, p.m): p for p in most}
+        self.trying = [] if seen.rounds else SURE * [most[size] for size in tried]
         self.now = self.trying.pop() if self.trying else self.best[True]
 
     def first(self) -> Plan:

@@ -27,7 +27,7 @@ from checkpoint.weights import (
     split_inflate,
 )
 from figures import run_stats
-from linear import DRAFT_ROWS, FORMATS, TARGET_ROWS, finish_all, finisher, speeds
+from linear import FORMATS, finish_all, finisher, speeds
 from model import Transformer
 from parallel import ALONE, Group
 from ranks import join, serve
@@ -217,13 +217,14 @@ def choose_format(
         return asked, quantize or "none"
     if dtype not in (None, "bfloat16"):
         return asked, "none"  # nothing to choose, so nothing is measured
-    here = speeds(DRAFT_ROWS if drafts else TARGET_ROWS)
+    here = speeds()
     faster = [name for name in here if here[name] < here.get("float32", math.inf)]
-    if dtype is None and quantize is None and where.is_file() and "int4" in faster:
-        return usual, "stored"
     quickest = min(here, key=here.get, default="none")
-    if drafts and dtype is None and quantize is None and quickest in ("int8", "int4"):
-        return usual, quickest
+    if dtype is None and quantize is None:
+        if drafts and quickest in ("int8", "int4"):
+            return usual, quickest
+        if where.is_file() and "int4" in faster:
+            return usual, "stored"
     if dtype is None and "bfloat16" in faster or dtype == "bfloat16" and dtype in here:
         return torch.float32, "bfloat16"  # a CPU computes the rest in float32 as fast
     return asked, "none"

@@ -7,11 +7,11 @@ Does not know: models, files, devices' queues. Read next: runtime.py.
     int8     W = codes * scale, a scale for each row of W
     int4     W = (codes - 8) * scale + zero, both for each group of 32 weights of a row
 
-Codes are whole numbers, scales and zeros bfloat16. All but float32 round their input and their
-result to bfloat16. What lies between the layers keeps the dtype that it came with: with SmolLM2,
-sums of layers rounded to bfloat16 cost four times the error of weights in four bits.
+Codes are whole numbers, scales and zeros bfloat16. All but float32 and IntegerLinear round their
+input and their result to bfloat16. What lies between the layers keeps the dtype that it came with:
+with SmolLM2, sums of layers rounded to bfloat16 cost four times the error of weights in four bits.
 
-Shape letters: N outputs, K inputs, G groups of a row.
+Shape letters: N outputs, K inputs, G groups of a row, M rows of x.
 """
 
 import functools
@@ -28,9 +28,13 @@ from runtime import one_thread
 
 FORMATS = ("none", "int8", "int4")
 AT_ONCE = 1 << 22  # weights that are quantised at a time: temporaries stay small
-# Rows of a pass that a format is chosen by: a step and a verification; a step and one of branches.
-TARGET_ROWS, DRAFT_ROWS = (1, 4), (1, 12)
+ROWS = (1, 4)  # of passes that formats are compared by: a step; a verification, or some branches
 ROWS_AT_ONCE = 1 << 12  # a multiple of the rows of all blocks that int4 is packed in
+# 16 bits of a number as two digits of -128..127: LARGEST is 127 * 256 + 127. Counted from MIDDLE,
+# digits are 0..255, and cutting off rounds.
+LARGEST, MIDDLE = 32639, 128 * 256 + 128 + 0.5
+CACHE_BYTES = 1 << 26  # more than most CPUs have
+MOST_INPUTS = 1 << 16  # a sum of so many products of bytes fits in 32 bits
 
 
 class PackedLinear(nn.Module):
@@ -88,6 +92,40 @@ class Int8Linear(nn.Module):
         return out.unflatten(0, x.shape[:-1]).to(x.dtype)
 
 
+class IntegerLinear(nn.Module):
+    """Int8Linear in whole numbers: x is rounded to 16 bits of the largest number in its row.
+
+    x (..., K) -> x (codes * scale)^T + bias, in float32. CPUs multiply 8 bits by 8 bits, so that a
+    row of x is two rows of digits. Sums of whole numbers have no order: a row's result is the same,
+    bit for bit, whatever is beside it. From four rows on it is faster than Int4Linear.
+    """
+
+    def __init__(self, linear: nn.Linear, group: Group = ALONE):
+        """group: as in Int8Linear."""
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        codes_NK, scale_N = to_int8(linear.weight.detach(), group)
+        self.weight_bytes = codes_NK.nbytes + scale_N.nbytes
+        self.codes = torch.ops.onednn.qlinear_prepack(codes_NK, None)
+        self.scale_N = scale_N.float() / LARGEST
+        self.zero_N = torch.zeros(self.out_features, dtype=torch.int32)
+        self.largest, self.middle = LARGEST, torch.tensor(float(MIDDLE))
+        self.bias = None if linear.bias is None else linear.bias.detach().float()
+
+    def forward(self, x):
+        rows = x.float().reshape(-1, self.in_features)
+        largest_M1 = rows.abs().amax(1, True).clamp_(min=1e-30)
+        # The operator's digits have no sign: 128 is zero. So the whole numbers begin in the middle.
+        whole = torch.add(self.middle, rows / largest_M1, alpha=self.largest).to(torch.int32)
+        digits = torch.cat((whole, whole >> 8)).to(torch.uint8)
+        products = multiply(digits, self.codes, self.scale_N, self.zero_N)
+        low, high = products.chunk(2)
+        out = torch.add(low, high, alpha=256).mul_(largest_M1)
+        if self.bias is not None:
+            out = out + self.bias
+        return out.unflatten(0, x.shape[:-1]).to(x.dtype)
+
+
 class Int4Linear(nn.Module):
     """x (..., K) -> x ((codes - 8) * scale + zero)^T + bias, in bfloat16. 5 bits a weight in all.
 
@@ -112,6 +150,26 @@ class Int4Linear(nn.Module):
         if self.bias is not None:
             out = out + self.bias
         return out.unflatten(0, x.shape[:-1]).to(x.dtype)
+
+
+def multiply(digits: torch.Tensor, codes, scale_N, zero_N) -> torch.Tensor:
+    """(digits - 128) (codes * scale)^T in float32, of bytes and of codes in oneDNN's layout."""
+    return torch.ops.onednn.qlinear_pointwise(
+        digits, 1.0, 128, codes, scale_N, zero_N, None, 1.0, 0, torch.float32, "none", [], ""
+    )
+
+
+@functools.cache
+def multiplies_bytes() -> bool:
+    """Whether this CPU's products of bytes are right. Without VNNI, large ones are cut off."""
+    codes_NK = torch.full((16, 64), 127, dtype=torch.int8)
+    try:
+        codes = torch.ops.onednn.qlinear_prepack(codes_NK, None)
+        largest, ones, zeros = torch.full((1, 64), 255), torch.ones(16), torch.zeros(16)
+        out = multiply(largest.to(torch.uint8), codes, ones, zeros.int())
+    except (RuntimeError, AttributeError):  # not for this CPU, or not in this PyTorch
+        return False
+    return bool((out == 64 * 127 * 127).all())
 
 
 # ---- weights to codes
@@ -171,6 +229,11 @@ def can_pack(weight: torch.Tensor, dtype: torch.dtype) -> bool:
     return dtype == torch.float32 or (dtype == torch.bfloat16 and "bfloat16" in speeds())
 
 
+def can_multiply_bytes(weight: torch.Tensor) -> bool:
+    """Whether int8 weights of this shape can be multiplied in whole numbers, on their device."""
+    return not weight.is_cuda and weight.shape[1] <= MOST_INPUTS and multiplies_bytes()
+
+
 def fits_int4(outputs: int, inputs: int) -> bool:
     """Whether PyTorch's operators can take a weight of this shape: whole groups, whole blocks."""
     return inputs % GROUP == 0 and outputs % 16 == 0
@@ -180,8 +243,8 @@ def finisher(bits: str, pack: bool, group: Group = ALONE) -> Callable:
     """What becomes of each linear layer of a model: (linear, name, stored) -> a module.
 
     bits: "none", "bfloat16", "int8", "int4", or "stored", as a GGUF file has them. stored: what it
-    has (checkpoint.gguf.Groups, "int8", or None). pack: whether floats are packed. group: the ranks
-    that share the model.
+    has (checkpoint.gguf.Groups, "int8", or None). pack: whether weights may take a layout of the
+    CPU's own. group: the ranks that share the model.
 
     In int4 the head stays int8: its errors would be the text's own. So does what does not fit.
     """
@@ -198,7 +261,8 @@ def finisher(bits: str, pack: bool, group: Group = ALONE) -> Callable:
         if isinstance(stored, Groups):
             linear.weight = nn.Parameter(stored.dense(), requires_grad=False)
         if wanted in ("int8", "int4") or isinstance(stored, Groups):
-            return Int8Linear(linear, others)
+            whole = pack and can_multiply_bytes(linear.weight)
+            return (IntegerLinear if whole else Int8Linear)(linear, others)
         dtype = torch.bfloat16 if bits == "bfloat16" else linear.weight.dtype
         return PackedLinear(linear, dtype) if pack and can_pack(linear.weight, dtype) else linear
 
@@ -213,24 +277,20 @@ def finish_all(model: nn.Module, finish: Callable) -> None:
                 setattr(module, name, finish(child, f"{path}.{name}".lstrip(".")))
 
 
-def speeds(rows: tuple[int, int] = TARGET_ROWS) -> dict[str, float]:
-    """Milliseconds that products of so many rows take on this CPU, together, by format."""
-    return {name: sum(ms[count] for count in rows) for name, ms in measured().items()}
-
-
 @functools.cache
-def measured() -> dict[str, dict[int, float]]:
-    """Milliseconds that a product takes on this CPU, by format and rows.
+def speeds() -> dict[str, float]:
+    """Milliseconds that products of ROWS take on this CPU, together, by format.
 
     A format that this CPU or this PyTorch cannot compute is missing. Measured once, on one thread,
-    in 0.5 s on a CPU with AVX2. The weights are more than a cache holds, as a model's are: read
-    from a cache, floats are as fast as few bits on some CPUs, and every start would choose anew.
+    in 0.5 s. The weights come from memory, as a model's do: what is read in between takes their
+    place in the cache. From there, bits would count for little.
     """
     linear = nn.Linear(2048, 4096, bias=False).requires_grad_(False)
+    in_between = torch.zeros(CACHE_BYTES // 4)
     makers = {
         "float32": lambda: PackedLinear(linear),
         "bfloat16": lambda: PackedLinear(linear, torch.bfloat16),
-        "int8": lambda: Int8Linear(linear),
+        "int8": lambda: finisher("int8", pack=True)(linear),
         "int4": lambda: Int4Linear(to_int4(linear.weight)),
     }
     found = {}
@@ -238,16 +298,16 @@ def measured() -> dict[str, dict[int, float]]:
         try:
             with one_thread():
                 layer = make()
-                found[name] = {
-                    rows: 1e3 * min(_seconds(layer, torch.ones(rows, 2048)) for _ in range(3))
-                    for rows in {*TARGET_ROWS, *DRAFT_ROWS}
-                }
+                best = [min(_seconds(layer, rows, in_between) for _ in range(4)) for rows in ROWS]
+                found[name] = 1e3 * sum(best)
         except (RuntimeError, AttributeError):  # it is not for this CPU, or not in this PyTorch
             continue
     return found
 
 
-def _seconds(layer: nn.Module, x: torch.Tensor) -> float:
+def _seconds(layer: nn.Module, rows: int, in_between: torch.Tensor) -> float:
+    x = torch.ones(rows, layer.in_features)
+    in_between.sum()
     begin = time.perf_counter()
     layer(x)
     return time.perf_counter() - begin

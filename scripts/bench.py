@@ -35,6 +35,7 @@ BUDGETS = (4, 8, 16, 32)
 KS = (2, 3, 6)
 TURNS = tuple({"k": k} for k in KS)
 AT_ONCE = tuple({"k": k, "fan_out": m} for k in KS for m in (8, 16))
+AT_ONCE += tuple({"k": k, "fan_out": 2, "cut": False} for k in KS)  # for a draft that is slow
 IN_TURN = ({"mode": "sd", "k": 2}, {"mode": "sd", "k": 3})  # auto may let them take turns, too
 TURN, PLAN = {"k": 3}, {"k": 3, "fan_out": 16}
 COUNTED = {"cut": False, "fallback": "jit", "ignore_eos": False}  # nothing hangs on timing

@@ -263,7 +263,10 @@ class LlamaCpp:
             return {"ids": None, "tokens_per_s": json.loads(told)[0]["avg_ts"]}
         pair += ["-md", str(self.draft), "-p", prompts[0]["text"], "-n", str(new), "-t", threads]
         told = self.call(
-            "llama-speculative-simple", *pair, "--spec-draft-n-max", str(k), "--temp", "0"
+            "llama-speculative-simple",
+            *pair,
+            *("-td", threads, "--spec-type", "draft-simple", "--spec-draft-n-max", str(k)),
+            *("--temp", "0"),
         )
         return {
             "ids": None,

@@ -55,7 +55,7 @@ def plain_numbers(monkeypatch):
     """Weights are float32 on a CPU unless a test asks for others, whatever is fast here."""
     import engine
 
-    monkeypatch.setattr(engine, "speeds", lambda *rows: {"float32": 1.0})
+    monkeypatch.setattr(engine, "speeds", lambda: {"float32": 1.0})
 
 
 def write_tokenizer(folder: Path) -> None:

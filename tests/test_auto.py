@@ -128,6 +128,7 @@ MACHINES = {  # name: (the machine, the mode that is best on it)
     "a device of its own": (Machine(0.12, 0.85, 0.5), SSD),
     "a device of its own, hard text": (Machine(0.12, 0.6, 0.3), SSD),
     "a draft a third as slow": (Machine(0.3, 0.97, 0.85), SSD),
+    "a draft a third as slow, mostly right": (Machine(0.3, 0.99, 0.95, miss=0.2), SSD),
     "the same, usual text": (Machine(0.3, 0.85, 0.5), SSD),
     "a device that is shared, quick draft": (Machine(0.03, 0.97, 0.85, beside=1.5), SD),
     "the same, hard text": (Machine(0.03, 0.6, 0.3, beside=1.5), SD),
@@ -202,7 +203,7 @@ def test_what_is_given_by_hand_stays():
             one = planner(ks, ms, fallback, cut)
             plans = {one.first(), *Machine().play(one, 300.0).plans}
             assert {p.k for p in plans} <= set(ks) and {p.m for p in plans} <= {0, *ms}
-            assert {p.cut for p in plans} == {cut}
+            assert cut or not any(p.cut for p in plans), "who wants whole chains gets them"
             on_miss, in_turns = {fallback}, {fallback}
             if fallback == "auto":
                 on_miss, in_turns = {"auto", "fast"}, {"jit"}

@@ -17,10 +17,12 @@ from kernels import script
 from linear import (
     Int4Linear,
     Int8Linear,
+    IntegerLinear,
     PackedLinear,
     finish_all,
     finisher,
     fits_int4,
+    multiplies_bytes,
     to_int4,
     to_int8,
 )
@@ -28,6 +30,11 @@ from runtime import one_thread
 
 ROWS = (1, 2, 3, 4, 5, 8, 33, 64)
 SHAPES = ((64, 96), (48, 32), (16, 1536), (4160, 64), (33, 64), (7, 36), (5, 1), (100, 48))
+
+
+BYTES = pytest.mark.skipif(
+    not multiplies_bytes(), reason="this CPU's products of bytes are cut off"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -108,7 +115,67 @@ def test_a_bias_is_added():
         assert torch.allclose(module(x), without(x) + plain.bias, atol=0.05)
 
 
-@pytest.mark.parametrize("make", [Int8Linear, lambda plain: Int4Linear(to_int4(plain.weight))])
+@BYTES
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_product_of_whole_numbers_is_right_to_16_bits(shape, dtype):
+    """Of the largest number in the row, which here is 100 times most others."""
+    plain = layer(*shape, bias=True)
+    made = IntegerLinear(plain)
+    for rows in ROWS:
+        x = torch.randn(2, rows, shape[1])
+        x *= 10.0 ** (torch.arange(rows) % 13 - 6)[:, None]  # each row has a size of its own
+        x[..., 0] *= 100
+        x = x.to(dtype)
+        for module in (made, script(IntegerLinear(plain))):
+            out = module(x)
+            assert out.shape == (2, rows, shape[0]) and out.dtype == dtype
+            wanted = x.double() @ int8_numbers(plain.weight).T
+            off = (out.double() - plain.bias - wanted).abs()
+            step = x.double().abs().amax(2, keepdim=True) / linear.LARGEST
+            most = 0.51 * step * int8_numbers(plain.weight).abs().sum(1)
+            added = x.double().abs() @ int8_numbers(plain.weight).abs().T + plain.bias.abs()
+            rounded = max(torch.finfo(dtype).eps, 2**-23) * out.double().abs() + 2**-22 * added
+            assert (off <= most + rounded).all(), rows
+
+
+@BYTES
+def test_numbers_that_are_none_stay_in_their_row():
+    """A NaN must reach the logits, where it is noticed; a row of zeros divides by nothing."""
+    module, x = IntegerLinear(layer(48, 32)), torch.randn(4, 32)
+    alone = module(x)
+    x[1, 3], x[2] = math.nan, 0
+    out = module(x)
+    assert out[1].isnan().all() and (out[2] == 0).all()
+    assert torch.equal(out[::3], alone[::3])
+    x[1, 3] = math.inf
+    assert not module(x)[1].isfinite().any()
+
+
+@BYTES
+def test_whole_numbers_are_multiplied_where_that_is_right(monkeypatch):
+    """Not on a GPU, not in plain layers, not where sums overflow, and not on CPUs that cut off."""
+    make = lambda pack=True, K=32: type(finisher("int8", pack)(layer(16, K)))  # noqa: E731
+    assert make() is IntegerLinear and make(pack=False) is Int8Linear
+    assert make(K=linear.MOST_INPUTS + 16) is Int8Linear
+    largest = layer(16, linear.MOST_INPUTS)
+    torch.nn.init.ones_(largest.weight)
+    x = torch.ones(1, linear.MOST_INPUTS)
+    for sign in (1, -1):
+        out = IntegerLinear(largest)(sign * x)
+        assert torch.allclose(out, torch.full((), float(sign * linear.MOST_INPUTS)), rtol=0.01)
+    monkeypatch.setattr(linear, "multiplies_bytes", lambda: False)
+    assert make() is Int8Linear
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        Int8Linear,
+        pytest.param(IntegerLinear, marks=BYTES),
+        lambda plain: Int4Linear(to_int4(plain.weight)),
+    ],
+)
 def test_a_row_does_not_know_of_the_rows_beside_it(make):
     """Bit for bit: a plain step and a verification round alike."""
     for shape in ((960, 576), (576, 1536), (256, 8960)):
@@ -145,9 +212,10 @@ def test_weights_that_are_all_the_same(value):
 def test_the_head_and_what_does_not_fit_stay_int8():
     finish = finisher("int4", pack=True)
     assert isinstance(finish(layer(64, 32), "layers.0.mlp.down"), Int4Linear)
-    assert isinstance(finish(layer(64, 32), "head"), Int8Linear)
-    assert isinstance(finish(layer(64, 48)), Int8Linear)  # no whole groups of 32
-    assert isinstance(finish(layer(40, 32)), Int8Linear)  # no whole blocks of 16 rows
+    eight = (Int8Linear, IntegerLinear)
+    assert isinstance(finish(layer(64, 32), "head"), eight)
+    assert isinstance(finish(layer(64, 48)), eight)  # no whole groups of 32
+    assert isinstance(finish(layer(40, 32)), eight)  # no whole blocks of 16 rows
     stored = to_int4(layer(40, 32).weight)
     out = finisher("stored", pack=True)(layer(40, 32), "", stored)(torch.eye(32))
     assert isinstance(out, torch.Tensor) and torch.allclose(
@@ -187,7 +255,7 @@ def test_formats_are_compared_out_of_cache_and_only_where_one_is_chosen(demo, mo
         return real(layer, *dtype)
 
     monkeypatch.setattr(linear, "PackedLinear", packed)
-    linear.measured.__wrapped__()
+    linear.speeds.__wrapped__()
     assert min(sizes) >= 32 << 20
     measures = lambda *rows: pytest.fail("nothing is to be chosen")  # noqa: E731
     monkeypatch.setattr(engine_module, "speeds", measures)
@@ -198,17 +266,20 @@ def test_formats_are_compared_out_of_cache_and_only_where_one_is_chosen(demo, mo
 
 
 def test_a_draft_gets_few_bits_where_they_are_fastest(monkeypatch):
-    """By the rows of its own steps; unless the user has chosen, or its file has few bits."""
-    ms = {"float32": {1: 5, 4: 5, 12: 9}, "int8": {1: 2, 4: 3, 12: 10}, "int4": {1: 1, 4: 2, 12: 6}}
-    monkeypatch.setattr(linear, "measured", lambda: ms)
-    monkeypatch.setattr(engine_module, "speeds", linear.speeds)  # which tests leave out
+    """Unless the user has chosen. Those of a target's file stay as they are."""
+    ms = {"float32": 10, "int8": 5, "int4": 3}
+    monkeypatch.setattr(engine_module, "speeds", lambda: ms)
     cpu, whole = torch.device("cpu"), torch.float32
     choose = lambda *given: engine_module.choose_format(Path(), cpu, *given)  # noqa: E731
+    file = lambda drafts: engine_module.choose_format(  # noqa: E731
+        Path(__file__), cpu, None, None, False, drafts
+    )
+    assert file(False) == (whole, "stored") and file(True) == (whole, "int4")
     assert choose(None, None, False, True) == (whole, "int4")
     assert choose(None, None, False, False) == (whole, "none"), "a target is not rounded unasked"
     assert choose("float32", None, False, True) == (whole, "none")
     assert choose(None, "none", False, True) == (whole, "none")
-    ms["bfloat16"] = {1: 3, 4: 3, 12: 3}
+    ms["bfloat16"] = 2
     assert choose(None, None, False, True) == (whole, "bfloat16")
 
 
