@@ -1,10 +1,10 @@
-"""--k auto, --fan-out auto: a planner that chooses the K and M that promise most tokens a second.
+"""--k auto, --fan-out auto: a planner that chooses the plan that promises most tokens a second.
 
 Knows: how long the rounds so far took and what they came to. Does not know: tensors, tokens, how a
 round is played. Nothing else needs this file: without it K and M are given by hand. Read next:
 halves.py.
 
-Auto measures nothing but the rounds of the run. The first rounds play a few sizes of K and M. Later
+Auto measures nothing but the rounds of the run. The first rounds play two sizes of K and M. Later
 rounds try another mode now and then, and old times are forgotten. So no choice is final, and a
 noisy second decides nothing. Trying costs little, because a round emits tokens whatever its plan
 is. Choices depend on the clock and on past outcomes, never on a token that is still to be drawn, so
@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from statistics import median
 
 from figures import Round, expected_tokens
+from runtime import STEP_SHARE
 from sampling import CHAIN, FIXED, MISS_POWER
 from ssd import Plan
 
@@ -126,10 +127,10 @@ def rate(plan: Plan, seen: Seen, a: float, batch: int) -> float:
     length, t_prepare, t_step = plan.k, seen.prepare.at(plan.k + 1), seen.step.at(plan.m)
     if plan.cut and t_step:  # a chain is as long as the verification of such chains lets it grow
         for _ in range(2):
-            steps = (beside.at(length + 1) - t_prepare) / t_step - 0.5
-            length = min(max(steps, 1.0), plan.k)
+            steps = (beside.at(length + 1) - t_prepare) / t_step + 1 - STEP_SHARE
+            length = min(max(int(steps), 1), plan.k)
     hit = 1 - min(seen.misses[0] / seen.misses[1] * plan.m**-MISS_POWER, 1.0)
-    t_round = max(beside.at(length + 1), t_prepare + t_step * (1 if plan.cut else plan.k), 1e-9)
+    t_round = max(beside.at(length + 1), t_prepare + t_step * length, 1e-9)
     jit = plan.fallback == "jit" or plan.fallback == "auto" and batch == 1
     missed = expected_tokens(a, plan.k * jit)
     emitted = hit * expected_tokens(a, length) + (1 - hit) * missed
@@ -149,10 +150,11 @@ class Auto:
         """
         on_miss = ("auto", "fast") if plan.fallback == "auto" else (plan.fallback,)
         in_turns = ("jit",) if plan.fallback == "auto" else on_miss
+        waits = plan.cut and not plan.halves  # the other half needs the draft
         self.plans = [
             Plan(k, m, fallback, cut)
             for k in ks for m in ms if k or not m
-            for cut in ((False, True) if plan.cut and m and k > 1 else (plan.cut,))
+            for cut in ((True, False) if waits and m and k > 1 else (plan.cut,))
             for fallback in (on_miss if m else in_turns)
         ]  # fmt: skip
         self.modes = defaultdict(list)

@@ -132,25 +132,24 @@ class SpeculationCache:
     it is filled.
 
     The key is (place, accepted, bonus). It leads to a branch, whose chain grows by a token a step.
-    fork() comes once, then append() after every chain step; a reader takes the steps that are
-    there. work is the lane's future that fills this cache, None where nothing is prepared.
+    fork() comes once, then append() after every chain step. work is the lane's future that fills
+    this cache, None where nothing is prepared.
     """
 
-    def __init__(self, lane, cut: bool):
-        """cut: a look-up waits for the first token of a chain only; else for all of the work."""
-        self.lane, self.cut, self.work = lane, cut, None
+    def __init__(self, lane):
+        self.lane, self.work = lane, None
         self.branch_of: dict[tuple[int, int, int], int] = {}
         self.chance: list[float] = []  # [B], that one of a row's branches is the outcome
         self.steps: list[tuple[list[list[int]], object]] = []  # (tokens [B][M], their LogQ or None)
         self.begun: tuple | None = None  # a step whose tokens are still to come
         self.moments: list[float] = []  # when the fork and each step were done
-        self.forked, self.ready = threading.Event(), threading.Event()
+        self.forked = threading.Event()
 
     def filled_by(self, work) -> None:
         """Work that fills this cache was started. However it ends, nobody waits for ever."""
         self.work = work
-        for event in (self.forked, self.ready):  # set when its lane knows whether it failed
-            work.add_done_callback(lambda _, event=event: event.set())
+        # Called when its lane knows whether it failed.
+        work.add_done_callback(lambda _: self.forked.set())
 
     def fork(
         self, tokens_BM: list[list[int]], depths_BM: list[list[int]], chance_B: list[float]
@@ -179,7 +178,6 @@ class SpeculationCache:
             self.steps.append((list(tokens_BM), logq))
             self.moments.append(time.perf_counter())
             self.begun = None
-            self.ready.set()
 
     def look_up(
         self, rows: list[int], accepted: list[int], bonus: list[int]
@@ -187,22 +185,20 @@ class SpeculationCache:
         """Row -> the chain prepared for what happened, for the rows that hit. A chain is tokens and
         their LogQ.
 
-        accepted and bonus are by row, as `verify` returns them. Raises DraftLost.
+        accepted and bonus are by row, as `verify` returns them. If any row hit, this waits until
+        the chains are done. Raises DraftLost.
         """
         if self.work is None or not rows:
             return {}
-        if not self.cut:
-            self.lane.answer(self.work)
         self.lane.wait_for(self.forked)
         outcomes = {b: (b, accepted[b], bonus[b]) for b in rows}
         hits = {b: self.branch_of[key] for b, key in outcomes.items() if key in self.branch_of}
         if hits:
-            self.lane.wait_for(self.ready)
-        steps = list(self.steps)  # what comes later is of no use to this round
+            self.lane.answer(self.work)
         return {
             b: (
-                [tokens[b][branch] for tokens, _ in steps],
-                [logq and logq.of(b, branch) for _, logq in steps],
+                [tokens[b][branch] for tokens, _ in self.steps],
+                [logq and logq.of(b, branch) for _, logq in self.steps],
             )
             for b, branch in hits.items()
         }

@@ -44,8 +44,9 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 SHORTEST_TRUNK = 256
 # Of the memory that is free, runs use so much; the rest is for what nobody counts.
 FREE_SHARE = 0.8
-# So many times a pass holds what it reads, and the scores of all words, at once: measured, float32.
-READ_COPIES, SCORE_COPIES = 4, 8
+# So many times a pass holds what it reads, and the scores of all words, at once: measured in
+# float32, where it was 4 and 8; linear.IntegerLinear needs a half more than 4, by its shapes.
+READ_COPIES, SCORE_COPIES = 6, 8
 
 
 @dataclass
@@ -206,8 +207,8 @@ def choose_format(
 
     Bits are "none", "bfloat16", "int8", "int4", or "stored": the few bits of a GGUF file as they
     are, the default where this CPU multiplies them faster than floats. plain: weights must stay
-    nn.Linear's. drafts: it is a draft's, which costs hits and never exactness: without a choice of
-    the user it gets few bits where they are fastest.
+    nn.Linear's. drafts: it is a draft's, whose bits cost hits and never exactness: without a choice
+    of the user it gets few bits where they are fastest, whatever its file has.
     """
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}, wanted one of {', '.join(DTYPES)}")
@@ -403,14 +404,14 @@ class Engine:
             parts += [range(middle), range(middle, batch)] if batch > 2 else []
             if planner is None:
                 ways = {} if halves == "on" else {False: usual}
-                planner = Quicker(ways | {True: self.planner(settings, middle, drafts)[0]})
+                planner = Quicker(ways | {True: self.planner(settings, middle, drafts, True)[0]})
             own = decoding is not Decoding
             decoding = type(decoding.__name__, (decoding, Halves), {}) if own else Halves
         shapes = sorted({1, *(1 + k for k in ks)}), [m for m in ms if m], parts
         sides = runners["target"], lanes[0], runners["draft"], lanes[1]
         return decoding(rows, planner or usual, *sides, shapes, self.warn)
 
-    def planner(self, settings: Settings, batch: int, drafts: list[Model]) -> tuple:
+    def planner(self, settings: Settings, batch: int, drafts: list[Model], halves=False) -> tuple:
         """The planner of a run, and all the K and M that it may choose. The plan is what makes a
         mode.
         """
@@ -425,7 +426,7 @@ class Engine:
                 raise ValueError(
                     f"fan_out is {m}, wanted less than the vocabulary, {common} tokens"
                 )
-        plan = Plan(settings.k, m, fallback, settings.cut)
+        plan = Plan(settings.k, m, fallback, settings.cut, halves)
         if AUTO not in (plan.k, plan.m):
             return SamePlan(plan), (plan.k,), (plan.m,)
         import auto
@@ -508,7 +509,7 @@ def load(
     machine. dtype: "float32", "bfloat16", "float16", "float64"; by default bfloat16 on CUDA, and
     on a CPU what is faster there, float32 or bfloat16. compile: by default only on CUDA. quantize,
     draft_quantize: "none", "int8", "int4"; by default a GGUF file's few bits stay as they are where
-    a CPU is fast with them, and another draft has what is fastest there. Raises ValueError with one
+    a CPU is fast with them, and a draft has what is fastest there. Raises ValueError with one
     sentence for anything that the user can set right.
     """
     for name, bits in (("quantize", quantize), ("draft_quantize", draft_quantize)):

@@ -65,7 +65,7 @@ class Round:
 
     kind, length and accepted have an entry for each place of the batch; live, hit and missed are
     the places whose rows played, hit and missed.
-    chain_steps is how many of them were ready at the look-up, prepare_s the seconds of extend and
+    chain_steps is how many of them the look-up found, prepare_s the seconds of extend and
     fork, step_s those of a chain step. drafted: what the draft did while the target waited.
     """
 
@@ -212,9 +212,14 @@ class Figures:
         return out
 
     def usual_plan(self):
-        """The plan of most rounds; None before the first."""
+        """The K and M of most rounds, in the plan that most of these had; None before the first."""
         plans = [r.plan for r in self.rounds]
-        return max(set(plans), key=plans.count) if plans else None
+        if not plans:
+            return None
+        sizes = [(plan.k, plan.m) for plan in plans]
+        usual = max(set(sizes), key=sizes.count)
+        alike = [plan for plan, size in zip(plans, sizes) if size == usual]
+        return max(set(alike), key=alike.count)
 
 
 def run_stats(decoding, settings, models: dict, floor_s: float | None) -> dict:
@@ -231,7 +236,7 @@ def run_stats(decoding, settings, models: dict, floor_s: float | None) -> dict:
         "draft_device": lane.spec if decoding.draft is not None or decoding.lost else None,
         "k": plan.k if plan else settings.k,
         "fan_out": plan.m if plan else settings.fan_out,
-        "cut": settings.cut,
+        "cut": plan.cut if plan else settings.cut,
         "fallback": settings.fallback,
         "coupling": settings.coupling,
         "temperature": settings.temperature,

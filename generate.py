@@ -86,7 +86,8 @@ def add_models(add) -> None:
     bits = {"metavar": "none|int8|int4"}
     add("--quantize", **bits, help="bits of the target's weights (a GGUF file's own where this CPU "
         "is fast with few bits, else none)")  # fmt: skip
-    add("--draft-quantize", **bits, help="of the draft's: fewer cost hits, never exactness")
+    add("--draft-quantize", **bits, help="of the draft's: fewer cost hits, never exactness (on a "
+        "CPU what is fastest there)")  # fmt: skip
     add("--compile", action=SWITCH, default=None, help="torch.compile (on CUDA only)")
 
 

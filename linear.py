@@ -32,7 +32,7 @@ ROWS = (1, 4)  # of passes that formats are compared by: a step; a verification,
 ROWS_AT_ONCE = 1 << 12  # a multiple of the rows of all blocks that int4 is packed in
 # 16 bits of a number as two digits of -128..127: LARGEST is 127 * 256 + 127. Counted from MIDDLE,
 # digits are 0..255, and cutting off rounds.
-LARGEST, MIDDLE = 32639, 128 * 256 + 128 + 0.5
+LARGEST, MIDDLE = 127 * 256 + 127.0, 128 * 256 + 128 + 0.5
 CACHE_BYTES = 1 << 26  # more than most CPUs have
 MOST_INPUTS = 1 << 16  # a sum of so many products of bytes fits in 32 bits
 
@@ -107,16 +107,16 @@ class IntegerLinear(nn.Module):
         codes_NK, scale_N = to_int8(linear.weight.detach(), group)
         self.weight_bytes = codes_NK.nbytes + scale_N.nbytes
         self.codes = torch.ops.onednn.qlinear_prepack(codes_NK, None)
-        self.scale_N = scale_N.float() / LARGEST
+        self.largest, self.middle, self.scale_N = LARGEST, MIDDLE, scale_N.float() / LARGEST
         self.zero_N = torch.zeros(self.out_features, dtype=torch.int32)
-        self.largest, self.middle = LARGEST, torch.tensor(float(MIDDLE))
         self.bias = None if linear.bias is None else linear.bias.detach().float()
 
     def forward(self, x):
         rows = x.float().reshape(-1, self.in_features)
         largest_M1 = rows.abs().amax(1, True).clamp_(min=1e-30)
         # The operator's digits have no sign: 128 is zero. So the whole numbers begin in the middle.
-        whole = torch.add(self.middle, rows / largest_M1, alpha=self.largest).to(torch.int32)
+        # One operator for both would round differently at the end of a row.
+        whole = (rows / largest_M1).mul_(self.largest).add_(self.middle).to(torch.int32)
         digits = torch.cat((whole, whole >> 8)).to(torch.uint8)
         products = multiply(digits, self.codes, self.scale_N, self.zero_N)
         low, high = products.chunk(2)
@@ -162,14 +162,17 @@ def multiply(digits: torch.Tensor, codes, scale_N, zero_N) -> torch.Tensor:
 @functools.cache
 def multiplies_bytes() -> bool:
     """Whether this CPU's products of bytes are right. Without VNNI, large ones are cut off."""
-    codes_NK = torch.full((16, 64), 127, dtype=torch.int8)
+    codes_NK = torch.full((64, 96), 127, dtype=torch.int8)
+    scale_N, zero_N = torch.ones(64), torch.zeros(64, dtype=torch.int32)
     try:
         codes = torch.ops.onednn.qlinear_prepack(codes_NK, None)
-        largest, ones, zeros = torch.full((1, 64), 255), torch.ones(16), torch.zeros(16)
-        out = multiply(largest.to(torch.uint8), codes, ones, zeros.int())
+        return all(
+            (multiply(x, codes, scale_N, zero_N) == 96 * 127 * (digit - 128)).all()
+            for digit in (0, 255)
+            for x in torch.full((256, 96), digit, dtype=torch.uint8).split([2, 8, 246])
+        )
     except (RuntimeError, AttributeError):  # not for this CPU, or not in this PyTorch
         return False
-    return bool((out == 64 * 127 * 127).all())
 
 
 # ---- weights to codes
@@ -285,23 +288,23 @@ def speeds() -> dict[str, float]:
     in 0.5 s. The weights come from memory, as a model's do: what is read in between takes their
     place in the cache. From there, bits would count for little.
     """
-    linear = nn.Linear(2048, 4096, bias=False).requires_grad_(False)
-    in_between = torch.zeros(CACHE_BYTES // 4)
-    makers = {
-        "float32": lambda: PackedLinear(linear),
-        "bfloat16": lambda: PackedLinear(linear, torch.bfloat16),
-        "int8": lambda: finisher("int8", pack=True)(linear),
-        "int4": lambda: Int4Linear(to_int4(linear.weight)),
-    }
     found = {}
-    for name, make in makers.items():
-        try:
-            with one_thread():
+    with one_thread():
+        linear = nn.Linear(2048, 4096, bias=False).requires_grad_(False)
+        in_between = torch.zeros(CACHE_BYTES // 4)
+        makers = {
+            "float32": lambda: PackedLinear(linear),
+            "bfloat16": lambda: PackedLinear(linear, torch.bfloat16),
+            "int8": lambda: finisher("int8", pack=True)(linear),
+            "int4": lambda: Int4Linear(to_int4(linear.weight)),
+        }
+        for name, make in makers.items():
+            try:
                 layer = make()
                 best = [min(_seconds(layer, rows, in_between) for _ in range(4)) for rows in ROWS]
                 found[name] = 1e3 * sum(best)
-        except (RuntimeError, AttributeError):  # it is not for this CPU, or not in this PyTorch
-            continue
+            except (RuntimeError, AttributeError):  # not for this CPU, or not in this PyTorch
+                continue
     return found
 
 

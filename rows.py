@@ -115,7 +115,9 @@ class Settings:
         AUTO, "SSD: outcomes prepared a round (auto)", Range("M", int, 1, 1024, auto=True)
     )
     cut: bool = setting(
-        True, "SSD: use the chain steps that are ready when the verdict is in, or wait for all"
+        True,
+        "SSD: end chains when the verdict is in (where K or M is auto, make all of them whole if "
+        "that pays), or make all of them whole",
     )
     fallback: str = setting(
         AUTO,

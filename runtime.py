@@ -31,8 +31,9 @@ SWITCH_S = 2e-5
 # How long a draft may take to answer: this, or so many times its slowest job so far.
 PATIENCE_S, PATIENCE_TIMES = 2.0, 20
 HANGS_S = 5.0  # a draft that is still busy with a run that ended so long ago is left behind
-# A step that is begun must be likely to be done in time: so much of one like the last must fit.
-STEP_SHARE = 0.75
+# So much of a step must be likely to be done in time for it to be begun: the target waits for the
+# rest, which costs less than a longer proposal gives.
+STEP_SHARE = 0.5
 
 
 # ---- devices
@@ -170,11 +171,11 @@ class Lane:
         return max(PATIENCE_S, (PATIENCE_TIMES + self._queue.qsize()) * self.slowest_s)
 
     def has_time(self, verdict: Work) -> bool:
-        """Whether one more step like the last is likely to be done before `verdict` is in, and no
-        other work waits for this lane.
+        """Whether STEP_SHARE of one more step like the last is likely to be done before `verdict`
+        is in, and no other work waits for this lane.
         """
-        ahead = 2 if self.on_gpu else 1  # there the step before is still running
-        soon = time.perf_counter() + STEP_SHARE * ahead * self.last_s > verdict.due
+        steps = STEP_SHARE + self.on_gpu  # there the step before is still running
+        soon = time.perf_counter() + steps * self.last_s > verdict.due
         return not (soon or verdict.done()) and self._queue.empty()
 
     @contextmanager

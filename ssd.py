@@ -57,13 +57,12 @@ class Plan:
     m = 0 "auto" therefore drafts in every round: that is SD. halves: while half of the rows are
     being verified, the draft works for the other half (halves.py reads it).
 
-    cut: chains stop early, so that they are ready when the verdict arrives. The draft always makes
-    the first step; it begins another one only if, going by how long such work has taken so far, it
-    will be done before the verdict, and if no other work is queued (Lane.has_time). The look-up
-    takes the steps that are done; if a row hit, it waits for the first one. Without cut it waits
-    for all K. Clock and queue do not look at tokens, so the length of a chain says nothing about
-    what is in it: each token is drawn from the same q as in a whole chain, and the acceptance rule
-    remains exact.
+    cut: chains stop early, when the verdict arrives. The draft always makes the first step; it
+    begins another one only if, going by how long such work has taken so far, half of it will be
+    done before the verdict, and if no other work is queued (Lane.has_time). If a row hit, the
+    look-up waits for the step that was begun last; without cut, for all K. Clock and queue do not
+    look at tokens, so the length of a chain says nothing about what is in it: each token is drawn
+    from the same q as in a whole chain, and the acceptance rule remains exact.
     """
 
     k: int
@@ -161,7 +160,7 @@ class Decoding:
         while live := self.seated(places):  # rows that wait take the places of rows that ended
             plan, feed, previous = self.plan, self.feed(live, proposal), self.figures.last
             verdict = self.target_lane.start(self.target.verify, feed, proposal.kind, proposal.logq)
-            chains = SpeculationCache(self.draft_lane, plan.cut)  # for this round's outcomes
+            chains = SpeculationCache(self.draft_lane)  # for this round's outcomes
             if plan.m > 0:  # else the draft idles until the verdict, and every row misses
                 job = (self.prepare, chains, feed, self.take_skipped(feed), plan, verdict)
                 chains.filled_by(self.draft_lane.start(*job))
@@ -182,7 +181,7 @@ class Decoding:
         The key of `chains` is (place, accepted, bonus); a look-up gives the Chain drafted for it.
         """
         proposal, live = Proposal(len(self.rows)), self.live(played.live)
-        hits = chains.look_up(live, accepted, bonus)  # waits as `cut` says
+        hits = chains.look_up(live, accepted, bonus)  # waits for the draft, if any
         missed = [b for b in live if b not in hits]
         self.learn(played, chains, hits, missed)
         jit = plan.fallback == "jit" or (plan.fallback == "auto" and not hits)

@@ -269,10 +269,10 @@ def load_model(
         if bits in ("int4", "stored"):
             stored = lambda pieces: stored_weight(pieces, tensors, device)  # noqa: E731
     needed = check_room(config, tensors, torch.device(device), dtype, bits)
-    if bits != "none":  # each thread holds a weight in floats while it makes few bits of it
+    if bits != "none":  # while a thread makes few bits of a weight, it holds floats and codes
         layers = (job for name, job in by_module(config).items() if name != "embed")
         largest = max(sum(math.prod(piece.shape) for piece in job) for job in layers)
-        room = max(needed // 10, SCRATCH_BYTES) // (largest * dtype.itemsize)
+        room = max(needed // 10, SCRATCH_BYTES) // (largest * (dtype.itemsize + 2))
         workers = max(1, min(workers, room))
     model = build_model(config, fill, device, dtype, make, given, finish, stored, workers)
     if ids_V is not None:

@@ -261,6 +261,8 @@ def parser() -> argparse.ArgumentParser:
     add("--target", metavar="MODEL", help="folder, .gguf file or hub id (the default model)")
     add("--draft", metavar="MODEL", help="its draft (the default model's)")
     add("--dtype", help="float32, bfloat16 (what the engine chooses; transformers' what is faster)")
+    add("--quantize", help="none, int8, int4 (what the engine chooses)")
+    add("--draft-quantize", help="the same for the draft")
     add("--device", metavar="D", help="the target's, where it is not to be two CPU cores")
     add("--draft-device", metavar="D", help="the draft's in SSD")
     add(
@@ -294,11 +296,11 @@ def chosen(args) -> list[Comparison]:
     return [c for c in table if c.name in wanted]
 
 
-def measure(runner: Runner, c: Comparison, dtype: str | None) -> dict:
+def measure(runner: Runner, c: Comparison) -> dict:
     """A comparison's entry in the file of results."""
     out = {
         "asks": c.asks,
-        "environment": environment(dtype) | {"commit": runner.commit},
+        "environment": environment() | runner.numbers | {"commit": runner.commit},
         "ceiling": runner.ceiling(),
         "groups": {},
     }
@@ -345,7 +347,7 @@ def run(args) -> dict:
     runner = Runner(args, texts)
     try:
         for c in table:
-            results[c.name] = measure(runner, c, args.dtype)
+            results[c.name] = measure(runner, c)
             if args.out:
                 keep(args.out, c.name, results[c.name])
     finally:

@@ -97,7 +97,7 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"bench_rows.py: {error}", file=sys.stderr)
         return 2
-    found = {"environment": environment(None), "prompts": len(texts)} | compare(args, texts)
+    found = {"environment": environment(), "prompts": len(texts)} | compare(args, texts)
     found["killed"] = killed(args, len(texts))
     print(json.dumps({key: found[key] for key in ("over_best_fixed", "different_texts", "killed")}))
     if args.out:

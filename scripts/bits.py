@@ -166,7 +166,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"bits.py: --formats names {wrong[0]!r}, wanted some of {', '.join(FORMATS)}",
               file=sys.stderr)  # fmt: skip
         return 2
-    cores, result = available_cores(), {"environment": environment(None)}
+    cores, result = available_cores(), {"environment": environment()}
     try:
         check_out(args.out)
         if (args.target is None) != (args.draft is None):

@@ -74,7 +74,7 @@ CODE = Path(tempfile.gettempdir()) / "gpu_check"  # compiled code of all parts
 
 def device_environment(device: torch.device) -> dict:
     """Where the numbers come from, without names of hosts or people."""
-    found = environment(None) | {"python": platform.python_version(), "cuda": torch.version.cuda}
+    found = environment() | {"python": platform.python_version(), "cuda": torch.version.cuda}
     if device.type == "cuda":
         return found | {"device": torch.cuda.get_device_name(device)} | nvidia_smi()
     return found | {"device": "cpu"}

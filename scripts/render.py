@@ -96,11 +96,9 @@ def figures(way: dict) -> dict:
 
 
 def plan(way: dict) -> dict:
-    """The K and M of most rounds, whoever chose them."""
-    of = {
-        name: way["settings"].get(key, way.get(key)) for name, key in (("K", "k"), ("M", "fan_out"))
-    }
-    return {name: shown(value, "g") for name, value in of.items()}
+    """The K and M of most rounds, and whether chains were made whole, whoever chose them."""
+    k, m, cut = (way["settings"].get(key, way.get(key)) for key in ("k", "fan_out", "cut"))
+    return {"K": shown(k, "g"), "M": shown(m, "g") + ", whole" * (cut is False and bool(m))}
 
 
 def modes(groups: dict) -> Iterator[dict]:

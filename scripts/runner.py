@@ -32,7 +32,7 @@ SAME = 0.98  # of the fastest in a sweep: as good as it. The first such setting 
 WARM = 8  # tokens of the run before the first that counts
 UNWRITTEN = ("ids", "target", "draft")
 KEPT = (  # of our engine's stats
-    "k", "fan_out", "rounds", "tokens_per_round", "acceptance_rate", "accepted_fraction",
+    "k", "fan_out", "cut", "rounds", "tokens_per_round", "acceptance_rate", "accepted_fraction",
     "hit_rate", "distinct_4grams", "round_ms", "verify_ms", "draft_ms", "exposed_ms", "hidden",
     "speedup_ceiling", "bandwidth_fraction",
 )  # fmt: skip
@@ -115,7 +115,7 @@ def keep(file: str, name: str, result) -> None:
     path.write_text(json.dumps(kept | {name: result}, indent=1) + "\n")
 
 
-def environment(dtype: str | None) -> dict:
+def environment() -> dict:
     """Where and from what the numbers come, without names of hosts, people or folders."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
@@ -131,7 +131,7 @@ def environment(dtype: str | None) -> dict:
     return {
         "cpu": models[0] if models else platform.machine(), "cores": len(available_cores()),
         **packages,
-        "dtype": dtype or "chosen by the engine", "commit": commit or None,
+        "dtype": "chosen by the engine", "commit": commit or None,
         "load_before": round(os.getloadavg()[0], 2),
         "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
     }  # fmt: skip
@@ -149,15 +149,16 @@ def available_cores() -> list[int]:
 class Ours:
     """The engine of a checkout: `root` is this one, or the one that --beside names."""
 
-    def __init__(self, root: str, target: str | None, draft: str | None, dtype: str | None):
+    def __init__(self, root: str, target: str | None, draft: str | None, numbers: dict):
+        """numbers: what load takes of dtype, quantize and draft_quantize."""
         sys.path.insert(0, root)
         from ssd import load
 
-        self.load, self.pair, self.dtype, self.engines = load, (target, draft), dtype, {}
+        self.load, self.pair, self.numbers, self.engines = load, (target, draft), numbers, {}
 
     def engine(self, devices: tuple[str, str]):
         if devices not in self.engines:
-            self.engines[devices] = self.load(*self.pair, *devices, dtype=self.dtype)
+            self.engines[devices] = self.load(*self.pair, *devices, **self.numbers)
             self.engines[devices].warn = self.warned
         return self.engines[devices]
 
@@ -358,7 +359,9 @@ class Runner:
     def __init__(self, args, texts: dict[str, list[str]]):
         self.args, self.began, self.workers, self.skipped = args, time.perf_counter(), {}, {}
         self.cores = available_cores()[:2]
-        self.commit = environment(None)["commit"]  # the workers keep the code that is here now
+        named = ("dtype", "quantize", "draft_quantize")
+        self.numbers = {name: getattr(args, name) for name in named if getattr(args, name)}
+        self.commit = environment()["commit"]  # the workers keep the code that is here now
         self.devices = self.places()
         encoded = {kind: self.encode(kind, of_kind) for kind, of_kind in texts.items()}
         self.prompts = {kind: prompts for kind, prompts in encoded.items() if prompts}
@@ -406,12 +409,13 @@ class Runner:
             given = a.target, a.draft
             if way.ours:
                 root = str(Path(a.beside).resolve()) if way.beside else str(ROOT)
-                made = Worker(self.cores, Ours, root, *given, a.dtype)
+                made = Worker(self.cores, Ours, root, *given, self.numbers)
             elif key[0] == "transformers":
                 made = Worker(cores, Transformers, *self.pair, a.dtype)
             elif key[0] == "command":
-                named = zip(("target", "draft", "dtype"), (*given, a.dtype))
-                made = Worker(cores, Command, [f"--{name}={v}" for name, v in named if v])
+                named = {"target": a.target, "draft": a.draft, **self.numbers}
+                flags = [f"--{name.replace('_', '-')}={v}" for name, v in named.items() if v]
+                made = Worker(cores, Command, flags)
             else:
                 made = Worker(cores, LlamaCpp, a.llama, *self.pair)
             self.workers[key] = made

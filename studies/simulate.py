@@ -130,11 +130,11 @@ def sd(pair: Pair, k: int, batch: int = 1) -> Speed:
 def ssd(
     pair: Pair, k: int, budget: int, batch: int = 1, lists="best", fallback="jit", cut=True
 ) -> Speed:
-    """SSD with `budget` branches a row. cut: chains are used as they are at the verdict."""
+    """SSD with `budget` branches a row. cut: a chain step is begun if half of it fits."""
     extend, step = pair.extending(batch * (k + 1)), pair.stepping(batch * budget)
     length = k
     if cut:  # the small number: times that divide evenly must not lose a step to rounding
-        fits = int((pair.verifying(batch * (k + 1)) - extend) / step + 1e-9)
+        fits = int((pair.verifying(batch * (k + 1)) - extend) / step + 0.5 + 1e-9)
         length = min(max(fits, 1), k)
     t_hit = t_miss = max(pair.verifying(batch * (length + 1)), extend + length * step)
     hit = after_miss = hit_chance(pair, F := shares(lists, pair, length, budget))

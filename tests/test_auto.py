@@ -65,7 +65,7 @@ class Machine:
             if plan.m:
                 moment = prepared = start + lasts("draft", 1.3 * self.decode)
                 while len(moments) < plan.k:
-                    late = moment + 0.75 * step > begin + usual or moment >= end
+                    late = moment + runtime.STEP_SHARE * step > begin + usual or moment >= end
                     if moments and plan.cut and late:
                         break
                     moments.append(moment := moment + lasts("draft", step))
@@ -78,10 +78,10 @@ class Machine:
             tokens += accepted + 1
             last = done = Round(plan, [0], [CHAIN], [length], [accepted], begin, end)
             hit = plan.m > 0 and rng.random() > self.miss * plan.m**-self.power
-            t = max(end + self.exposed, prepared if plan.cut else moment)
+            t = max(end + self.exposed, prepared)
             length = 0
             if plan.m:
-                t = max(t, moments[0]) if hit else t
+                t = max(t, moment) if hit else t
                 done.look_up, done.hit, done.missed = (end, t), [0] * hit, [0] * (not hit)
                 done.chain_steps = length = sum(m <= t for m in moments)
                 done.prepare_s, steps = prepared - start, [prepared, *moments[: done.chain_steps]]

@@ -119,7 +119,11 @@ def test_accept(run):
 @two_cores
 def test_overlap_is_judged_by_its_ceiling(run, tmp_path):
     (tmp_path / "out.json").write_text('{"modes": {"kept": 1}}')
-    entry, headline = run("overlap")
+    entry, headline = run("overlap", "--quantize", "int8", "--draft-quantize", "int4")
+    assert (entry["environment"]["quantize"], entry["environment"]["draft_quantize"]) == (
+        "int8",
+        "int4",
+    )
     assert json.loads((tmp_path / "out.json").read_text())["modes"] == {"kept": 1}
     group = entry["groups"]["T=0"]
     sd, ssd = group["ways"]["SD"], group["ways"]["SSD"]
@@ -230,7 +234,8 @@ def test_the_best_of_a_sweep_is_the_first_that_is_as_good_as_the_fastest(monkeyp
 
 
 def test_a_process_answers_and_reports_mistakes(demo):
-    worker = runner.Worker(CORES[:1], runner.Ours, str(ROOT), str(demo / "target"), None, "float32")
+    pair, numbers = (str(demo / "target"), None), {"dtype": "float32"}
+    worker = runner.Worker(CORES[:1], runner.Ours, str(ROOT), *pair, numbers)
     try:
         (ids,) = worker.ask("encode", devices=(FIRST, FIRST), texts=["def f():"], chat=False)
         how = {"devices": (FIRST, FIRST), "prompts": [{"ids": ids}], "new": 5, "mode": "ar"}
@@ -264,6 +269,7 @@ def test_llama_cpp_is_called_and_read(tmp_path):
     assert fast["tokens_per_s"] == 31.25
     called = (tmp_path / "called").read_text()
     assert re.search(r"-md d.gguf -p Why\? -n 64 .*--spec-draft-n-max 6 --temp 0", called)
+    assert "--spec-type draft-simple" in called, "else it is refused: nothing would speculate"
     with pytest.raises(RuntimeError, match="exit code 3"):
         peer.call("broken")
 

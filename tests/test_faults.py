@@ -229,11 +229,10 @@ def test_a_failure_is_known_before_anybody_is_woken():
     nothing."""
     lane = Lane(DEVICES.given[1], "draft")
     for _ in range(100):
-        lane.error, chains = None, SpeculationCache(lane, cut=True)
+        lane.error, chains = None, SpeculationCache(lane)
         chains.filled_by(lane.start(fail, None))
-        for event in (chains.forked, chains.ready):
-            with pytest.raises(DraftLost, match="the device is lost"):
-                lane.wait_for(event)
+        with pytest.raises(DraftLost, match="the device is lost"):
+            lane.wait_for(chains.forked)
     lane.close()
 
 
@@ -381,11 +380,11 @@ def test_a_budget_as_large_as_the_vocabulary_is_refused():
 
 def test_a_begun_step_counts_when_its_tokens_are_there():
     """Tokens on a device are there when the next step was begun; lists are there at once."""
-    chains = SpeculationCache(None, cut=True)
+    chains = SpeculationCache(None)
     chains.append(Drawn(None, lambda: [[7]]), None)
-    assert chains.steps == chains.moments == [] and not chains.ready.is_set()
+    assert chains.steps == chains.moments == []
     chains.append(Drawn(None, lambda: [[8]]), None)
-    assert chains.steps == [([[7]], None)] and chains.ready.is_set()
+    assert chains.steps == [([[7]], None)]
     chains.settle(), chains.settle()
     assert chains.steps == [([[7]], None), ([[8]], None)]
     chains.append([[9]], None)
