@@ -158,10 +158,10 @@ class Auto:
             for fallback in (on_miss if m else in_turns)
         ]  # fmt: skip
         self.modes = defaultdict(list)
-        for plan in self.plans:  # a mode that never drafts would not learn what drafting takes
-            self.modes[plan.k > 0, plan.m > 0, plan.fallback != "fast"].append(plan)
+        for p in self.plans:  # a mode that never drafts would not learn what drafting takes
+            self.modes[p.k > 0, p.m > 0, p.fallback != "fast"].append(p)
         # Guesses from the text say nothing about the draft. If misses are only guessed, they count.
-        drafts = any(plan.fallback != "fast" for plan in self.plans)
+        drafts = any(p.fallback != "fast" for p in self.plans)
         self.kinds = (CHAIN,) if drafts else (CHAIN, FIXED)
         self.seen, self.batch, self.state = seen, batch, True
         self.tried, self.due = 0, seen.rounds + TRY_EVERY // 4

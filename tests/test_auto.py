@@ -203,11 +203,35 @@ def test_what_is_given_by_hand_stays():
             one = planner(ks, ms, fallback, cut)
             plans = {one.first(), *Machine().play(one, 300.0).plans}
             assert {p.k for p in plans} <= set(ks) and {p.m for p in plans} <= {0, *ms}
+            offered = {p.cut for p in one.plans if p.m and p.k > 1}
+            assert offered <= {False, cut} and len(offered) == (1 + cut) * (max(ms) > 0)
             assert cut or not any(p.cut for p in plans), "who wants whole chains gets them"
             on_miss, in_turns = {fallback}, {fallback}
             if fallback == "auto":
                 on_miss, in_turns = {"auto", "fast"}, {"jit"}
             assert all(p.fallback in (on_miss if p.m else in_turns) for p in plans)
+
+
+def test_whole_chains_are_waited_for_where_that_pays():
+    """Where a step takes a third of a verification, and not where all of them fit into it."""
+    for machine, whole in (
+        (Machine(0.35, 0.99, 0.95, miss=0.2), True),
+        (Machine(0.05, 0.9, 0.8), False),
+    ):
+        late = machine.play(planner(), 1500.0).plans[-300:]
+        played = [not p.cut for p in late if p.m and p.k > 1]
+        assert sum(played) > 0.7 * len(played) if whole else sum(played) < 0.3 * len(played)
+    halves = Auto((0, *auto.KS), (0, *auto.MS), Plan(0, 0, halves=True), 1, Seen())
+    assert all(p.cut for p in halves.plans), "the other half needs the draft"
+
+
+def test_a_run_that_knows_nothing_tries_sizes_that_cost_little():
+    one, sizes = planner(), []
+    for _ in range(6):
+        sizes.append((one.now.k, one.now.m))
+        assert one.now.cut, "to wait for whole chains may cost more"
+        one.now = one.trying.pop() if one.trying else None
+    assert one.now is None and max(sizes) < (4, 24) and len(set(sizes)) == 2
 
 
 def test_what_to_do_on_a_miss_is_never_final():
