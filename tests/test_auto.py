@@ -213,9 +213,9 @@ def test_what_is_given_by_hand_stays():
 
 
 def test_whole_chains_are_waited_for_where_that_pays():
-    """Where a step takes a third of a verification, and not where all of them fit into it."""
+    """Where a step takes .4 of a verification, and not where all of them fit into it."""
     for machine, whole in (
-        (Machine(0.35, 0.99, 0.95, miss=0.2), True),
+        (Machine(0.4, 0.99, 0.95, miss=0.2), True),
         (Machine(0.05, 0.9, 0.8), False),
     ):
         late = machine.play(planner(), 1500.0).plans[-300:]

@@ -140,7 +140,7 @@ def test_a_product_of_whole_numbers_is_right_to_16_bits(shape, dtype):
             assert (off <= most + rounded).all(), rows
             if dtype == torch.float32:  # errors are random: they grow with the root of K
                 size = step * int8_numbers(plain.weight).square().sum(1).sqrt()
-                assert off.norm() <= 0.4 * size.norm() + rounded.norm()
+                assert ((off - rounded).clamp(min=0) / size).square().mean() < 0.45**2
 
 
 @BYTES
