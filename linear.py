@@ -33,7 +33,7 @@ ROWS_AT_ONCE = 1 << 12  # a multiple of the rows of all blocks that int4 is pack
 # 16 bits of a number as two digits of -128..127: LARGEST is 127 * 256 + 127. Counted from MIDDLE,
 # digits are 0..255, and cutting off rounds.
 LARGEST, MIDDLE = 127 * 256 + 127.0, 128 * 256 + 128 + 0.5
-CACHE_BYTES = 1 << 26  # more than most CPUs have
+CACHE_BYTES = 1 << 26  # more than the last cache of a small machine
 MOST_INPUTS = 1 << 16  # a sum of so many products of bytes fits in 32 bits
 
 
@@ -97,7 +97,7 @@ class IntegerLinear(nn.Module):
 
     x (..., K) -> x (codes * scale)^T + bias, in float32. CPUs multiply 8 bits by 8 bits, so that a
     row of x is two rows of digits. Sums of whole numbers have no order: a row's result is the same,
-    bit for bit, whatever is beside it. From four rows on it is faster than Int4Linear.
+    bit for bit, whatever is beside it. Wide ones are faster than Int4Linear from four rows on.
     """
 
     def __init__(self, linear: nn.Linear, group: Group = ALONE):

@@ -181,7 +181,7 @@ class Decoding:
         The key of `chains` is (place, accepted, bonus); a look-up gives the Chain drafted for it.
         """
         proposal, live = Proposal(len(self.rows)), self.live(played.live)
-        hits = chains.look_up(live, accepted, bonus)  # waits for the draft, if any
+        hits = chains.look_up(live, accepted, bonus)  # if any, waits for the last step
         missed = [b for b in live if b not in hits]
         self.learn(played, chains, hits, missed)
         jit = plan.fallback == "jit" or (plan.fallback == "auto" and not hits)

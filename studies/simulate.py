@@ -16,6 +16,7 @@ import argparse
 from dataclasses import asdict, dataclass, replace
 
 from figures import expected_tokens
+from runtime import STEP_SHARE
 from studies.speed import (
     allocate,
     geometric,
@@ -133,9 +134,8 @@ def ssd(
     """SSD with `budget` branches a row. cut: a chain step is begun if half of it fits."""
     extend, step = pair.extending(batch * (k + 1)), pair.stepping(batch * budget)
     length = k
-    if cut:  # the small number: times that divide evenly must not lose a step to rounding
-        fits = int((pair.verifying(batch * (k + 1)) - extend) / step + 0.5 + 1e-9)
-        length = min(max(fits, 1), k)
+    if cut:
+        length = chain_length(pair.verifying(batch * (k + 1)) - extend, step, k)
     t_hit = t_miss = max(pair.verifying(batch * (length + 1)), extend + length * step)
     hit = after_miss = hit_chance(pair, F := shares(lists, pair, length, budget))
     tokens, tokens_miss = expected_tokens(pair.acceptance, length), 1.0
@@ -149,6 +149,12 @@ def ssd(
     rate = ssd_rate(hits, tokens, tokens_miss, t_hit, t_miss, batch)
     emitted = hits * tokens + (1 - hits) * tokens_miss
     return Speed(rate, emitted / rate * 1e3, emitted, hits, length)
+
+
+def chain_length(seconds: float, step: float, k: int) -> int:
+    """Steps that a chain has with so much time until the verdict, as Lane.has_time decides."""
+    # The small number: times that divide evenly must not lose a step to rounding.
+    return min(max(int(seconds / step + 1 - STEP_SHARE + 1e-9), 1), k)
 
 
 def sd_halves(pair: Pair, k: int, batch: int) -> Speed:
@@ -168,7 +174,7 @@ def ssd_halves(pair: Pair, k: int, budget: int, batch: int) -> Speed:
     t_jit = (1 - hits**half) * k * pair.stepping((1 - hits) * half)
     t_verify = pair.verifying(half * (k + 1))
     prepare, step = pair.extending(half * (k + 1)), pair.stepping(half * budget)
-    length = min(max(int((t_verify - t_jit - prepare) / step + 1e-9), 1), k)
+    length = chain_length(t_verify - t_jit - prepare, step, k)
     t = max(t_verify, t_jit + prepare + length * step)
     tokens = hits * expected_tokens(pair.acceptance, length)
     tokens += (1 - hits) * expected_tokens(pair.acceptance, k)

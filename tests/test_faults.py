@@ -8,6 +8,7 @@ again.
 import itertools
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,9 +18,10 @@ import runtime
 import ssd
 from cache import SpeculationCache
 from engine import Engine, Model, check_pair
+from figures import Figures
 from rows import COUPLINGS
 from runtime import Devices, DraftLost, Lane, available_cores
-from ssd import Decoding
+from ssd import Decoding, Plan
 from steps import Drawn, Runner
 
 PROMPTS = [[3, 1, 4, 1, 5], [9, 2], [6, 5, 3], [5]]
@@ -376,6 +378,30 @@ def test_a_budget_as_large_as_the_vocabulary_is_refused():
     target = transformer(0, vocab=12)
     with pytest.raises(ValueError, match="fan_out is 12, wanted less than the vocabulary"):
         engine(target, transformer(base=target)).generate([[1]], mode="ssd", fan_out=12)
+
+
+def test_a_look_up_waits_for_the_step_that_was_begun_but_only_where_a_row_hit():
+    lane, chains, gate = Lane(DEVICES.given[1], "draft"), SpeculationCache(None), threading.Event()
+    chains.lane = lane
+
+    def fill():
+        chains.fork([[5]], [[1]], [0.5])
+        chains.append([[6]], None)
+        gate.wait(10)
+        chains.append([[7]], None)
+
+    chains.filled_by(lane.start(fill))
+    assert chains.look_up([0], [1], [4]) == {} and not gate.is_set(), "a miss waits for the fork"
+    threading.Timer(0.05, gate.set).start()
+    assert chains.look_up([0], [1], [5]) == {0: ([6, 7], [None, None])}
+    lane.close()
+
+
+def test_the_usual_plan_has_the_usual_sizes_however_chains_end():
+    figures = Figures([])
+    plans = [Plan(4, 6)] * 3 + [Plan(4, 6, cut=False)] * 2 + [Plan(2, 12)] * 4
+    figures.rounds = [SimpleNamespace(plan=plan) for plan in plans]
+    assert figures.usual_plan() == Plan(4, 6)
 
 
 def test_a_begun_step_counts_when_its_tokens_are_there():
