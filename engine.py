@@ -27,7 +27,7 @@ from checkpoint.weights import (
     split_inflate,
 )
 from figures import run_stats
-from linear import FORMATS, finish_all, finisher, speeds
+from linear import FORMATS, few_bits_problem, finish_all, finisher, speeds
 from model import Transformer
 from parallel import ALONE, Group
 from ranks import join, serve
@@ -45,8 +45,8 @@ SHORTEST_TRUNK = 256
 # Of the memory that is free, runs use so much; the rest is for what nobody counts.
 FREE_SHARE = 0.8
 # So many times a pass holds what it reads, and the scores of all words, at once: measured in
-# float32, where it was 4 and 8; linear.IntegerLinear needs a half more than 4, by its shapes.
-READ_COPIES, SCORE_COPIES = 6, 8
+# float32.
+READ_COPIES, SCORE_COPIES = 4, 8
 
 
 @dataclass
@@ -532,4 +532,8 @@ def load(
         few = device.type == "cpu" and bits in ("int8", "int4")  # else nothing need be measured
         if few and speeds().get(bits, 0.0) > speeds().get("float32", math.inf):
             engine.warn(f"this CPU has no instructions for {bits}, which is slower than float32")
+    models = [model for model in (loaded, engine.draft) if model is not None]
+    few = any(m.device.type == "cpu" and m.bits in ("int8", "int4", "stored") for m in models)
+    if few and (why := few_bits_problem()):
+        engine.warn(f"{why}: PyTorch's own operators multiply few bits, which is slower")
     return engine

@@ -1,22 +1,31 @@
 """Linear layers by the number format of their weights: packed floats, int8, int4.
 
-Knows: nn.Linear, PyTorch's operators for few bits, and which of them this CPU has instructions for.
+Knows: nn.Linear, few_bits.cpp and PyTorch's operators for few bits, what this CPU is fast with.
 Does not know: models, files, devices' queues. Read next: runtime.py.
 
     packed   float32 or bfloat16 in oneDNN's blocked layout (CPU)
-    int8     W = codes * scale, a scale for each row of W
+    int8     few_bits.cpp: W = (codes - 8) * scale + zero, both for each group of 32 of a row;
+             PyTorch: W = codes * scale, a scale for each row of W
     int4     W = (codes - 8) * scale + zero, both for each group of 32 weights of a row
 
-Codes are whole numbers, scales and zeros bfloat16. All but float32 and IntegerLinear round their
-input and their result to bfloat16. What lies between the layers keeps the dtype that it came with:
-with SmolLM2, sums of layers rounded to bfloat16 cost four times the error of weights in four bits.
+Codes are whole numbers, scales and zeros bfloat16. few_bits.cpp rounds each group of 32 inputs to 8
+bits, as llama.cpp does; PyTorch's operators round inputs and results to bfloat16. The latter serve
+GPUs, and CPUs for which few_bits.cpp cannot be compiled. What lies between the layers keeps the
+dtype that it came with: with SmolLM2, sums of layers rounded to bfloat16 cost four times the error
+of weights in four bits.
 
 Shape letters: N outputs, K inputs, G groups of a row, M rows of x.
 """
 
 import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -30,11 +39,10 @@ FORMATS = ("none", "int8", "int4")
 AT_ONCE = 1 << 22  # weights that are quantised at a time: temporaries stay small
 ROWS = (1, 4)  # of passes that formats are compared by: a step; a verification, or some branches
 ROWS_AT_ONCE = 1 << 12  # a multiple of the rows of all blocks that int4 is packed in
-# 16 bits of a number as two digits of -128..127: LARGEST is 127 * 256 + 127. Counted from MIDDLE,
-# digits are 0..255, and cutting off rounds.
-LARGEST, MIDDLE = 127 * 256 + 127.0, 128 * 256 + 128 + 0.5
 CACHE_BYTES = 1 << 26  # more than the last cache of a small machine
-MOST_INPUTS = 1 << 16  # a sum of so many products of bytes fits in 32 bits
+BLOCK = 16  # outputs that are packed side by side
+SOURCE = Path(__file__).with_name("few_bits.cpp")
+COMPILE_SECONDS = 120
 
 
 class PackedLinear(nn.Module):
@@ -92,35 +100,23 @@ class Int8Linear(nn.Module):
         return out.unflatten(0, x.shape[:-1]).to(x.dtype)
 
 
-class IntegerLinear(nn.Module):
-    """Int8Linear in whole numbers: x is rounded to 16 bits of the largest number in its row.
+class GroupLinear(nn.Module):
+    """x (..., K) -> x ((codes - 8) * scale + zero)^T + bias by few_bits.cpp, in float32.
 
-    x (..., K) -> x (codes * scale)^T + bias, in float32. CPUs multiply 8 bits by 8 bits, so that a
-    row of x is two rows of digits. Sums of whole numbers have no order: a row's result is the same,
-    bit for bit, whatever is beside it. Wide ones are faster than Int4Linear from four rows on.
+    Codes have 4 or 8 bits, and scales and zeros add one. Each group of 32 numbers of x is rounded
+    to 8 bits of its largest. A row's result does not depend on the rows beside it.
     """
 
-    def __init__(self, linear: nn.Linear, group: Group = ALONE):
-        """group: as in Int8Linear."""
+    def __init__(self, groups: Groups, bits: int, bias: torch.Tensor | None = None):
         super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        codes_NK, scale_N = to_int8(linear.weight.detach(), group)
-        self.weight_bytes = codes_NK.nbytes + scale_N.nbytes
-        self.codes = torch.ops.onednn.qlinear_prepack(codes_NK, None)
-        self.largest, self.middle, self.scale_N = LARGEST, MIDDLE, scale_N.float() / LARGEST
-        self.zero_N = torch.zeros(self.out_features, dtype=torch.int32)
-        self.bias = None if linear.bias is None else linear.bias.detach().float()
+        self.out_features, self.in_features = groups.codes_NK.shape
+        self.bits, self.packed = bits, pack_groups(groups, bits)
+        self.bias = None if bias is None else bias.detach().float()
+        self.weight_bytes = self.packed.nbytes
 
     def forward(self, x):
-        rows = x.float().reshape(-1, self.in_features)
-        largest_M1 = rows.abs().amax(1, True).clamp_(min=1e-30)
-        # The operator's digits have no sign: 128 is zero. So the whole numbers begin in the middle.
-        # One operator for both would round differently at the end of a row.
-        whole = (rows / largest_M1).mul_(self.largest).add_(self.middle).to(torch.int32)
-        digits = torch.cat((whole, whole >> 8)).to(torch.uint8)
-        products = multiply(digits, self.codes, self.scale_N, self.zero_N)
-        low, high = products.chunk(2)
-        out = torch.add(low, high, alpha=256).mul_(largest_M1)
+        rows = x.float().reshape(-1, self.in_features).contiguous()
+        out = torch.ops.few_bits.linear(rows, self.packed, self.bits, self.out_features)
         if self.bias is not None:
             out = out + self.bias
         return out.unflatten(0, x.shape[:-1]).to(x.dtype)
@@ -152,27 +148,53 @@ class Int4Linear(nn.Module):
         return out.unflatten(0, x.shape[:-1]).to(x.dtype)
 
 
-def multiply(digits: torch.Tensor, codes, scale_N, zero_N) -> torch.Tensor:
-    """(digits - 128) (codes * scale)^T in float32, of bytes and of codes in oneDNN's layout."""
-    return torch.ops.onednn.qlinear_pointwise(
-        digits, 1.0, 128, codes, scale_N, zero_N, None, 1.0, 0, torch.float32, "none", [], ""
-    )
-
-
 @functools.cache
-def multiplies_bytes() -> bool:
-    """Whether this CPU's products of bytes are right. Without VNNI, large ones are cut off."""
-    codes_NK = torch.full((64, 96), 127, dtype=torch.int8)
-    scale_N, zero_N = torch.ones(64), torch.zeros(64, dtype=torch.int32)
+def few_bits_problem() -> str | None:
+    """Compile few_bits.cpp for this CPU, once for all processes, and load torch.ops.few_bits.
+
+    What is compiled is kept in the user's cache. Returns None, or in a few words why not.
+    """
+    able = torch.cpu.get_capabilities()
+    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    if not (able.get("avx2") and able.get("fma3")):
+        return "this CPU has no AVX2"
+    if compiler is None:
+        return "there is no C++ compiler (c++, or what CXX names)"
+    level = "4 -mavx512vnni" if able.get("avx512_vnni") and able.get("avx512_vl") else "3"
     try:
-        codes = torch.ops.onednn.qlinear_prepack(codes_NK, None)
-        return all(
-            (multiply(x, codes, scale_N, zero_N) == 96 * 127 * (digit - 128)).all()
-            for digit in (0, 255)
-            for x in torch.full((256, 96), digit, dtype=torch.uint8).split([2, 8, 246])
-        )
-    except (RuntimeError, AttributeError):  # not for this CPU, or not in this PyTorch
-        return False
+        torch.ops.load_library(compile_few_bits(compiler, f"-march=x86-64-v{level}"))
+    except subprocess.CalledProcessError as error:
+        said = error.stderr.strip().splitlines() or [f"it ends with {error.returncode}"]
+        return f"{compiler} cannot compile few_bits.cpp: {said[0]}"
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"few_bits.cpp cannot be compiled or loaded: {str(error).splitlines()[0]}"
+
+    @torch.library.register_fake("few_bits::linear")
+    def _(x_MK, packed, bits, outputs):
+        return x_MK.new_empty(len(x_MK), outputs)
+
+    return None
+
+
+def compile_few_bits(compiler: str, march: str) -> str:
+    """The path of a shared library. OSError, subprocess.SubprocessError: there is none."""
+    torch_folder = Path(torch.__file__).parent
+    libraries = [f"-L{torch_folder / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
+    flags = ["-std=c++17", "-O3", *march.split(), "-fPIC", "-shared"]
+    flags += [f"-I{torch_folder / 'include'}"]
+    told = [SOURCE.read_text(), compiler, torch.__version__, str(torch_folder), *flags]
+    name = hashlib.sha256("\n".join(told).encode()).hexdigest()[:16] + ".so"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ssd"
+    if not (cache / name).exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as folder:  # others may compile it, too
+            made = Path(folder) / name
+            command = [compiler, *flags, "-o", str(made), str(SOURCE), *libraries]
+            subprocess.run(
+                command, check=True, capture_output=True, text=True, timeout=COMPILE_SECONDS
+            )
+            made.replace(cache / name)
+    return str(cache / name)
 
 
 # ---- weights to codes
@@ -190,19 +212,20 @@ def to_int8(weight_NK: torch.Tensor, group: Group = ALONE) -> tuple[torch.Tensor
     return codes_NK, scale_N
 
 
-def to_int4(weight_NK: torch.Tensor) -> Groups:
-    """The nearest of 16 numbers, evenly spread between the least and the largest of each group."""
+def to_groups(weight_NK: torch.Tensor, bits: int) -> Groups:
+    """The nearest of 16 or 256 numbers, evenly spread between each group's least and largest."""
     N, K = weight_NK.shape
     codes_NK = torch.empty(N, K, dtype=torch.uint8, device=weight_NK.device)
     scale_NG, zero_NG = torch.empty(2, N, K // GROUP, dtype=torch.bfloat16, device=weight_NK.device)
+    last = 2**bits - 1
     for part in parts(weight_NK):
         groups = weight_NK[part].float().unflatten(1, (-1, GROUP))
         least, most = groups.aminmax(dim=2)
-        scale_NG[part] = ((most - least) / 15).clamp(min=1e-30)
+        scale_NG[part] = ((most - least) / last).clamp(min=1e-30)
         scale = scale_NG[part].float()
         zero_NG[part] = least + 8 * scale
         codes = (groups - zero_NG[part].float()[..., None]).div_(scale[..., None]).round_()
-        codes_NK[part] = codes.add_(8).clamp_(0, 15).flatten(1)
+        codes_NK[part] = codes.add_(8).clamp_(0, last).flatten(1)
     return Groups(codes_NK, scale_NG, zero_NG)
 
 
@@ -222,6 +245,30 @@ def pack_int4(codes_NK: torch.Tensor) -> torch.Tensor:
     return torch.cat([convert(part.int(), 1) for part in codes_NK.split(ROWS_AT_ONCE)])
 
 
+def pack_groups(groups: Groups, bits: int) -> torch.Tensor:
+    """What few_bits.cpp reads, in its order: bytes (blocks of 16 outputs, G, of a group).
+
+    Of a group there are 4 codes of each output, then the next 4; with 4 bits, every other four are
+    in the upper halves of the bytes. Then there are a scale and a zero of each output.
+    """
+    parts, (N, K) = 8 // bits, groups.codes_NK.shape
+    packed = torch.zeros(
+        -(-N // BLOCK), K // GROUP, (GROUP * bits // 8 + 4) * BLOCK, dtype=torch.uint8
+    )
+    for start in range(0, N, ROWS_AT_ONCE):
+        codes, *pairs = (x[start : start + ROWS_AT_ONCE].cpu() for x in groups)
+        extra = -len(codes) % BLOCK
+        fours = F.pad(codes, (0, 0, 0, extra)).view(
+            -1, BLOCK, K // GROUP, GROUP // 4 // parts, parts, 4
+        )
+        fours = fours.permute(4, 0, 2, 3, 1, 5).flatten(3)  # parts, blocks, groups, bytes
+        fours = fours[0] if bits == 8 else fours[0] | fours[1] << 4
+        both = F.pad(torch.stack(pairs, 2).bfloat16(), (0, 0, 0, 0, 0, extra))
+        both = both.view(-1, BLOCK, K // GROUP, 2).transpose(1, 2).flatten(2).view(torch.uint8)
+        packed[start // BLOCK :][: len(fours)] = torch.cat((fours, both), 2)
+    return packed
+
+
 # ---- which layer becomes what
 
 
@@ -232,9 +279,9 @@ def can_pack(weight: torch.Tensor, dtype: torch.dtype) -> bool:
     return dtype == torch.float32 or (dtype == torch.bfloat16 and "bfloat16" in speeds())
 
 
-def can_multiply_bytes(weight: torch.Tensor) -> bool:
-    """Whether int8 weights of this shape can be multiplied in whole numbers, on their device."""
-    return not weight.is_cuda and weight.shape[1] <= MOST_INPUTS and multiplies_bytes()
+def fits_groups(weight: torch.Tensor) -> bool:
+    """Whether few_bits.cpp can take a weight of this shape on its device: whole groups."""
+    return not weight.is_cuda and weight.shape[1] % GROUP == 0 and few_bits_problem() is None
 
 
 def fits_int4(outputs: int, inputs: int) -> bool:
@@ -254,18 +301,21 @@ def finisher(bits: str, pack: bool, group: Group = ALONE) -> Callable:
 
     def finish(linear: nn.Linear, name: str = "", stored: Groups | str | None = None) -> nn.Module:
         wanted, others = stored if bits == "stored" else bits, group if is_summed(name) else ALONE
-        four = isinstance(stored, Groups) or (wanted == "int4" and name != "head")
-        if bits in ("int4", "stored"):  # all ranks, or none: int8 has one scale for a row of all
-            shape = stored.codes_NK.shape if isinstance(stored, Groups) else linear.weight.shape
-            misfit = torch.tensor([float(not (four and fits_int4(*shape)))])
-            if not others.largest(misfit):
-                groups = stored if isinstance(stored, Groups) else to_int4(linear.weight.detach())
+        kept = isinstance(stored, Groups)
+        four = kept or (wanted == "int4" and name != "head")
+        if four or wanted in ("int8", "int4"):
+            weight = stored.codes_NK if kept else linear.weight.detach()
+            ours = fits_groups(weight)
+            fits = ours or (four and fits_int4(*weight.shape))
+            # All ranks, or none: PyTorch's int8 has one scale for a row of all of them.
+            if not others.largest(torch.tensor([float(not fits)])):
+                groups = stored if kept else to_groups(weight, 4 if four else 8)
+                if ours:
+                    return GroupLinear(groups, 4 if four else 8, linear.bias)
                 return Int4Linear(groups, linear.bias)
-        if isinstance(stored, Groups):
-            linear.weight = nn.Parameter(stored.dense(), requires_grad=False)
-        if wanted in ("int8", "int4") or isinstance(stored, Groups):
-            whole = pack and can_multiply_bytes(linear.weight)
-            return (IntegerLinear if whole else Int8Linear)(linear, others)
+            if kept:
+                linear.weight = nn.Parameter(stored.dense(), requires_grad=False)
+            return Int8Linear(linear, others)
         dtype = torch.bfloat16 if bits == "bfloat16" else linear.weight.dtype
         return PackedLinear(linear, dtype) if pack and can_pack(linear.weight, dtype) else linear
 
@@ -296,7 +346,7 @@ def speeds() -> dict[str, float]:
             "float32": lambda: PackedLinear(linear),
             "bfloat16": lambda: PackedLinear(linear, torch.bfloat16),
             "int8": lambda: finisher("int8", pack=True)(linear),
-            "int4": lambda: Int4Linear(to_int4(linear.weight)),
+            "int4": lambda: finisher("int4", pack=True)(linear),
         }
         for name, make in makers.items():
             try:

@@ -515,10 +515,10 @@ def stored_weight(pieces: list[Piece], tensors: Tensors, device="cpu") -> Stored
 def check_room(
     config: Config, tensors: Tensors, device: torch.device, dtype: torch.dtype, bits: str
 ) -> int:
-    """The bytes that the weights need: floats, codes of 8 bits, or of 4 with a bit for scales and
+    """The bytes that the weights need: floats, or codes of 8 bits or 4, with a bit for scales and
     zeros. ValueError if there is no room, before they are allocated.
     """
-    widths = {"none": 8 * dtype.itemsize, "bfloat16": 16, "int8": 8, "int4": 5}
+    widths = {"none": 8 * dtype.itemsize, "bfloat16": 16, "int8": 9, "int4": 5}
     needed, free = 0, available_bytes(device)
     for piece in pieces(config):
         form = bits if len(piece.shape) == 2 and piece.axes != "VE" else "none"

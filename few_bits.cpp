@@ -1,0 +1,178 @@
+// A linear layer whose weights have 4 or 8 bits, in whole numbers, on a CPU. linear.py compiles it.
+//
+//     W = (codes - 8) * scale + zero    a scale and a zero for each group of 32 weights of a row
+//     x = codes * scale                 a scale for each group of 32 numbers of a row of x
+//
+// What a group adds to an output is a sum of 32 products of bytes, which is exact, times both
+// scales, and its zero times the sum of x. Groups are added in float32, in their order. So a row of
+// y depends on its own row of x alone, bit for bit, however many rows there are.
+//
+// Shape letters: M rows of x, K inputs, N outputs, G = K / 32 groups. A block is 16 outputs. packed
+// is (blocks, G, bytes of a group), as linear.pack_groups makes it: 4 codes of each output, the next
+// 4, and so on, then (scale, zero) in bfloat16 for each output.
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#include <immintrin.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+using torch::stable::Tensor;
+
+constexpr int GROUP = 32, BLOCK = 16;
+#if defined(__AVX512VNNI__)
+constexpr int WIDTH = 64;  // bytes of a vector
+#elif defined(__AVX2__)
+constexpr int WIDTH = 32;
+#else
+#error "needs AVX2"
+#endif
+constexpr int LANES = WIDTH / 4;        // outputs that are computed at a time
+constexpr int PARTS = BLOCK / LANES;    // of a block
+constexpr int64_t AT_ONCE = WIDTH / 8;  // rows whose sums are held in registers
+constexpr int64_t IN_CACHE = 64;        // rows whose numbers all stay in the cache
+constexpr float TINY = 1e-30f;          // groups of x below it are zero: 127 / TINY is finite
+
+typedef uint8_t Bytes __attribute__((vector_size(WIDTH)));  // 4 codes of each output
+typedef int32_t Ints __attribute__((vector_size(WIDTH)));
+typedef float Floats __attribute__((vector_size(WIDTH)));
+
+struct Group {  // of a row of x
+  int8_t codes[GROUP];
+  float scale, sum;  // sum: of the numbers that the codes stand for
+};
+
+// total + the sum, for each output, of its 4 codes times the 4 bytes of x.
+template <int BITS>
+static inline Ints multiply_add(Ints total, Bytes codes, const int8_t* x) {
+  int32_t four;
+  memcpy(&four, x, 4);
+#if defined(__AVX512VNNI__)
+  return (Ints)_mm512_dpbusd_epi32((__m512i)total, (__m512i)codes, _mm512_set1_epi32(four));
+#else
+  // Sums of two products have 16 bits here, too few for codes of 8: each half of a code by itself.
+  const __m256i fours = _mm256_set1_epi32(four), one = _mm256_set1_epi16(1);
+  __m256i pairs = _mm256_maddubs_epi16((__m256i)(BITS == 8 ? codes & 15 : codes), fours);
+  total += (Ints)_mm256_madd_epi16(pairs, one);
+  if (BITS == 8) {
+    pairs = _mm256_maddubs_epi16((__m256i)(codes >> 4), fours);
+    total += (Ints)_mm256_madd_epi16(pairs, _mm256_slli_epi16(one, 4));
+  }
+  return total;
+#endif
+}
+
+// The nearest codes of -127..127, in steps of a 127th of the largest number. NaN stays NaN.
+static Group quantise(const float* x) {
+  constexpr int VECTORS = GROUP / LANES;
+  typedef int8_t Codes __attribute__((vector_size(LANES)));
+  Group group;
+  Floats numbers[VECTORS], largest = {}, nan = {};
+  Ints sums = {};
+  memcpy(numbers, x, sizeof(numbers));
+  for (const Floats& some : numbers) {
+    const Floats sizes = some < 0 ? -some : some;
+    largest = sizes > largest ? sizes : largest;
+    nan += some * 0;
+  }
+  float most = 0, none = 0;
+  for (int i = 0; i < LANES; i++) {
+    most = std::max(most, largest[i]);
+    none += nan[i];
+  }
+  const float per = most > TINY ? 127 / most : 0;
+  for (int v = 0; v < VECTORS; v++) {
+    // Beside this number a float32 has no room for fractions: they are rounded.
+    const Floats whole = (numbers[v] * per + 0x1.8p23f) - 0x1.8p23f;
+    const Ints codes = __builtin_convertvector(whole, Ints);
+    const Codes bytes = __builtin_convertvector(codes, Codes);
+    memcpy(group.codes + v * LANES, &bytes, LANES);
+    sums += codes;
+  }
+  int sum = 0;
+  for (int i = 0; i < LANES; i++) sum += sums[i];
+  group.scale = most / 127 + none;
+  group.sum = group.scale * sum;
+  return group;
+}
+
+// y of LANES outputs of a block and R rows. x: G * R groups, those of one place side by side.
+template <int BITS, int R>
+static void multiply_block(const uint8_t* packed, const Group* x, int64_t G, Floats* y) {
+  Floats out[R] = {};
+  for (int64_t g = 0; g < G; g++, x += R) {
+    Ints total[R] = {};
+    for (int k = 0; k < GROUP; packed += 64) {
+      Bytes codes;
+      memcpy(&codes, packed, WIDTH);
+      for (int part = 0; part < 8 / BITS; part++, k += 4) {
+        const Bytes some = BITS == 8 ? codes : part ? codes >> 4 : codes & 15;
+        for (int r = 0; r < R; r++) total[r] = multiply_add<BITS>(total[r], some, x[r].codes + k);
+      }
+    }
+    Ints pairs;  // the upper half of a float32 is a bfloat16
+    memcpy(&pairs, packed, WIDTH);
+    packed += 64;
+    const Floats scale = (Floats)(pairs << 16), zero = (Floats)(pairs & ~0xffff);
+    const Floats least = zero - 8 * scale;
+    for (int r = 0; r < R; r++) {
+      out[r] += __builtin_convertvector(total[r], Floats) * x[r].scale * scale;
+      out[r] += least * x[r].sum;
+    }
+  }
+  memcpy(y, out, sizeof(out));
+}
+
+// x (M, K) float32 -> y (M, N) float32.
+template <int BITS>
+static void multiply(
+    const uint8_t* packed, const float* x, float* y, int64_t M, int64_t K, int64_t N) {
+  const int64_t G = K / GROUP, step = G * (GROUP * BITS / 8 * BLOCK + 64);
+  using Kernel = void (*)(const uint8_t*, const Group*, int64_t, Floats*);
+  static constexpr Kernel kernels[] = {
+      multiply_block<BITS, 1>, multiply_block<BITS, 2>, multiply_block<BITS, 3>,
+      multiply_block<BITS, 4>, multiply_block<BITS, 5>, multiply_block<BITS, 6>,
+      multiply_block<BITS, 7>, multiply_block<BITS, 8>};
+  std::vector<Group> groups(M * G);
+  for (int64_t m = 0; m < M; m++) {
+    const int64_t first = m / AT_ONCE * AT_ONCE, R = std::min(AT_ONCE, M - first);
+    for (int64_t g = 0; g < G; g++)
+      groups[first * G + g * R + m - first] = quantise(x + m * K + g * GROUP);
+  }
+  torch::stable::parallel_for(0, (N + LANES - 1) / LANES, 4, [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; n++) {
+      for (int64_t first = 0; first < M; first += AT_ONCE) {
+        const int64_t R = std::min(AT_ONCE, M - first);
+        Floats out[AT_ONCE];
+        const uint8_t* weights = packed + n / PARTS * step + n % PARTS * WIDTH;
+        kernels[R - 1](weights, &groups[first * G], G, out);
+        const int64_t outputs = std::min<int64_t>(LANES, N - n * LANES);
+        for (int64_t r = 0; r < R; r++)
+          memcpy(y + (first + r) * N + n * LANES, &out[r], outputs * sizeof(float));
+      }
+    }
+  });
+}
+
+static Tensor linear(Tensor x_MK, Tensor packed, int64_t bits, int64_t N) {
+  const int64_t M = x_MK.size(0), K = x_MK.size(1);
+  Tensor y_MN = torch::stable::new_empty(x_MK, {M, N});
+  const auto* weights = static_cast<const uint8_t*>(packed.const_data_ptr());
+  const auto* x = static_cast<const float*>(x_MK.const_data_ptr());
+  auto* y = static_cast<float*>(y_MN.mutable_data_ptr());
+  for (int64_t first = 0; first < M; first += IN_CACHE) {
+    const int64_t rows = std::min(IN_CACHE, M - first);
+    (bits == 4 ? multiply<4> : multiply<8>)(weights, x + first * K, y + first * N, rows, K, N);
+  }
+  return y_MN;
+}
+
+STABLE_TORCH_LIBRARY(few_bits, library) {
+  library.def("linear(Tensor x, Tensor packed, int bits, int outputs) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(few_bits, CPU, library) { library.impl("linear", TORCH_BOX(&linear)); }
