@@ -104,7 +104,7 @@ class Model:
         """A model from a transformer that is already in memory. Its linear layers get these bits,
         those that have not got theirs at load.
         """
-        config, weight = transformer.config, transformer.embed.weight
+        config, weight = transformer.config, transformer.norm.weight
         if tokenizer is not None:
             eos = eos or frozenset(tokenizer.eos_ids)
             if tokenizer.vocab_size > config.vocab_size:
@@ -127,7 +127,7 @@ class Model:
 
     @property
     def device(self) -> torch.device:
-        return self.transformer.embed.weight.device
+        return self.transformer.norm.weight.device
 
     def room(self, trunk: int) -> int:
         """Tokens that a row of a runner for `trunk` has room for: static ones have few sizes."""

@@ -7,9 +7,7 @@
 // scales, and its zero times the sum of x. Groups are added in float32, in their order. So a row of
 // y depends on its own row of x alone, bit for bit, however many rows there are.
 //
-// Shape letters: M rows of x, K inputs, N outputs, G = K / 32 groups. A block is 16 outputs. packed
-// is (blocks, G, bytes of a group), as linear.pack_groups makes it: 4 codes of each output, the next
-// 4, and so on, then (scale, zero) in bfloat16 for each output.
+// Shape letters: M rows of x, K inputs, N outputs, G = K / 32 groups. A block is 16 outputs.
 
 #include <algorithm>
 #include <cstdint>
@@ -158,6 +156,33 @@ static void multiply(
   });
 }
 
+// codes (N, K) bytes, scale and zero (N, G) bfloat16 -> packed (blocks, G, bytes of a group).
+//
+// A group's bytes are 4 codes of each output, the next 4, and so on, then scale and zero of each.
+// Codes of 4 bits share bytes with those that are 4 further on.
+static Tensor pack(Tensor codes_NK, Tensor scale_NG, Tensor zero_NG, int64_t bits) {
+  const int64_t N = codes_NK.size(0), G = scale_NG.size(1), blocks = (N + BLOCK - 1) / BLOCK;
+  const int64_t codes_bytes = GROUP * bits / 8 * BLOCK, bytes = codes_bytes + 4 * BLOCK;
+  Tensor packed = torch::stable::new_zeros(codes_NK, {blocks, G, bytes});
+  const auto* codes = static_cast<const uint8_t*>(codes_NK.const_data_ptr());
+  const auto* scale = static_cast<const uint16_t*>(scale_NG.const_data_ptr());
+  const auto* zero = static_cast<const uint16_t*>(zero_NG.const_data_ptr());
+  auto* out = static_cast<uint8_t*>(packed.mutable_data_ptr());
+  for (int64_t n = 0; n < N; n++) {
+    for (int64_t g = 0; g < G; g++, scale++, zero++) {
+      uint8_t* first = out + (n / BLOCK * G + g) * bytes + n % BLOCK * 4;
+      for (int k = 0; k < GROUP; k++, codes++) {
+        const int four = k / 4;
+        if (bits == 8) first[four * 64 + k % 4] = *codes;
+        else first[four / 2 * 64 + k % 4] |= *codes << four % 2 * 4;
+      }
+      memcpy(first + codes_bytes, scale, 2);
+      memcpy(first + codes_bytes + 2, zero, 2);
+    }
+  }
+  return packed;
+}
+
 static Tensor linear(Tensor x_MK, Tensor packed, int64_t bits, int64_t N) {
   const int64_t M = x_MK.size(0), K = x_MK.size(1);
   Tensor y_MN = torch::stable::new_empty(x_MK, {M, N});
@@ -172,7 +197,11 @@ static Tensor linear(Tensor x_MK, Tensor packed, int64_t bits, int64_t N) {
 }
 
 STABLE_TORCH_LIBRARY(few_bits, library) {
+  library.def("pack(Tensor codes, Tensor scale, Tensor zero, int bits) -> Tensor");
   library.def("linear(Tensor x, Tensor packed, int bits, int outputs) -> Tensor");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(few_bits, CPU, library) { library.impl("linear", TORCH_BOX(&linear)); }
+STABLE_TORCH_LIBRARY_IMPL(few_bits, CPU, library) {
+  library.impl("pack", TORCH_BOX(&pack));
+  library.impl("linear", TORCH_BOX(&linear));
+}

@@ -38,9 +38,8 @@ from runtime import one_thread
 FORMATS = ("none", "int8", "int4")
 AT_ONCE = 1 << 22  # weights that are quantised at a time: temporaries stay small
 ROWS = (1, 4)  # of passes that formats are compared by: a step; a verification, or some branches
-ROWS_AT_ONCE = 1 << 12  # a multiple of the rows of all blocks that int4 is packed in
+ROWS_AT_ONCE = 1 << 10  # a multiple of the rows of all blocks that codes are packed in
 CACHE_BYTES = 1 << 26  # more than the last cache of a small machine
-BLOCK = 16  # outputs that are packed side by side
 SOURCE = Path(__file__).with_name("few_bits.cpp")
 COMPILE_SECONDS = 120
 
@@ -107,10 +106,17 @@ class GroupLinear(nn.Module):
     to 8 bits of its largest. A row's result does not depend on the rows beside it.
     """
 
-    def __init__(self, groups: Groups, bits: int, bias: torch.Tensor | None = None):
+    def __init__(self, weight: Groups | torch.Tensor, bits: int, bias: torch.Tensor | None = None):
+        """weight: in codes of these bits, or numbers (N, K) that get codes."""
         super().__init__()
-        self.out_features, self.in_features = groups.codes_NK.shape
-        self.bits, self.packed = bits, pack_groups(groups, bits)
+        whole = weight if isinstance(weight, Groups) else (weight,)
+        self.out_features, self.in_features = whole[0].shape
+        packed = []
+        for some in zip(*(x.split(ROWS_AT_ONCE) for x in whole)):  # temporaries stay small
+            codes, *pair = some if len(some) == 3 else to_groups(*some, bits)
+            pair = (x.bfloat16().contiguous() for x in pair)
+            packed.append(torch.ops.few_bits.pack(codes.contiguous(), *pair, bits))
+        self.bits, self.packed = bits, torch.cat(packed)
         self.bias = None if bias is None else bias.detach().float()
         self.weight_bytes = self.packed.nbytes
 
@@ -178,23 +184,22 @@ def few_bits_problem() -> str | None:
 
 def compile_few_bits(compiler: str, march: str) -> str:
     """The path of a shared library. OSError, subprocess.SubprocessError: there is none."""
-    torch_folder = Path(torch.__file__).parent
-    libraries = [f"-L{torch_folder / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
-    flags = ["-std=c++17", "-O3", *march.split(), "-fPIC", "-shared"]
-    flags += [f"-I{torch_folder / 'include'}"]
-    told = [SOURCE.read_text(), compiler, torch.__version__, str(torch_folder), *flags]
-    name = hashlib.sha256("\n".join(told).encode()).hexdigest()[:16] + ".so"
+    here = Path(torch.__file__).parent
+    command = [compiler, "-std=c++17", "-O3", *march.split(), "-fPIC", "-shared", str(SOURCE)]
+    command += [f"-I{here / 'include'}", f"-L{here / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
+    told = f"{torch.__version__} {command} {SOURCE.read_text()}"
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ssd"
-    if not (cache / name).exists():
+    kept = cache / f"{hashlib.sha256(told.encode()).hexdigest()[:16]}.so"
+    if not kept.exists():
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as folder:  # others may compile it, too
-            made = Path(folder) / name
-            command = [compiler, *flags, "-o", str(made), str(SOURCE), *libraries]
+            made = Path(folder) / kept.name
+            command += ["-o", str(made)]
             subprocess.run(
                 command, check=True, capture_output=True, text=True, timeout=COMPILE_SECONDS
             )
-            made.replace(cache / name)
-    return str(cache / name)
+            made.replace(kept)
+    return str(kept)
 
 
 # ---- weights to codes
@@ -245,30 +250,6 @@ def pack_int4(codes_NK: torch.Tensor) -> torch.Tensor:
     return torch.cat([convert(part.int(), 1) for part in codes_NK.split(ROWS_AT_ONCE)])
 
 
-def pack_groups(groups: Groups, bits: int) -> torch.Tensor:
-    """What few_bits.cpp reads, in its order: bytes (blocks of 16 outputs, G, of a group).
-
-    Of a group there are 4 codes of each output, then the next 4; with 4 bits, every other four are
-    in the upper halves of the bytes. Then there are a scale and a zero of each output.
-    """
-    parts, (N, K) = 8 // bits, groups.codes_NK.shape
-    packed = torch.zeros(
-        -(-N // BLOCK), K // GROUP, (GROUP * bits // 8 + 4) * BLOCK, dtype=torch.uint8
-    )
-    for start in range(0, N, ROWS_AT_ONCE):
-        codes, *pairs = (x[start : start + ROWS_AT_ONCE].cpu() for x in groups)
-        extra = -len(codes) % BLOCK
-        fours = F.pad(codes, (0, 0, 0, extra)).view(
-            -1, BLOCK, K // GROUP, GROUP // 4 // parts, parts, 4
-        )
-        fours = fours.permute(4, 0, 2, 3, 1, 5).flatten(3)  # parts, blocks, groups, bytes
-        fours = fours[0] if bits == 8 else fours[0] | fours[1] << 4
-        both = F.pad(torch.stack(pairs, 2).bfloat16(), (0, 0, 0, 0, 0, extra))
-        both = both.view(-1, BLOCK, K // GROUP, 2).transpose(1, 2).flatten(2).view(torch.uint8)
-        packed[start // BLOCK :][: len(fours)] = torch.cat((fours, both), 2)
-    return packed
-
-
 # ---- which layer becomes what
 
 
@@ -309,10 +290,9 @@ def finisher(bits: str, pack: bool, group: Group = ALONE) -> Callable:
             fits = ours or (four and fits_int4(*weight.shape))
             # All ranks, or none: PyTorch's int8 has one scale for a row of all of them.
             if not others.largest(torch.tensor([float(not fits)])):
-                groups = stored if kept else to_groups(weight, 4 if four else 8)
                 if ours:
-                    return GroupLinear(groups, 4 if four else 8, linear.bias)
-                return Int4Linear(groups, linear.bias)
+                    return GroupLinear(stored if kept else weight, 4 if four else 8, linear.bias)
+                return Int4Linear(stored if kept else to_groups(weight, 4), linear.bias)
             if kept:
                 linear.weight = nn.Parameter(stored.dense(), requires_grad=False)
             return Int8Linear(linear, others)

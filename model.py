@@ -49,7 +49,7 @@ def before_layers(tokens_BT, positions_BT, embed: nn.Module, rope: Pair):
     """What the layers begin with: the residual stream, no change to it, and each token's rows of
     the RoPE tables, (B, T, 1, D) each.
     """
-    x_BTE = embed(tokens_BT)
+    x_BTE = embed(tokens_BT).to(rope[0].dtype)  # beside weights of few bits it is in bfloat16
     return x_BTE, torch.zeros_like(x_BTE), tuple(table[positions_BT][:, :, None] for table in rope)
 
 
@@ -104,7 +104,7 @@ class Transformer(nn.Module):
 
         Captured CUDA graphs read the tables that were here: whoever holds graphs holds `rope` too.
         """
-        weight = self.embed.weight
+        weight = self.norm.weight
         made = 0 if self.rope is None else len(self.rope[0])
         if made < positions or self.rope[0].dtype != weight.dtype:
             tables = rope_tables(self.config, positions)

@@ -96,7 +96,7 @@ class Runner:
         policy: Policy,
         vocab: int,
     ):
-        weight = model.embed.weight
+        weight = model.norm.weight
         self.role, self.model, self.k, self.policy = role, model, k, policy
         self.device, self.batch, self.vocab = weight.device, batch, vocab
         self.branches = branches

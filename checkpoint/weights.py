@@ -269,12 +269,13 @@ def load_model(
         if bits in ("int4", "stored"):
             stored = lambda pieces: stored_weight(pieces, tensors, device)  # noqa: E731
     needed = check_room(config, tensors, torch.device(device), dtype, bits)
+    half = embedding_dtype(tensors, torch.device(device), dtype, bits)
     if bits != "none":  # while a thread makes few bits of a weight, it holds floats and codes
         layers = (job for name, job in by_module(config).items() if name != "embed")
         largest = max(sum(math.prod(piece.shape) for piece in job) for job in layers)
         room = max(needed // 10, SCRATCH_BYTES) // (largest * (dtype.itemsize + 2))
         workers = max(1, min(workers, room))
-    model = build_model(config, fill, device, dtype, make, given, finish, stored, workers)
+    model = build_model(config, fill, device, dtype, make, given, finish, stored, workers, half)
     if ids_V is not None:
         model.token_ids_V = ids_V.to(device)
     return model
@@ -346,16 +347,18 @@ def shared_weights(
     """A trained draft's embedding, the target's own where that is possible, and its head, rows of
     the target's.
     """
-    embed = target.embed.weight
+    embed, whole = target.embed.weight, target.norm.weight.dtype
     ids_V = ids_V.to(embed.device)
     if target.config.tied:
         rows = embed.detach()[ids_V].to(device, dtype)
     else:  # packed or quantised: what it makes of one input at a time are its columns
-        ones = torch.eye(embed.shape[1], dtype=embed.dtype, device=embed.device).split(64)
+        ones = torch.eye(embed.shape[1], dtype=whole, device=embed.device).split(64)
         with torch.inference_mode():
             columns = [target.head(part)[:, ids_V] for part in ones]
         rows = torch.cat(columns).T.to(device, dtype, copy=True)
-    moved = embed.to(device, dtype)  # itself, if it is there already
+    moved = embed.to(device)  # itself, if it is there already
+    if dtype != whole:
+        moved = moved.to(dtype)
     if moved is not embed:
         embed = nn.Parameter(moved.detach(), requires_grad=False)
     return {"embed": embed, "head": nn.Parameter(rows, requires_grad=False)}
@@ -509,7 +512,24 @@ def stored_weight(pieces: list[Piece], tensors: Tensors, device="cpu") -> Stored
     if all(tensor.has_groups() for tensor in found):
         parts = zip(*(tensor.groups() for tensor in found))
         return Groups(*(torch.cat(some).to(device) for some in parts))
-    return "int8" if any(tensor.bits < 16 for tensor in found) else None
+    return "int8" if any(has_few_bits(tensor) for tensor in found) else None
+
+
+def has_few_bits(tensor) -> bool:
+    """Whether a file's tensor has fewer than 16 bits a weight."""
+    return isinstance(tensor, Quantised) and tensor.bits < 16
+
+
+def embedding_dtype(
+    tensors: Tensors, device: torch.device, dtype: torch.dtype, bits: str
+) -> torch.dtype:
+    """bfloat16 on a CPU that computes in float32, where the weights beside it get few bits.
+
+    Of Qwen2.5-1.5B's memory an embedding in float32 would be nearly half. One that a file has in
+    floats while its other weights have few bits stays as it is.
+    """
+    few = bits in ("int8", "int4") or bits == "stored" and has_few_bits(tensors.get(EMBED[1]))
+    return torch.bfloat16 if few and (device.type, dtype) == ("cpu", torch.float32) else dtype
 
 
 def check_room(
@@ -521,12 +541,18 @@ def check_room(
     widths = {"none": 8 * dtype.itemsize, "bfloat16": 16, "int8": 9, "int4": 5}
     needed, free = 0, available_bytes(device)
     for piece in pieces(config):
-        form = bits if len(piece.shape) == 2 and piece.axes != "VE" else "none"
+        size, form = math.prod(piece.shape), bits if len(piece.shape) == 2 else "none"
         if form == "stored":
             tensor = tensors.get(piece.theirs)
-            few = isinstance(tensor, Quantised) and tensor.bits < 16
-            form = ("int4" if tensor.has_groups() else "int8") if few else "none"
-        needed += math.prod(piece.shape) * widths[form] // 8
+            four = has_few_bits(tensor) and tensor.has_groups()
+            form = "int4" if four else "int8" if has_few_bits(tensor) else "none"
+        elif form == "int4" and piece.ours in (EMBED[0], HEAD[0]):
+            form = "int8"
+        if piece.ours == EMBED[0]:
+            needed += size * embedding_dtype(tensors, device, dtype, bits).itemsize
+            if not config.tied or config.head_tokens or form == "none":
+                continue  # else the head has codes of its own
+        needed += size * widths[form] // 8
     if free is not None and needed > free:
         raise ValueError(
             f"the weights need {needed / 1e9:.2f} GB in {str(dtype)[6:]}, but {device} has "
@@ -545,6 +571,7 @@ def build_model(
     finish: Finish | None = None,
     stored: Callable[[list[Piece]], Stored] | None = None,
     workers: int = 1,
+    embedding_dtype: torch.dtype | None = None,
 ) -> nn.Module:
     """A model whose every parameter is allocated once, on its device, and filled piece by piece in
     place.
@@ -553,6 +580,7 @@ def build_model(
     complete; what it returns takes the layer's place, and may not keep its weight, whose memory the
     next one gets. stored: a layer's weight as the file has it; in four bits, it is not filled but
     handed to `finish`. workers: threads that fill modules; one fills in the order of pieces().
+    embedding_dtype: dtype by default.
     """
     device = torch.device(device)
     with torch.device("meta"), NoInitialValues():
@@ -561,6 +589,7 @@ def build_model(
 
     def fill_module(name: str, parts: list[Piece]) -> None:
         module = model.get_submodule(name)
+        numbers = embedding_dtype or dtype if name == "embed" else dtype
         replaced = finish is not None and type(module) is nn.Linear
         form = stored(parts) if stored and replaced else None
         for piece in parts:
@@ -570,7 +599,7 @@ def build_model(
             weight = getattr(module, leaf)
             if weight.is_meta:
                 lent = replaced and leaf == "weight" and device.type == "cpu"
-                room = allocate(weight.shape, device, dtype, scratch if lent else None)
+                room = allocate(weight.shape, device, numbers, scratch if lent else None)
                 setattr(module, leaf, weight := nn.Parameter(room, requires_grad=False))
             fill(piece, weight[piece.start : piece.start + piece.shape[0]])
         if replaced:

@@ -365,9 +365,14 @@ def test_few_bits_stay_as_they_are_in_the_file(kind, tmp_path, monkeypatch):
         assert isinstance(made, form) and getattr(made, "bits", bits) == bits
     config, _, found = weights.open_whole(path)
     cpu, gate_up = torch.device("cpu"), weights.by_module(config)["layers.0.mlp.gate_up"]
-    needed = weights.check_room(config, found, cpu, torch.float32, "stored")
-    share = needed / weights.check_room(config, found, cpu, torch.float32, "none")
-    assert (share == 1) == (kind == "F16"), "what stays floats is counted as floats"
+    room = lambda bits: weights.check_room(config, found, cpu, torch.float32, bits)  # noqa: E731
+    assert (room("stored") == room("none")) == (kind == "F16"), "what stays floats is counted so"
+    assert model.embed.weight.dtype == (torch.float32 if kind == "F16" else torch.bfloat16)
+    held = sum(weight.nbytes for weight in {*model.parameters(), *model.buffers()})
+    held += sum(
+        m.weight_bytes for m in model.modules() if isinstance(m, GroupLinear | PackedLinear)
+    )
+    assert 0.95 < room("stored") / held < 1.05
     kept = weights.stored_weight(gate_up, found, "meta")
     assert bits != 4 or all(x.is_meta for x in kept), "they go to the device"
     truth = load_model(path)
