@@ -270,12 +270,13 @@ def load_model(
             stored = lambda pieces: stored_weight(pieces, tensors, device)  # noqa: E731
     needed = check_room(config, tensors, torch.device(device), dtype, bits)
     half = embedding_dtype(tensors, torch.device(device), dtype, bits)
+    dtype_of = lambda module: half if module == "embed" else dtype  # noqa: E731
     if bits != "none":  # while a thread makes few bits of a weight, it holds floats and codes
         layers = (job for name, job in by_module(config).items() if name != "embed")
         largest = max(sum(math.prod(piece.shape) for piece in job) for job in layers)
         room = max(needed // 10, SCRATCH_BYTES) // (largest * (dtype.itemsize + 2))
         workers = max(1, min(workers, room))
-    model = build_model(config, fill, device, dtype, make, given, finish, stored, workers, half)
+    model = build_model(config, fill, device, dtype_of, make, given, finish, stored, workers)
     if ids_V is not None:
         model.token_ids_V = ids_V.to(device)
     return model
@@ -565,13 +566,12 @@ def build_model(
     config: Config,
     fill: Fill,
     device,
-    dtype: torch.dtype,
+    dtype_of: Callable[[str], torch.dtype],
     make: Make,
     given: Mapping[str, nn.Parameter] | None = None,
     finish: Finish | None = None,
     stored: Callable[[list[Piece]], Stored] | None = None,
     workers: int = 1,
-    embedding_dtype: torch.dtype | None = None,
 ) -> nn.Module:
     """A model whose every parameter is allocated once, on its device, and filled piece by piece in
     place.
@@ -580,7 +580,7 @@ def build_model(
     complete; what it returns takes the layer's place, and may not keep its weight, whose memory the
     next one gets. stored: a layer's weight as the file has it; in four bits, it is not filled but
     handed to `finish`. workers: threads that fill modules; one fills in the order of pieces().
-    embedding_dtype: dtype by default.
+    dtype_of: of a module, by its name.
     """
     device = torch.device(device)
     with torch.device("meta"), NoInitialValues():
@@ -589,7 +589,6 @@ def build_model(
 
     def fill_module(name: str, parts: list[Piece]) -> None:
         module = model.get_submodule(name)
-        numbers = embedding_dtype or dtype if name == "embed" else dtype
         replaced = finish is not None and type(module) is nn.Linear
         form = stored(parts) if stored and replaced else None
         for piece in parts:
@@ -599,7 +598,7 @@ def build_model(
             weight = getattr(module, leaf)
             if weight.is_meta:
                 lent = replaced and leaf == "weight" and device.type == "cpu"
-                room = allocate(weight.shape, device, numbers, scratch if lent else None)
+                room = allocate(weight.shape, device, dtype_of(name), scratch if lent else None)
                 setattr(module, leaf, weight := nn.Parameter(room, requires_grad=False))
             fill(piece, weight[piece.start : piece.start + piece.shape[0]])
         if replaced:
