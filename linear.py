@@ -17,12 +17,15 @@ of weights in four bits.
 Shape letters: N outputs, K inputs, G groups of a row, M rows of x.
 """
 
+import contextlib
 import functools
 import hashlib
+import mmap
 import os
 import shutil
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -39,6 +42,8 @@ FORMATS = ("none", "int8", "int4")
 AT_ONCE = 1 << 22  # weights that are quantised at a time: temporaries stay small
 ROWS = (1, 4)  # of passes that formats are compared by: a step; a verification, or some branches
 ROWS_AT_ONCE = 1 << 10  # a multiple of the rows of all blocks that codes are packed in
+ROOM_BYTES, ALIGNED = 1 << 26, 64  # taken from the system at a time; a vector, a line of the cache
+BLOCK = 16  # outputs that few_bits.cpp packs together
 CACHE_BYTES = 1 << 26  # more than the last cache of a small machine
 SOURCE = Path(__file__).with_name("few_bits.cpp")
 COMPILE_SECONDS = 120
@@ -106,17 +111,26 @@ class GroupLinear(nn.Module):
     to 8 bits of its largest. A row's result does not depend on the rows beside it.
     """
 
-    def __init__(self, weight: Groups | torch.Tensor, bits: int, bias: torch.Tensor | None = None):
-        """weight: in codes of these bits, or numbers (N, K) that get codes."""
+    def __init__(
+        self,
+        weight: Groups | torch.Tensor,
+        bits: int,
+        bias: torch.Tensor | None = None,
+        room: "Room | None" = None,
+    ):
+        """weight: in codes of these bits, or numbers (N, K) that get codes. room: for the codes."""
         super().__init__()
-        whole = weight if isinstance(weight, Groups) else (weight,)
+        whole, room = weight if isinstance(weight, Groups) else (weight,), room or Room()
         self.out_features, self.in_features = whole[0].shape
-        packed = []
-        for some in zip(*(x.split(ROWS_AT_ONCE) for x in whole)):  # temporaries stay small
+        self.bits, blocks, packed = bits, -(-self.out_features // BLOCK), None
+        for at, some in enumerate(zip(*(x.split(ROWS_AT_ONCE) for x in whole))):  # little at once
             codes, *pair = some if len(some) == 3 else to_groups(*some, bits)
             pair = (x.bfloat16().contiguous() for x in pair)
-            packed.append(torch.ops.few_bits.pack(codes.contiguous(), *pair, bits))
-        self.bits, self.packed = bits, torch.cat(packed)
+            part = torch.ops.few_bits.pack(codes.contiguous(), *pair, bits)
+            if packed is None:
+                packed = room.take(blocks * part[0].numel()).view(blocks, *part.shape[1:])
+            packed[at * ROWS_AT_ONCE // BLOCK :][: len(part)] = part
+        self.packed = packed
         self.bias = None if bias is None else bias.detach().float()
         self.weight_bytes = self.packed.nbytes
 
@@ -126,6 +140,30 @@ class GroupLinear(nn.Module):
         if self.bias is not None:
             out = out + self.bias
         return out.unflatten(0, x.shape[:-1]).to(x.dtype)
+
+
+class Room:
+    """Memory for the codes of a model, in pages of 2 MB where the system has such.
+
+    Codes are read once a step, in order. In pages of 4 KB, looking up where they are took 9 to 13%
+    of a step (LOG.md), and the layers of a small model are smaller than one page of 2 MB each.
+    """
+
+    def __init__(self):
+        self.lock, self.left = threading.Lock(), torch.empty(0, dtype=torch.uint8)
+
+    def take(self, count: int) -> torch.Tensor:
+        """So many bytes, aligned for vectors."""
+        size = -(-count // ALIGNED) * ALIGNED
+        with self.lock:
+            if len(self.left) < size:
+                flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+                pages = mmap.mmap(-1, max(size, ROOM_BYTES), flags=flags)
+                with contextlib.suppress(AttributeError, OSError):  # systems without such pages
+                    pages.madvise(mmap.MADV_HUGEPAGE)
+                self.left = torch.frombuffer(pages, dtype=torch.uint8)
+            mine, self.left = self.left[:count], self.left[size:]
+        return mine
 
 
 class Int4Linear(nn.Module):
@@ -280,6 +318,8 @@ def finisher(bits: str, pack: bool, group: Group = ALONE) -> Callable:
     In int4 the head stays int8: its errors would be the text's own. So does what does not fit.
     """
 
+    room = Room()
+
     def finish(linear: nn.Linear, name: str = "", stored: Groups | str | None = None) -> nn.Module:
         wanted, others = stored if bits == "stored" else bits, group if is_summed(name) else ALONE
         kept = isinstance(stored, Groups)
@@ -291,7 +331,8 @@ def finisher(bits: str, pack: bool, group: Group = ALONE) -> Callable:
             # All ranks, or none: PyTorch's int8 has one scale for a row of all of them.
             if not others.largest(torch.tensor([float(not fits)])):
                 if ours:
-                    return GroupLinear(stored if kept else weight, 4 if four else 8, linear.bias)
+                    bits_here = 4 if four else 8
+                    return GroupLinear(stored if kept else weight, bits_here, linear.bias, room)
                 return Int4Linear(stored if kept else to_groups(weight, 4), linear.bias)
             if kept:
                 linear.weight = nn.Parameter(stored.dense(), requires_grad=False)
