@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -181,6 +182,22 @@ def test_the_largest_codes_do_not_overflow():
         for sign in (1.0, -1.0):
             out = GroupLinear(groups, bits)(torch.full((3, 96), sign))
             assert torch.allclose(out, torch.full((), sign * (largest - 8) * 96), rtol=1e-5), bits
+
+
+def test_codes_of_a_model_lie_side_by_side(monkeypatch):
+    """So that those of small layers share pages of 2 MB, on a system that has them or not."""
+    for huge in (True, False):
+        if not huge:
+            monkeypatch.delattr(linear.mmap, "MADV_HUGEPAGE", raising=False)
+        room = linear.Room()
+        with ThreadPoolExecutor(4) as pool:
+            taken = list(pool.map(room.take, [100, 1000, 64, 1, linear.ROOM_BYTES + 5, 7] * 4))
+        for number, some in enumerate(taken):
+            some.fill_(number)
+        assert all((some == number).all() for number, some in enumerate(taken))
+        assert all(some.data_ptr() % linear.ALIGNED == 0 for some in taken)
+        at = sorted(some.data_ptr() for some in taken if len(some) <= 1000)
+        assert sum(b - a <= 1024 for a, b in zip(at, at[1:])) >= len(at) - 6
 
 
 ON_AVX2 = """
