@@ -250,7 +250,7 @@ def load_model(
     this process has of them. ends: embedding, norm and head only. ValueError: what is wrong.
     """
     folder, inflated = resolve(name), split_inflate(name)
-    tensors, ids_V, given, stored, workers = {}, None, None, None, 1
+    tensors, ids_V, given, stored, workers = {}, None, None, None, None
     if inflated:
         from checkpoint.inflation import grown
 
@@ -264,14 +264,16 @@ def load_model(
         if share is not None:
             config, tensors = share(config, tensors)
         else:  # those who share finish their layers in one order
-            workers = min(8, len(available_cores()))  # they share one memory
+            workers = min(8, len(available_cores()))
         fill = lambda piece, out: fill_from(tensors[piece.theirs], out)  # noqa: E731
         if bits in ("int4", "stored"):
             stored = lambda pieces: stored_weight(pieces, tensors, device)  # noqa: E731
     needed = check_room(config, tensors, torch.device(device), dtype, bits)
     half = embedding_dtype(tensors, torch.device(device), dtype, bits)
     dtype_of = lambda module: half if module == "embed" else dtype  # noqa: E731
-    if bits != "none":  # while a thread makes few bits of a weight, it holds floats and codes
+    if (
+        bits != "none" and workers
+    ):  # while a thread makes few bits of a weight, it holds floats and codes
         layers = (job for name, job in by_module(config).items() if name != "embed")
         largest = max(sum(math.prod(piece.shape) for piece in job) for job in layers)
         room = max(needed // 10, SCRATCH_BYTES) // (largest * (dtype.itemsize + 2))
@@ -571,7 +573,7 @@ def build_model(
     given: Mapping[str, nn.Parameter] | None = None,
     finish: Finish | None = None,
     stored: Callable[[list[Piece]], Stored] | None = None,
-    workers: int = 1,
+    workers: int | None = None,
 ) -> nn.Module:
     """A model whose every parameter is allocated once, on its device, and filled piece by piece in
     place.
@@ -579,7 +581,8 @@ def build_model(
     given: weights that are there already, by module. finish: called with each nn.Linear that is
     complete; what it returns takes the layer's place, and may not keep its weight, whose memory the
     next one gets. stored: a layer's weight as the file has it; in four bits, it is not filled but
-    handed to `finish`. workers: threads that fill modules; one fills in the order of pieces().
+    handed to `finish`. workers: threads that fill modules, the largest first; without it, one fills
+    them in the order of pieces().
     dtype_of: of a module, by its name.
     """
     device = torch.device(device)
@@ -608,9 +611,9 @@ def build_model(
 
     jobs = by_module(config)
     order = list(jobs.items())
-    if workers > 1:  # the largest first: none is left to be waited for at the end
+    if workers:  # else the largest might be waited for at the end, its floats beside all codes
         order.sort(key=lambda job: -sum(math.prod(piece.shape) for piece in job[1]))
-    with one_thread(), ThreadPoolExecutor(workers) as pool:
+    with one_thread(), ThreadPoolExecutor(workers or 1) as pool:
         list(pool.map(fill_module, *zip(*order)))
     for name, weight in (given or {}).items():
         model.get_submodule(name).weight = weight

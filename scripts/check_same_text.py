@@ -10,8 +10,8 @@ Read next: ssd.py.
 Coupling `shared`: the text of a seed must not depend on the mode, K, the budget, the fallback,
 cutting or the batch. Where it does, the target is asked again. If its scores of both tokens lie
 within 1e-4 (float32) of its best, rounding decides between them, which is reported and counted as a
-tie. Where products are rounded to bfloat16, two of its steps count as one. Anything else is a
-difference, and the exit code is 1.
+tie. Where products are rounded to bfloat16, which those of few_bits.cpp are not, two of its steps
+count as one. Anything else is a difference, and the exit code is 1.
 """
 
 import argparse
@@ -27,6 +27,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 from runner import check_out  # noqa: E402
 
 from generate import read_prompts  # noqa: E402
+from linear import few_bits_problem  # noqa: E402
 from runtime import DraftLost  # noqa: E402
 from sampling import TOKEN, Params, gumbel  # noqa: E402
 from ssd import load  # noqa: E402
@@ -74,7 +75,8 @@ def gap(engine, ids: list[int], tokens: tuple[int, int], settings: dict, number:
     with torch.inference_mode():
         logits_V = engine.target.transformer(torch.tensor([ids]))[0, -1].float()
         temperature, limit = settings["temperature"], TIE
-        if engine.target.bits != "none":
+        bits = engine.target.bits
+        if bits == "bfloat16" or (bits != "none" and few_bits_problem()):
             limit = STEPS * float(logits_V.abs().max()) / (temperature or 1.0)
         if temperature:
             seed = settings["seed"] * 1000 + number
