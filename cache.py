@@ -27,15 +27,19 @@ import torch
 from kernels import trunk_mask
 from model import Placement
 
-# A query's result must not hang on the queries beside it, not even in its last bit: rounded to
-# bfloat16 before the next product, a last bit becomes a hundredth. A CPU adds slots up in blocks:
+# A query's result must not depend on the queries beside it, not even in its last bit: rounded to
+# 8 bits before the next product, a last bit becomes a hundredth. A CPU adds slots up in blocks:
 # it always gets whole ones. The slots that a query does not see then add zeros, and nothing else.
-SLOT_BLOCK = 16
+# PyTorch's attention takes 512 slots at a time. Of those, MKL adds up to 192 in one go, up to 384
+# in two halves, and more in parts of 192: so a half is always one of 192 (AMD Zen 4; LOG.md).
+SLOT_BLOCK, SPLIT, IN_ONE_GO = 16, 512, 192
 
 
 def in_whole_blocks(slots: int) -> int:
-    """So many slots, rounded up to a multiple of SLOT_BLOCK."""
-    return slots + -slots % SLOT_BLOCK
+    """So many slots, rounded up so that those a query does not see change no order of sums."""
+    slots += -slots % SLOT_BLOCK
+    rest = slots % SPLIT
+    return slots - rest + 2 * IN_ONE_GO if IN_ONE_GO < rest < 2 * IN_ONE_GO else slots
 
 
 class KVCache:
@@ -56,6 +60,7 @@ class KVCache:
         self.k_LBGSD = torch.zeros(shape, device=device, dtype=dtype)
         self.v_LBGSD = torch.zeros(shape, device=device, dtype=dtype)
         self.layers = list(zip(self.k_LBGSD.unbind(), self.v_LBGSD.unbind()))  # views
+        self.finite = 0  # what follows the tokens holds finite numbers up to this slot
 
     def copy_trunk(self, other: "KVCache", length: int) -> None:
         """Take over the first `length` positions of another cache of the same model."""
@@ -117,9 +122,11 @@ class KVCache:
 
         Attention gives them the weight 0, and 0 times NaN is NaN. With several rows it masks them.
         """
-        if self.k_LBGSD.shape[1] == 1:
+        end = in_whole_blocks(extent)
+        if self.k_LBGSD.shape[1] == 1 and end != self.finite:
             for kv_LBGSD in (self.k_LBGSD, self.v_LBGSD):
-                kv_LBGSD[:, :, :, extent : in_whole_blocks(extent)] = 0
+                kv_LBGSD[:, :, :, extent:end] = 0
+            self.finite = end
 
     def _mask(self, limit_BT, extent: int):
         """Placement.mask."""

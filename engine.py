@@ -535,5 +535,5 @@ def load(
     models = [model for model in (loaded, engine.draft) if model is not None]
     few = any(m.device.type == "cpu" and m.bits in ("int8", "int4", "stored") for m in models)
     if few and (why := few_bits_problem()):
-        engine.warn(f"{why}: PyTorch's own operators multiply few bits, which is slower")
+        engine.warn(f"{why}: PyTorch's own operators are used for few bits, which are slower")
     return engine

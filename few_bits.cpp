@@ -159,7 +159,7 @@ static void multiply(
 // codes (N, K) bytes, scale and zero (N, G) bfloat16 -> packed (blocks, G, bytes of a group).
 //
 // A group's bytes are 4 codes of each output, the next 4, and so on, then scale and zero of each.
-// Codes of 4 bits share bytes with those that are 4 further on.
+// With 4 bits a byte holds two codes: one, and the one that is 4 places later.
 static Tensor pack(Tensor codes_NK, Tensor scale_NG, Tensor zero_NG, int64_t bits) {
   const int64_t N = codes_NK.size(0), G = scale_NG.size(1), blocks = (N + BLOCK - 1) / BLOCK;
   const int64_t codes_bytes = GROUP * bits / 8 * BLOCK, bytes = codes_bytes + 4 * BLOCK;

@@ -22,6 +22,7 @@ import functools
 import hashlib
 import mmap
 import os
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -47,6 +48,7 @@ BLOCK = 16  # outputs that few_bits.cpp packs together
 CACHE_BYTES = 1 << 26  # more than the last cache of a small machine
 SOURCE = Path(__file__).with_name("few_bits.cpp")
 COMPILE_SECONDS = 120
+WIDE = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mfma"]
 
 
 class PackedLinear(nn.Module):
@@ -107,8 +109,8 @@ class Int8Linear(nn.Module):
 class GroupLinear(nn.Module):
     """x (..., K) -> x ((codes - 8) * scale + zero)^T + bias by few_bits.cpp, in float32.
 
-    Codes have 4 or 8 bits, and scales and zeros add one. Each group of 32 numbers of x is rounded
-    to 8 bits of its largest. A row's result does not depend on the rows beside it.
+    Codes have 4 or 8 bits, and scales and zeros add one more bit a weight. Each group of 32 numbers
+    of x is rounded to 8 bits of its largest. A row's result does not depend on the rows beside it.
     """
 
     def __init__(
@@ -145,8 +147,8 @@ class GroupLinear(nn.Module):
 class Room:
     """Memory for the codes of a model, in pages of 2 MB where the system has such.
 
-    Codes are read once a step, in order. In pages of 4 KB, looking up where they are took 9 to 13%
-    of a step (LOG.md), and the layers of a small model are smaller than one page of 2 MB each.
+    Codes are read once a step, in order. With pages of 4 KB, translating addresses took 9 to 13% of
+    a step (LOG.md), and the layers of a small model are smaller than one page of 2 MB each.
     """
 
     def __init__(self):
@@ -196,22 +198,26 @@ class Int4Linear(nn.Module):
 def few_bits_problem() -> str | None:
     """Compile few_bits.cpp for this CPU, once for all processes, and load torch.ops.few_bits.
 
-    What is compiled is kept in the user's cache. Returns None, or in a few words why not.
+    What is compiled is kept in the user's cache. Returns None, or in a few words why not. The first
+    call is to be made before threads make layers.
     """
     able = torch.cpu.get_capabilities()
-    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    compiler, *options = shlex.split(os.environ.get("CXX") or "c++")
     if not (able.get("avx2") and able.get("fma3")):
         return "this CPU has no AVX2"
-    if compiler is None:
+    if shutil.which(compiler) is None:
         return "there is no C++ compiler (c++, or what CXX names)"
-    level = "4 -mavx512vnni" if able.get("avx512_vnni") and able.get("avx512_vl") else "3"
+    wide = all(able.get(f"avx512_{part}") for part in ("f", "bw", "dq", "vl", "vnni"))
+    options += WIDE if wide else ["-mavx2", "-mfma"]
     try:
-        torch.ops.load_library(compile_few_bits(compiler, f"-march=x86-64-v{level}"))
+        torch.ops.load_library(compile_few_bits([shutil.which(compiler), *options]))
     except subprocess.CalledProcessError as error:
-        said = error.stderr.strip().splitlines() or [f"it ends with {error.returncode}"]
-        return f"{compiler} cannot compile few_bits.cpp: {said[0]}"
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return f"few_bits.cpp cannot be compiled or loaded: {str(error).splitlines()[0]}"
+        lines = error.stderr.splitlines() or [f"it ends with {error.returncode}"]
+        said = next((line for line in lines if "error" in line), lines[0])
+        return f"{compiler} cannot compile few_bits.cpp: {said}"
+    except (OSError, RuntimeError, subprocess.TimeoutExpired) as error:
+        why = error.__cause__ or error
+        return f"few_bits.cpp cannot be compiled or loaded: {str(why).splitlines()[0]}"
 
     @torch.library.register_fake("few_bits::linear")
     def _(x_MK, packed, bits, outputs):
@@ -220,10 +226,12 @@ def few_bits_problem() -> str | None:
     return None
 
 
-def compile_few_bits(compiler: str, march: str) -> str:
-    """The path of a shared library. OSError, subprocess.SubprocessError: there is none."""
+def compile_few_bits(compiler: list[str]) -> str:
+    """The path of a shared library. compiler: a command and its options. OSError, RuntimeError (a
+    user without a home), subprocess.SubprocessError: there is none.
+    """
     here = Path(torch.__file__).parent
-    command = [compiler, "-std=c++17", "-O3", *march.split(), "-fPIC", "-shared", str(SOURCE)]
+    command = [*compiler, "-std=c++17", "-O3", "-fPIC", "-shared", str(SOURCE)]
     command += [f"-I{here / 'include'}", f"-L{here / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
     told = f"{torch.__version__} {command} {SOURCE.read_text()}"
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ssd"
@@ -233,9 +241,8 @@ def compile_few_bits(compiler: str, march: str) -> str:
         with tempfile.TemporaryDirectory(dir=cache) as folder:  # others may compile it, too
             made = Path(folder) / kept.name
             command += ["-o", str(made)]
-            subprocess.run(
-                command, check=True, capture_output=True, text=True, timeout=COMPILE_SECONDS
-            )
+            told = {"capture_output": True, "text": True, "errors": "replace"}
+            subprocess.run(command, check=True, timeout=COMPILE_SECONDS, **told)
             made.replace(kept)
     return str(kept)
 
@@ -319,6 +326,8 @@ def finisher(bits: str, pack: bool, group: Group = ALONE) -> Callable:
     """
 
     room = Room()
+    if bits in ("int8", "int4", "stored"):
+        few_bits_problem()
 
     def finish(linear: nn.Linear, name: str = "", stored: Groups | str | None = None) -> nn.Module:
         wanted, others = stored if bits == "stored" else bits, group if is_summed(name) else ALONE
@@ -356,8 +365,8 @@ def speeds() -> dict[str, float]:
     """Milliseconds that products of ROWS take on this CPU, together, by format.
 
     A format that this CPU or this PyTorch cannot compute is missing. Measured once, on one thread,
-    in 0.5 s. The weights come from memory, as a model's do: what is read in between takes their
-    place in the cache. From there, bits would count for little.
+    in 0.5 s, after few_bits.cpp was compiled. The weights come from memory, as a model's do: what
+    is read in between takes their place in the cache. From there, bits would count for little.
     """
     found = {}
     with one_thread():

@@ -142,6 +142,7 @@ class Runner:
             self.ids_V = torch.arange(self.vocab, device=self.device) if every else self.own_V
             self.words_V = self.ids_V.to(torch.int32)
         self.run_number += 1
+        self.cache.finite = 0
         how = coupling, saguaro_c, *params.flags
         if self.policy.static and how == self.how:
             for old, new in zip(self.params.tensors, params.tensors):

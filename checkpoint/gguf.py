@@ -339,9 +339,9 @@ TYPES = {  # the layouts of blocks are ggml's (ggml-common.h)
 
 
 class Groups(NamedTuple):
-    """A weight in four bits: (codes - 8) * scale + zero, a scale and a zero for 32 in a row."""
+    """A weight in four bits, or in eight: (codes - 8) * scale + zero, both for 32 in a row."""
 
-    codes_NK: torch.Tensor  # uint8, 0..15
+    codes_NK: torch.Tensor  # uint8, 0..15 or 0..255
     scale_NG: torch.Tensor
     zero_NG: torch.Tensor
 

@@ -97,7 +97,7 @@ class Pair:
         from cache import KVCache
 
         model, total, count = self.engine.target.transformer, 0.0, 0
-        weight = model.embed.weight
+        weight = model.norm.weight
         model.set_positions(CHUNK)
         for ids in self.ids(texts, False):
             ids = ids[:CHUNK]

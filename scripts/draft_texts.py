@@ -41,11 +41,11 @@ class Text:
 
 def sample(target, prompts: list[Prompt], heats: list[float], new: int, eos, rng) -> list[Text]:
     """Every prompt continued by up to `new` tokens, all together."""
-    config, device, B = target.config, target.embed.weight.device, len(prompts)
+    config, device, B = target.config, target.norm.weight.device, len(prompts)
     tokens = [list(prompt.ids) for prompt in prompts]
     kept = [[] for _ in prompts]  # of each text, the target's most probable tokens, step by step
     room = max(map(len, tokens)) + new
-    cache = KVCache(config, B, room, device=device, dtype=target.embed.weight.dtype)
+    cache = KVCache(config, B, room, device=device, dtype=target.norm.weight.dtype)
     for row, ids in enumerate(tokens):  # all but the last token, which the first step below reads
         if len(ids) > 1:
             prefill(target, cache, row, torch.tensor([ids[:-1]], device=device))
@@ -87,7 +87,7 @@ def sample(target, prompts: list[Prompt], heats: list[float], new: int, eos, rng
 
 def prefill(target, cache: KVCache, row: int, ids_1T: torch.Tensor) -> None:
     """Read a prompt into one row of the cache, by way of a cache of its own."""
-    T, weight = ids_1T.shape[1], target.embed.weight
+    T, weight = ids_1T.shape[1], target.norm.weight
     own = KVCache(target.config, 1, T, device=weight.device, dtype=weight.dtype)
     start_B = torch.zeros(1, dtype=torch.long, device=weight.device)
     target(ids_1T, own.place(start_B, start_B + T, T, T, True), own, logits=False)

@@ -53,7 +53,7 @@ def save_model(
     folder, config = Path(folder), Config.from_dict(raw)
     if isinstance(source, nn.Module):
         views = pieces_of(source)
-        dtype = dtype or source.embed.weight.dtype
+        dtype = dtype or source.norm.weight.dtype
         fill = lambda piece, out: out.copy_(views[piece.theirs])  # noqa: E731
     else:
         dtype, fill = dtype or torch.float32, source
