@@ -473,6 +473,9 @@ def test_slots_that_a_query_does_not_see_change_no_order_of_sums():
     seeded = torch.Generator().manual_seed(0)
     query, key, value = torch.randn(3, 1, 2, 1500, 64, generator=seeded)
     attend = torch.nn.functional.scaled_dot_product_attention
+    some = torch.rand(4, 224, generator=seeded) * (torch.arange(224) < 200)
+    if torch.equal(some[:, :208] @ value[0, 0, :208], some @ value[0, 0, :224]):
+        pytest.skip("this CPU does not add up 208 slots in two halves")
     for limit in (1, 100, 190, 193, 200, 300, 380, 385, 500, 513, 700, 710, 900):
         found = []
         for more in (0, 40, 200, 390):
