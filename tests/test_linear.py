@@ -44,6 +44,7 @@ OURS = pytest.mark.skipif(not ABLE, reason="few_bits.cpp needs AVX2 and a C++ co
 
 @pytest.fixture(autouse=True)
 def on_one_thread():
+    few_bits_problem()
     with one_thread():
         yield
 
