@@ -48,6 +48,7 @@ BLOCK = 16  # outputs that few_bits.cpp packs together
 CACHE_BYTES = 1 << 26  # more than the last cache of a small machine
 SOURCE = Path(__file__).with_name("few_bits.cpp")
 COMPILE_SECONDS = 120
+LOADING = threading.Lock()
 WIDE = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mfma"]
 
 
@@ -194,13 +195,18 @@ class Int4Linear(nn.Module):
         return out.unflatten(0, x.shape[:-1]).to(x.dtype)
 
 
-@functools.cache
 def few_bits_problem() -> str | None:
-    """Compile few_bits.cpp for this CPU, once for all processes, and load torch.ops.few_bits.
+    """Why few_bits.cpp cannot be used here, in a few words. None: torch.ops.few_bits is there.
 
-    What is compiled is kept in the user's cache. Returns None, or in a few words why not. The first
-    call is to be made before threads make layers.
+    The first call compiles it for this CPU; what is compiled is kept in the user's cache.
     """
+    with LOADING:  # threads make the layers of a model, and functools.cache lets them all in
+        return load_few_bits()
+
+
+@functools.cache
+def load_few_bits() -> str | None:
+    """few_bits_problem, for one thread at a time."""
     able = torch.cpu.get_capabilities()
     compiler, *options = shlex.split(os.environ.get("CXX") or "c++")
     if not (able.get("avx2") and able.get("fma3")):
@@ -326,8 +332,6 @@ def finisher(bits: str, pack: bool, group: Group = ALONE) -> Callable:
     """
 
     room = Room()
-    if bits in ("int8", "int4", "stored"):
-        few_bits_problem()
 
     def finish(linear: nn.Linear, name: str = "", stored: Groups | str | None = None) -> nn.Module:
         wanted, others = stored if bits == "stored" else bits, group if is_summed(name) else ALONE

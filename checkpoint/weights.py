@@ -553,7 +553,7 @@ def check_room(
             form = "int8"
         if piece.ours == EMBED[0]:
             needed += size * embedding_dtype(tensors, device, dtype, bits).itemsize
-            if not config.tied or config.head_tokens or form == "none":
+            if not config.tied or form == "none":
                 continue  # else the head has codes of its own
         needed += size * widths[form] // 8
     if free is not None and needed > free:

@@ -372,7 +372,8 @@ def test_few_bits_stay_as_they_are_in_the_file(kind, tmp_path, monkeypatch):
     held += sum(
         m.weight_bytes for m in model.modules() if isinstance(m, GroupLinear | PackedLinear)
     )
-    assert 0.95 < room("stored") / held < 1.13  # PyTorch's int8 has no scales of groups
+    most = 1.05 if form is not Int8Linear else 1.13  # PyTorch's has no scales of groups
+    assert 0.95 < room("stored") / held < most
     kept = weights.stored_weight(gate_up, found, "meta")
     assert bits != 4 or all(x.is_meta for x in kept), "they go to the device"
     truth = load_model(path)
