@@ -1,11 +1,13 @@
-// A linear layer whose weights have 4 or 8 bits, in whole numbers, on a CPU. linear.py compiles it.
+// A linear layer whose weights have 4, 6 or 8 bits, in whole numbers, on a CPU. linear.py compiles
+// it.
 //
-//     W = (codes - 8) * scale + zero    a scale and a zero for each group of 32 weights of a row
+//     W = (codes - 8) * scale + zero    4 and 8 bits: both for each group of 32 weights of a row
+//     W = (codes - 32) * scale          6 bits: a scale for each half of a group
 //     x = codes * scale                 a scale for each group of 32 numbers of a row of x
 //
-// What a group adds to an output is a sum of 32 products of bytes, which is exact, times both
-// scales, and its zero times the sum of x. Groups are added in float32, in their order. So a row of
-// y depends on its own row of x alone, bit for bit, however many rows there are.
+// What a group adds to an output is a sum of products of bytes, which is exact, times both scales,
+// and its zero times the sum of x. Groups are added in float32, in their order. So a row of y
+// depends on its own row of x alone, bit for bit, however many rows there are.
 //
 // Shape letters: M rows of x, K inputs, N outputs, G = K / 32 groups. A block is 16 outputs.
 
@@ -41,8 +43,19 @@ typedef float Floats __attribute__((vector_size(WIDTH)));
 
 struct Group {  // of a row of x
   int8_t codes[GROUP];
+  int32_t least[2];  // -32 times the sum of each half's codes
   float scale, sum;  // sum: of the numbers that the codes stand for
 };
+
+// Four codes of each output, of those that these vectors hold (see pack).
+template <int BITS>
+static inline Bytes unpack(const Bytes* packed, int four) {
+  if (BITS == 8) return *packed;
+  if (BITS == 4) return four ? *packed >> 4 : *packed & 15;
+  if (four < 3) return packed[four] & 63;
+  const auto upper = [&](int i, int places) { return (Bytes)((Ints)packed[i] >> places); };
+  return (upper(0, 6) & 3) | (upper(1, 4) & 12) | (upper(2, 2) & 48);
+}
 
 // total + the sum, for each output, of its 4 codes times the 4 bytes of x.
 template <int BITS>
@@ -64,13 +77,14 @@ static inline Ints multiply_add(Ints total, Bytes codes, const int8_t* x) {
 #endif
 }
 
+static inline Floats as_floats(Ints whole) { return __builtin_convertvector(whole, Floats); }
+
 // The nearest codes of -127..127, in steps of a 127th of the largest number. NaN stays NaN.
 static Group quantise(const float* x) {
   constexpr int VECTORS = GROUP / LANES;
   typedef int8_t Codes __attribute__((vector_size(LANES)));
   Group group;
   Floats numbers[VECTORS], largest = {}, nan = {};
-  Ints sums = {};
   memcpy(numbers, x, sizeof(numbers));
   for (const Floats& some : numbers) {
     const Floats sizes = some < 0 ? -some : some;
@@ -83,43 +97,53 @@ static Group quantise(const float* x) {
     none += nan[i];
   }
   const float per = most > TINY ? 127 / most : 0;
+  int32_t sums[2] = {};
   for (int v = 0; v < VECTORS; v++) {
     // Beside this number a float32 has no room for fractions: they are rounded.
     const Floats whole = (numbers[v] * per + 0x1.8p23f) - 0x1.8p23f;
     const Ints codes = __builtin_convertvector(whole, Ints);
     const Codes bytes = __builtin_convertvector(codes, Codes);
     memcpy(group.codes + v * LANES, &bytes, LANES);
-    sums += codes;
+    for (int i = 0; i < LANES; i++) sums[v * 2 / VECTORS] += codes[i];
   }
-  int sum = 0;
-  for (int i = 0; i < LANES; i++) sum += sums[i];
   group.scale = most / 127 + none;
-  group.sum = group.scale * sum;
+  group.sum = group.scale * (sums[0] + sums[1]);
+  for (int half = 0; half < 2; half++) group.least[half] = -32 * sums[half];
   return group;
 }
 
 // y of LANES outputs of a block and R rows. x: G * R groups, those of one place side by side.
 template <int BITS, int R>
 static void multiply_block(const uint8_t* packed, const Group* x, int64_t G, Floats* y) {
+  constexpr int VECTORS = BITS == 6 ? 3 : 1, FOURS = BITS == 6 ? 4 : 8 / BITS;
   Floats out[R] = {};
   for (int64_t g = 0; g < G; g++, x += R) {
-    Ints total[R] = {};
-    for (int k = 0; k < GROUP; packed += 64) {
-      Bytes codes;
-      memcpy(&codes, packed, WIDTH);
-      for (int part = 0; part < 8 / BITS; part++, k += 4) {
-        const Bytes some = BITS == 8 ? codes : part ? codes >> 4 : codes & 15;
-        for (int r = 0; r < R; r++) total[r] = multiply_add<BITS>(total[r], some, x[r].codes + k);
+    Ints total[2][R] = {};  // of each half, or of both
+    for (int k = 0; k < GROUP;) {
+      auto& sum = total[BITS == 6 ? k / 16 : 0];
+      Bytes some[VECTORS];
+      for (Bytes& vector : some) {
+        memcpy(&vector, packed, WIDTH);
+        packed += 64;
+      }
+      for (int four = 0; four < FOURS; four++, k += 4) {
+        const Bytes codes = unpack<BITS>(some, four);
+        for (int r = 0; r < R; r++) sum[r] = multiply_add<BITS>(sum[r], codes, x[r].codes + k);
       }
     }
-    Ints pairs;  // the upper half of a float32 is a bfloat16
+    Ints pairs;  // of each output; the upper half of a float32 is a bfloat16
     memcpy(&pairs, packed, WIDTH);
     packed += 64;
-    const Floats scale = (Floats)(pairs << 16), zero = (Floats)(pairs & ~0xffff);
-    const Floats least = zero - 8 * scale;
+    const Floats first = (Floats)(pairs << 16), second = (Floats)(pairs & ~0xffff);
+    const Floats least = second - 8 * first;
     for (int r = 0; r < R; r++) {
-      out[r] += __builtin_convertvector(total[r], Floats) * x[r].scale * scale;
-      out[r] += least * x[r].sum;
+      if (BITS == 6) {
+        const Floats sum = as_floats(total[0][r] + x[r].least[0]) * first;
+        out[r] += (sum + as_floats(total[1][r] + x[r].least[1]) * second) * x[r].scale;
+      } else {
+        out[r] += as_floats(total[0][r]) * x[r].scale * first;
+        out[r] += least * x[r].sum;
+      }
     }
   }
   memcpy(y, out, sizeof(out));
@@ -156,28 +180,31 @@ static void multiply(
   });
 }
 
-// codes (N, K) bytes, scale and zero (N, G) bfloat16 -> packed (blocks, G, bytes of a group).
+// codes (N, K) bytes, pairs (N, G, 2) bfloat16 -> packed (blocks, G, bytes of a group). A pair is
+// scale and zero, or with 6 bits the scales of both halves.
 //
-// A group's bytes are 4 codes of each output, the next 4, and so on, then scale and zero of each.
-// With 4 bits a byte holds two codes: one, and the one that is 4 places later.
-static Tensor pack(Tensor codes_NK, Tensor scale_NG, Tensor zero_NG, int64_t bits) {
-  const int64_t N = codes_NK.size(0), G = scale_NG.size(1), blocks = (N + BLOCK - 1) / BLOCK;
+// A group's bytes are 4 codes of each output, the next 4, and so on, then the pair of each. With 4
+// bits a byte holds two codes: one, and the one that is 4 places later. With 6 bits the first three
+// fours of a half are followed, in the upper 2 bits of their bytes, by those of the last four.
+static Tensor pack(Tensor codes_NK, Tensor pairs_NG2, int64_t bits) {
+  const int64_t N = codes_NK.size(0), G = pairs_NG2.size(1), blocks = (N + BLOCK - 1) / BLOCK;
   const int64_t codes_bytes = GROUP * bits / 8 * BLOCK, bytes = codes_bytes + 4 * BLOCK;
   Tensor packed = torch::stable::new_zeros(codes_NK, {blocks, G, bytes});
   const auto* codes = static_cast<const uint8_t*>(codes_NK.const_data_ptr());
-  const auto* scale = static_cast<const uint16_t*>(scale_NG.const_data_ptr());
-  const auto* zero = static_cast<const uint16_t*>(zero_NG.const_data_ptr());
+  const auto* pair = static_cast<const uint32_t*>(pairs_NG2.const_data_ptr());
   auto* out = static_cast<uint8_t*>(packed.mutable_data_ptr());
   for (int64_t n = 0; n < N; n++) {
-    for (int64_t g = 0; g < G; g++, scale++, zero++) {
+    for (int64_t g = 0; g < G; g++, pair++) {
       uint8_t* first = out + (n / BLOCK * G + g) * bytes + n % BLOCK * 4;
       for (int k = 0; k < GROUP; k++, codes++) {
-        const int four = k / 4;
-        if (bits == 8) first[four * 64 + k % 4] = *codes;
-        else first[four / 2 * 64 + k % 4] |= *codes << four % 2 * 4;
+        const int four = k / 4 % 4, vector = bits == 6 ? k / 16 * 3 : k * bits / 32;
+        uint8_t* byte = first + vector * 64 + k % 4;
+        if (bits == 8) *byte = *codes;
+        else if (bits == 4) *byte |= *codes << four % 2 * 4;
+        else if (four < 3) byte[four * 64] |= *codes;
+        else for (int i = 0; i < 3; i++) byte[i * 64] |= (*codes >> 2 * i & 3) << 6;
       }
-      memcpy(first + codes_bytes, scale, 2);
-      memcpy(first + codes_bytes + 2, zero, 2);
+      memcpy(first + codes_bytes, pair, 4);
     }
   }
   return packed;
@@ -191,13 +218,14 @@ static Tensor linear(Tensor x_MK, Tensor packed, int64_t bits, int64_t N) {
   auto* y = static_cast<float*>(y_MN.mutable_data_ptr());
   for (int64_t first = 0; first < M; first += IN_CACHE) {
     const int64_t rows = std::min(IN_CACHE, M - first);
-    (bits == 4 ? multiply<4> : multiply<8>)(weights, x + first * K, y + first * N, rows, K, N);
+    const auto product = bits == 4 ? multiply<4> : bits == 6 ? multiply<6> : multiply<8>;
+    product(weights, x + first * K, y + first * N, rows, K, N);
   }
   return y_MN;
 }
 
 STABLE_TORCH_LIBRARY(few_bits, library) {
-  library.def("pack(Tensor codes, Tensor scale, Tensor zero, int bits) -> Tensor");
+  library.def("pack(Tensor codes, Tensor pairs, int bits) -> Tensor");
   library.def("linear(Tensor x, Tensor packed, int bits, int outputs) -> Tensor");
 }
 

@@ -7,6 +7,8 @@ Does not know: models, files, devices' queues. Read next: runtime.py.
     int8     few_bits.cpp: W = (codes - 8) * scale + zero, both for each group of 32 of a row;
              PyTorch: W = codes * scale, a scale for each row of W
     int4     W = (codes - 8) * scale + zero, both for each group of 32 weights of a row
+    6 bits   the head beside int4, and Q6_K: few_bits.cpp: W = (codes - 32) * scale, a scale for
+             each 16 weights of a row; PyTorch: int8
 
 Codes are whole numbers, scales and zeros bfloat16. few_bits.cpp rounds each group of 32 inputs to 8
 bits, as llama.cpp does; PyTorch's operators round inputs and results to bfloat16. The latter serve
@@ -35,7 +37,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from checkpoint.gguf import GROUP, Groups
+from checkpoint.gguf import GROUP, HALF, Groups
 from parallel import ALONE, Group, is_summed
 from runtime import one_thread
 
@@ -108,10 +110,11 @@ class Int8Linear(nn.Module):
 
 
 class GroupLinear(nn.Module):
-    """x (..., K) -> x ((codes - 8) * scale + zero)^T + bias by few_bits.cpp, in float32.
+    """x (..., K) -> x W^T + bias by few_bits.cpp, in float32.
 
-    Codes have 4 or 8 bits, and scales and zeros add one more bit a weight. Each group of 32 numbers
-    of x is rounded to 8 bits of its largest. A row's result does not depend on the rows beside it.
+    Codes have 4, 6 or 8 bits, and scales and zeros add one more bit a weight. Each group of 32
+    numbers of x is rounded to 8 bits of its largest. A row's result does not depend on the rows
+    beside it.
     """
 
     def __init__(
@@ -127,9 +130,10 @@ class GroupLinear(nn.Module):
         self.out_features, self.in_features = whole[0].shape
         self.bits, blocks, packed = bits, -(-self.out_features // BLOCK), None
         for at, some in enumerate(zip(*(x.split(ROWS_AT_ONCE) for x in whole))):  # little at once
-            codes, *pair = some if len(some) == 3 else to_groups(*some, bits)
-            pair = (x.bfloat16().contiguous() for x in pair)
-            part = torch.ops.few_bits.pack(codes.contiguous(), *pair, bits)
+            codes_NK, scale, zero = some if len(some) == 3 else to_groups(*some, bits)
+            pairs = scale.unflatten(1, (-1, 2)) if bits == 6 else torch.stack((scale, zero), 2)
+            pairs_NG2 = pairs.bfloat16().contiguous()
+            part = torch.ops.few_bits.pack(codes_NK.contiguous(), pairs_NG2, bits)
             if packed is None:
                 packed = room.take(blocks * part[0].numel()).view(blocks, *part.shape[1:])
             packed[at * ROWS_AT_ONCE // BLOCK :][: len(part)] = part
@@ -269,17 +273,22 @@ def to_int8(weight_NK: torch.Tensor, group: Group = ALONE) -> tuple[torch.Tensor
 
 
 def to_groups(weight_NK: torch.Tensor, bits: int) -> Groups:
-    """The nearest of 16 or 256 numbers, evenly spread between each group's least and largest."""
+    """The nearest of 16 or 256 numbers, evenly spread between each group's least and largest; of 63
+    around zero with 6 bits.
+    """
     N, K = weight_NK.shape
+    size, last = HALF if bits == 6 else GROUP, 2**bits - 1
     codes_NK = torch.empty(N, K, dtype=torch.uint8, device=weight_NK.device)
-    scale_NG, zero_NG = torch.empty(2, N, K // GROUP, dtype=torch.bfloat16, device=weight_NK.device)
-    last = 2**bits - 1
+    scale_NG, zero_NG = torch.empty(2, N, K // size, dtype=torch.bfloat16, device=weight_NK.device)
     for part in parts(weight_NK):
-        groups = weight_NK[part].float().unflatten(1, (-1, GROUP))
+        groups = weight_NK[part].float().unflatten(1, (-1, size))
         least, most = groups.aminmax(dim=2)
-        scale_NG[part] = ((most - least) / last).clamp(min=1e-30)
+        if bits == 6:
+            most = torch.maximum(most, -least)
+            least = -most
+        scale_NG[part] = ((most - least) / (62 if bits == 6 else last)).clamp(min=1e-30)
         scale = scale_NG[part].float()
-        zero_NG[part] = least + 8 * scale
+        zero_NG[part] = -24 * scale if bits == 6 else least + 8 * scale
         codes = (groups - zero_NG[part].float()[..., None]).div_(scale[..., None]).round_()
         codes_NK[part] = codes.add_(8).clamp_(0, last).flatten(1)
     return Groups(codes_NK, scale_NG, zero_NG)
@@ -328,7 +337,7 @@ def finisher(bits: str, pack: bool, group: Group = ALONE) -> Callable:
     has (checkpoint.gguf.Groups, "int8", or None). pack: whether weights may take a layout of the
     CPU's own. group: the ranks that share the model.
 
-    In int4 the head stays int8: its errors would be the text's own. So does what does not fit.
+    Beside int4 the head gets 6 bits: its errors would be the text's own. What does not fit is int8.
     """
 
     room = Room()
@@ -336,16 +345,15 @@ def finisher(bits: str, pack: bool, group: Group = ALONE) -> Callable:
     def finish(linear: nn.Linear, name: str = "", stored: Groups | str | None = None) -> nn.Module:
         wanted, others = stored if bits == "stored" else bits, group if is_summed(name) else ALONE
         kept = isinstance(stored, Groups)
-        four = kept or (wanted == "int4" and name != "head")
-        if four or wanted in ("int8", "int4"):
+        if kept or wanted in ("int8", "int4"):
+            number = stored.bits if kept else 8 if wanted == "int8" else 6 if name == "head" else 4
             weight = stored.codes_NK if kept else linear.weight.detach()
             ours = fits_groups(weight)
-            fits = ours or (four and fits_int4(*weight.shape))
+            fits = ours or (number == 4 and fits_int4(*weight.shape))
             # All ranks, or none: PyTorch's int8 has one scale for a row of all of them.
             if not others.largest(torch.tensor([float(not fits)])):
                 if ours:
-                    bits_here = 4 if four else 8
-                    return GroupLinear(stored if kept else weight, bits_here, linear.bias, room)
+                    return GroupLinear(stored if kept else weight, number, linear.bias, room)
                 return Int4Linear(stored if kept else to_groups(weight, 4), linear.bias)
             if kept:
                 linear.weight = nn.Parameter(stored.dense(), requires_grad=False)

@@ -28,7 +28,9 @@ HEADER_LIMIT = 32 << 20
 ENTRY_LIMIT = 1 << 16  # metadata keys, and tensors; a 405B model has 1,138 tensors
 # Weights turned into numbers at a time: more leave the cache, fewer pay for the calls.
 CHUNK = 1 << 19
-GROUP = 32  # weights of a row that share a scale and a zero, in every type of four bits
+# Weights of a row that share a scale and a zero in every type of four bits; a scale in Q6_K.
+GROUP, HALF = 32, 16
+BITS_OF = {GROUP: 4, HALF: 6}
 INSTALL = 'pip install "gguf>=0.19"'
 # Struct's letters of metadata types.
 SCALARS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
@@ -193,7 +195,7 @@ def open_gguf(path: str | Path) -> File:
 class Blocks(NamedTuple):
     """A tensor type: weights and bytes of a block; unpack makes float32 of bytes (blocks, size).
 
-    codes: of a type in four bits, what those are.
+    codes: of a type that is kept as it is, what those are. group: the weights of one scale there.
     """
 
     name: str
@@ -201,6 +203,7 @@ class Blocks(NamedTuple):
     size: int
     unpack: Callable[[torch.Tensor], torch.Tensor]
     codes: "Unpack | None" = None
+    group: int = GROUP
 
 
 def blocks_of(kind: int, what: str) -> Blocks:
@@ -233,7 +236,7 @@ def blocks_of(kind: int, what: str) -> Blocks:
     )
 
 
-# What unpacks a type that has codes of groups: (codes 0..31 as bytes, scale, least), where a weight
+# What unpacks a type that has codes of groups: (codes 0..63 as bytes, scale, least), where a weight
 # is code * scale + least, from the bytes of blocks.
 Unpack = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 
@@ -290,11 +293,11 @@ def eight_groups(fifth: bool) -> Unpack:
 
 
 def affine(unpack: Unpack) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The numbers that are meant by codes of groups, as float32 (blocks, groups, GROUP)."""
+    """The numbers that are meant by codes of groups, as float32 (blocks, groups, weights)."""
 
     def numbers(blocks):
         codes, scale, least = unpack(blocks)
-        groups = codes.view(*scale.shape, GROUP).float()
+        groups = codes.view(*scale.shape, -1).float()
         return groups.mul_(scale[..., None]).add_(least[..., None])
 
     return numbers
@@ -310,44 +313,50 @@ def q6_k(blocks):
     upper = torch.stack((bits << 4, bits << 2, bits, bits >> 2), 2).bitwise_and_(0x30)
     codes = nibbles(part(blocks, 0, 128).view(-1, 2, 64)).view(-1, 2, 4, 32).bitwise_or_(upper)
     scale = blocks[:, 192:208].view(torch.int8).float().mul_(halves(blocks, 208))
-    signed = codes.view(torch.int8).sub_(32).float()
-    return signed.view(-1, 16, 16).mul_(scale[..., None])
+    return codes.flatten(1), scale, -32 * scale
 
 
 def plain(dtype: torch.dtype):
     return lambda blocks: blocks.contiguous().view(dtype).float()
 
 
-def four_bits(name: str, weights: int, size: int, codes: Unpack) -> Blocks:
-    return Blocks(name, weights, size, affine(codes), codes)
+def kept(name: str, weights: int, size: int, codes: Unpack, group: int = GROUP) -> Blocks:
+    return Blocks(name, weights, size, affine(codes), codes, group)
 
 
 TYPES = {  # the layouts of blocks are ggml's (ggml-common.h)
     0: Blocks("F32", 1, 4, plain(torch.float32)),
     1: Blocks("F16", 1, 2, plain(torch.float16)),
-    2: four_bits("Q4_0", 32, 18, simple(False, False)),
-    3: four_bits("Q4_1", 32, 20, simple(True, False)),
+    2: kept("Q4_0", 32, 18, simple(False, False)),
+    3: kept("Q4_1", 32, 20, simple(True, False)),
     6: Blocks("Q5_0", 32, 22, affine(simple(False, True))),
     7: Blocks("Q5_1", 32, 24, affine(simple(True, True))),
     8: Blocks("Q8_0", 32, 34, q8_0),
-    12: four_bits("Q4_K", 256, 144, eight_groups(False)),
+    12: kept("Q4_K", 256, 144, eight_groups(False)),
     13: Blocks("Q5_K", 256, 176, affine(eight_groups(True))),
-    14: Blocks("Q6_K", 256, 210, q6_k),
+    14: kept("Q6_K", 256, 210, q6_k, HALF),
     28: Blocks("F64", 1, 8, plain(torch.float64)),
     30: Blocks("BF16", 1, 2, plain(torch.bfloat16)),
 }
 
 
 class Groups(NamedTuple):
-    """A weight in four bits, or in eight: (codes - 8) * scale + zero, both for 32 in a row."""
+    """A weight in 4 bits or 8: (codes - 8) * scale + zero, both for GROUP in a row; or in 6, for
+    HALF of them.
+    """
 
-    codes_NK: torch.Tensor  # uint8, 0..15 or 0..255
+    codes_NK: torch.Tensor  # uint8, 0..15, 0..63 or 0..255
     scale_NG: torch.Tensor
     zero_NG: torch.Tensor
 
+    @property
+    def bits(self) -> int:
+        """Of a weight that a file has in groups: 4 or 6."""
+        return BITS_OF[self.codes_NK.shape[1] // self.scale_NG.shape[1]]
+
     def dense(self) -> torch.Tensor:
         """The numbers that are meant, (N, K) in the scales' dtype."""
-        codes = self.codes_NK.to(self.scale_NG.dtype).unflatten(1, (-1, GROUP)) - 8
+        codes = self.codes_NK.to(self.scale_NG.dtype).unflatten(1, (self.scale_NG.shape[1], -1)) - 8
         return (codes * self.scale_NG[..., None] + self.zero_NG[..., None]).flatten(1)
 
 
@@ -405,22 +414,24 @@ class Quantised:
             by_row[part].copy_(self.entry.blocks.unpack(raw).view(-1, width)[:, columns])
         return out
 
-    def has_groups(self) -> bool:
-        """Whether these are weights in four bits, and whole groups of them."""
+    def kept_bits(self) -> int:
+        """4 or 6, if these are weights in so many bits and whole groups of them, else 0."""
         whole = all(edge % GROUP == 0 for edge in (self.part[-1].start, self.part[-1].stop))
-        return self.entry.blocks.codes is not None and len(self.part) == 2 and whole
+        kept = self.entry.blocks.codes is not None and len(self.part) == 2 and whole
+        return BITS_OF[self.entry.blocks.group] if kept else 0
 
     def groups(self) -> Groups:
-        """The weights in the four bits that the file has them in."""
+        """The weights in the four bits or six that the file has them in."""
         (N, K), (_, width), columns = self.get_shape(), self.entry.shape, self.part[1]
-        groups = slice(columns.start // GROUP, columns.stop // GROUP)
+        size = self.entry.blocks.group
+        groups = slice(columns.start // size, columns.stop // size)
         codes_NK = torch.empty(N, K, dtype=torch.uint8)
-        scale_NG, zero_NG = torch.empty(2, N, K // GROUP)
+        scale_NG, zero_NG = torch.empty(2, N, K // size)
         for part, raw in self.parts():
             codes, scale, least = self.entry.blocks.codes(raw)
             codes_NK[part] = codes.view(-1, width)[:, columns]
-            scale_NG[part] = scale.reshape(-1, width // GROUP)[:, groups]
-            zero_NG[part] = (least + 8 * scale).reshape(-1, width // GROUP)[:, groups]
+            scale_NG[part] = scale.reshape(-1, width // size)[:, groups]
+            zero_NG[part] = (least + 8 * scale).reshape(-1, width // size)[:, groups]
         return Groups(codes_NK, scale_NG, zero_NG)
 
 

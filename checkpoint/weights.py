@@ -98,7 +98,7 @@ class Piece(NamedTuple):
 
 Make = Callable[[Config], nn.Module]  # the class of the model
 Tensors = Mapping[str, object]  # by Hugging Face's name: safetensors slices, or Quantised
-Stored = Groups | str | None  # a weight as a GGUF file has it: four bits, "int8", or floats
+Stored = Groups | str | None  # a weight as a GGUF file has it: groups, "int8", or floats
 Finish = Callable[[nn.Linear, str, Stored], nn.Module]  # layer, its name, its weight in the file
 # Writes the value of a piece into a tensor of its shape.
 Fill = Callable[[Piece, torch.Tensor], object]
@@ -507,12 +507,13 @@ class NoInitialValues(TorchFunctionMode):
 def stored_weight(pieces: list[Piece], tensors: Tensors, device="cpu") -> Stored:
     """The weight of a linear layer as a GGUF file has it, if all its pieces are of one kind there.
 
-    Types of five to eight bits are "int8", which keeps more of them than four bits would.
+    Types without groups of four bits or six are "int8", and so is what has both.
     """
     found = [tensors[piece.theirs] for piece in pieces if len(piece.shape) == 2]
     if not all(isinstance(tensor, Quantised) for tensor in found):
         return None
-    if all(tensor.has_groups() for tensor in found):
+    kept = {tensor.kept_bits() for tensor in found}
+    if len(kept) == 1 and kept != {0}:
         parts = zip(*(tensor.groups() for tensor in found))
         return Groups(*(torch.cat(some).to(device) for some in parts))
     return "int8" if any(has_few_bits(tensor) for tensor in found) else None
@@ -538,19 +539,19 @@ def embedding_dtype(
 def check_room(
     config: Config, tensors: Tensors, device: torch.device, dtype: torch.dtype, bits: str
 ) -> int:
-    """The bytes that the weights need: floats, or codes of 8 bits or 4, with a bit for scales and
-    zeros. ValueError if there is no room, before they are allocated.
+    """The bytes that the weights need: floats, or codes of 8, 6 or 4 bits, with a bit for scales
+    and zeros. ValueError if there is no room, before they are allocated.
     """
-    widths = {"none": 8 * dtype.itemsize, "bfloat16": 16, "int8": 9, "int4": 5}
+    widths = {"none": 8 * dtype.itemsize, "bfloat16": 16, "int8": 9, "int6": 7, "int4": 5}
     needed, free = 0, available_bytes(device)
     for piece in pieces(config):
         size, form = math.prod(piece.shape), bits if len(piece.shape) == 2 else "none"
         if form == "stored":
             tensor = tensors.get(piece.theirs)
-            four = has_few_bits(tensor) and tensor.has_groups()
-            form = "int4" if four else "int8" if has_few_bits(tensor) else "none"
+            few = has_few_bits(tensor)
+            form = f"int{tensor.kept_bits() or 8}" if few else "none"
         elif form == "int4" and piece.ours in (EMBED[0], HEAD[0]):
-            form = "int8"
+            form = "int6"
         if piece.ours == EMBED[0]:
             needed += size * embedding_dtype(tensors, device, dtype, bits).itemsize
             if not config.tied or form == "none":
@@ -580,7 +581,7 @@ def build_model(
 
     given: weights that are there already, by module. finish: called with each nn.Linear that is
     complete; what it returns takes the layer's place, and may not keep its weight, whose memory the
-    next one gets. stored: a layer's weight as the file has it; in four bits, it is not filled but
+    next one gets. stored: a layer's weight as the file has it; in groups, it is not filled but
     handed to `finish`. workers: threads that fill modules, the largest first; without it, one fills
     them in the order of pieces().
     dtype_of: of a module, by its name.

@@ -335,14 +335,16 @@ def test_every_type_is_read_bit_for_bit_as_the_package_reads_it(tmp_path):
             out = torch.empty(rows, width, dtype=torch.bfloat16)
             assert torch.equal(ours.Quantised(file, "x").copy_to(out), wanted.bfloat16())
         tensor = ours.Quantised(file, "x", 103)
-        assert tensor.has_groups() == (label in ("Q4_0", "Q4_1", "Q4_K")), label
-        if tensor.has_groups():  # as finite weights are: block_bytes makes scales of any size
+        bits = {"Q4_0": 4, "Q4_1": 4, "Q4_K": 4, "Q6_K": 6}.get(label, 0)
+        assert tensor.kept_bits() == bits, label
+        if bits:  # as finite weights are: block_bytes makes scales of any size
             groups = tensor.groups()
             kept, size = interleave(groups.dense(), 103), groups.zero_NG.abs().max()
-            assert groups.codes_NK.max() == 15 and torch.allclose(kept, wanted, atol=1e-6 * size)
+            assert groups.bits == bits and groups.codes_NK.max() == 2**bits - 1
+            assert torch.allclose(kept, wanted, atol=1e-6 * size)
 
 
-KEPT = ("Q4_0", "Q4_1", "Q5_0", "Q8_0", "F16")
+KEPT = ("Q4_0", "Q4_1", "Q6_K", "Q5_0", "Q8_0", "F16")
 
 
 @pytest.mark.parametrize("kind", KEPT)
@@ -356,8 +358,8 @@ def test_few_bits_stay_as_they_are_in_the_file(kind, tmp_path, monkeypatch):
     kept, plain = engine.load(str(path)).target, engine.load(str(path), quantize="none").target
     assert (kept.bits, plain.bits) == ("stored", "none") and kept.dtype == torch.float32
     finish = finisher("stored", pack=True)
-    bits = {"Q4": 4, "F1": 16}.get(kind[:2], 8)
-    form = {4: Int4Linear, 8: Int8Linear, 16: PackedLinear}[bits]
+    bits = {"Q4": 4, "Q6": 6, "F1": 16}.get(kind[:2], 8)
+    form = {4: Int4Linear, 6: Int8Linear, 8: Int8Linear, 16: PackedLinear}[bits]
     form = GroupLinear if bits < 16 and few_bits_problem() is None else form
     model = load_model(path, finish=finish, bits="stored")
     for name in ("gate_up", "down"):
@@ -375,7 +377,7 @@ def test_few_bits_stay_as_they_are_in_the_file(kind, tmp_path, monkeypatch):
     most = 1.05 if form is not Int8Linear else 1.13  # PyTorch's has no scales of groups
     assert 0.95 < room("stored") / held < most
     kept = weights.stored_weight(gate_up, found, "meta")
-    assert bits != 4 or all(x.is_meta for x in kept), "they go to the device"
+    assert bits > 6 or all(x.is_meta for x in kept), "they go to the device"
     truth = load_model(path)
     for name in ("mlp.gate_up", "mlp.down", "attention.qkv"):
         wanted = truth.layers[0].get_submodule(name)
@@ -383,6 +385,21 @@ def test_few_bits_stay_as_they_are_in_the_file(kind, tmp_path, monkeypatch):
         out = model.layers[0].get_submodule(name)(x)
         close = (0.05 if bits == 8 else 0.03) * float(wanted(x).std())
         assert torch.allclose(out, wanted(x), atol=close, rtol=0.01), name
+
+
+def test_a_layer_of_two_types_gets_8_bits(tmp_path):
+    """Files of 4 bits have 6 for some layers' v, and one product computes q, k and v."""
+    raw = LLAMA | {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 1}
+    tensors = {p.theirs: torch.randn(p.shape) for p in weights.pieces(Config.from_dict(raw))}
+    kinds = lambda name: "Q6_K" if name.startswith("attn_v") else "Q4_0"  # noqa: E731
+    config, _, found = weights.open_whole(write(tmp_path / "m.gguf", raw, tensors, kinds))
+    modules = weights.by_module(config)
+    stored = {
+        name: weights.stored_weight(modules[f"layers.0.{name}"], found)
+        for name in ("attention.qkv", "attention.out", "mlp.gate_up")
+    }
+    assert stored["attention.qkv"] == "int8"
+    assert stored["attention.out"].bits == stored["mlp.gate_up"].bits == 4
 
 
 def test_without_the_package_common_types_load_and_the_rest_says_how_to_install_it(

@@ -126,7 +126,7 @@ def test_a_bias_is_added():
 
 
 @OURS
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [4, 6, 8])
 @pytest.mark.parametrize("shape", [s for s in SHAPES if s[1] % 32 == 0] + [(5, 8960)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_a_product_in_groups_is_right_to_8_bits(bits, shape, dtype):
@@ -159,7 +159,7 @@ def test_a_product_in_groups_is_right_to_8_bits(bits, shape, dtype):
 
 
 @OURS
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [4, 6, 8])
 def test_numbers_that_are_none_stay_in_their_row(bits):
     """A NaN must reach the logits, where it is noticed; a row of zeros divides by nothing."""
     module = GroupLinear(to_groups(layer(48, 64).weight, bits), bits)
@@ -176,12 +176,14 @@ def test_numbers_that_are_none_stay_in_their_row(bits):
 @OURS
 def test_the_largest_codes_do_not_overflow():
     """With AVX2 sums of two products have 16 bits: 255 * 127 * 2 would be cut off."""
-    for bits, largest in ((4, 15), (8, 255)):
+    for bits, largest in ((4, 15), (6, 63), (8, 255)):
         codes_NK = torch.full((16, 96), largest, dtype=torch.uint8)
-        groups = Groups(codes_NK, torch.ones(16, 3), torch.zeros(16, 3))
+        scale, least = torch.ones(16, 6 if bits == 6 else 3), 32 if bits == 6 else 8
+        groups = Groups(codes_NK, scale, (8 - least) * scale)
         for sign in (1.0, -1.0):
             out = GroupLinear(groups, bits)(torch.full((3, 96), sign))
-            assert torch.allclose(out, torch.full((), sign * (largest - 8) * 96), rtol=1e-5), bits
+            wanted = torch.full((), sign * (largest - least) * 96)
+            assert torch.allclose(out, wanted, rtol=1e-5), bits
 
 
 def test_codes_of_a_model_lie_side_by_side(monkeypatch):
@@ -213,7 +215,7 @@ test_linear.test_the_largest_codes_do_not_overflow()
 
 def many_products() -> list[torch.Tensor]:
     found, seeded = [], torch.Generator().manual_seed(0)
-    for bits in (4, 8):
+    for bits in (4, 6, 8):
         for N, K in ((64, 96), (33, 64), (576, 1536)):
             module = GroupLinear(to_groups(layer(N, K).weight, bits), bits)
             found += [module(torch.randn(rows, K, generator=seeded)) for rows in ROWS]
@@ -292,6 +294,7 @@ def test_what_was_compiled_is_kept(monkeypatch, tmp_path):
     [
         Int8Linear,
         pytest.param(lambda plain: GroupLinear(to_groups(plain.weight, 4), 4), marks=OURS),
+        pytest.param(lambda plain: GroupLinear(to_groups(plain.weight, 6), 6), marks=OURS),
         pytest.param(lambda plain: GroupLinear(to_groups(plain.weight, 8), 8), marks=OURS),
         lambda plain: Int4Linear(to_groups(plain.weight, 4)),
     ],
@@ -313,7 +316,7 @@ def test_quantising_keeps_the_weight_and_rounds_to_the_nearest():
         weight = layer(64, 96).weight * scale
         before = weight.clone()
         eight, four = int8_numbers(weight), int4_numbers(weight)
-        fine = numbers_of(to_groups(weight, 8))
+        fine, head = numbers_of(to_groups(weight, 8)), numbers_of(to_groups(weight, 6))
         assert torch.equal(weight, before), "a tied embedding is the same tensor"
         step = weight.abs().amax(1, keepdim=True) / 127
         assert ((eight - weight).abs() <= 0.51 * step + 0.004 * weight.abs()).all()
@@ -325,6 +328,10 @@ def test_quantising_keeps_the_weight_and_rounds_to_the_nearest():
         off = (fine.unflatten(1, (-1, 32)) - groups).abs()
         assert (off <= 0.51 * step * 15 / 255 + 2**-7 * most).all()
         assert off.square().mean() < 1.2 * (step * 15 / 255).square().mean() / 12
+        halves = weight.unflatten(1, (-1, 16))
+        step = halves.abs().amax(2, keepdim=True) / 31
+        off = (head.unflatten(1, (-1, 16)) - halves).abs()
+        assert (off <= 0.51 * step + 2**-8 * halves.abs()).all()
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0, -3.0])
@@ -335,8 +342,8 @@ def test_weights_that_are_all_the_same(value):
 
 
 def test_which_layer_becomes_what(monkeypatch):
-    """The head stays int8; few_bits.cpp multiplies whole groups; PyTorch also wants whole blocks of
-    rows for 4 bits, and has the rest in 8.
+    """few_bits.cpp multiplies whole groups, of 6 bits in the head; PyTorch also wants whole blocks
+    of rows for 4 bits, and has the rest in 8, and the head.
     """
     finish = finisher("int4", pack=True)
     made = lambda *shape, name="": finish(layer(*shape), name)  # noqa: E731
@@ -344,19 +351,21 @@ def test_which_layer_becomes_what(monkeypatch):
         for pack in (True, False):
             made = lambda *shape, name="": finisher("int4", pack)(layer(*shape), name)  # noqa: E731
             assert made(64, 32, name="layers.0.mlp.down").bits == made(40, 32).bits == 4
-            assert made(64, 32, name="head").bits == 8
+            assert made(64, 32, name="head").bits == 6
             assert finisher("int8", pack)(layer(64, 32)).bits == 8
             assert isinstance(made(64, 48), Int8Linear)
-        stored = to_groups(layer(40, 32).weight, 4)
-        assert finisher("stored", pack=True)(layer(40, 32), "", stored).bits == 4
+        for bits in (4, 6):
+            stored = to_groups(layer(40, 32).weight, bits)
+            assert finisher("stored", pack=True)(layer(40, 32), "", stored).bits == bits
         assert finisher("stored", pack=True)(layer(40, 32), "", "int8").bits == 8
     monkeypatch.setattr(linear, "few_bits_problem", lambda: "not here")
     assert isinstance(made(64, 32, name="layers.0.mlp.down"), Int4Linear)
     for module in (made(64, 32, name="head"), made(64, 48), made(40, 32)):
         assert isinstance(module, Int8Linear)
-    stored = to_groups(layer(40, 32).weight, 4)
-    out = finisher("stored", pack=True)(layer(40, 32), "", stored)(torch.eye(32))
-    assert torch.allclose(out.T, stored.dense().float(), atol=0.05)
+    for bits in (4, 6):
+        stored = to_groups(layer(40, 32).weight, bits)
+        out = finisher("stored", pack=True)(layer(40, 32), "", stored)(torch.eye(32))
+        assert torch.allclose(out.T, stored.dense().float(), atol=0.05)
 
 
 # ---- models
