@@ -20,7 +20,7 @@ from runtime import STEP_SHARE
 from sampling import CHAIN, FIXED, MISS_POWER
 from ssd import Plan
 
-KS, MS = (1, 2, 3, 4, 6, 8), (2, 6, 12, 24)
+KS, MS = (1, 2, 3, 4, 6, 8), (4, 8, 16)
 # By whether steps are static: then each size is compiled and captured.
 SIZES = {False: (KS, MS), True: ((2, 4, 7), (8, 24))}
 REVISE_EVERY = 4  # rounds

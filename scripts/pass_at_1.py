@@ -92,12 +92,10 @@ def main(argv: list[str] | None = None) -> int:
         print(f"pass_at_1.py: {error}", file=sys.stderr)
         return 2
     name, result, texts = Path(engine.target.name).name, {"tasks": len(chosen)}, {}
+    prompts = [task["prompt"].rstrip() + "\n" for task in chosen]
+    how = {"max_new_tokens": args.new_tokens, "stop": list(ENDS), "batch": args.batch}
     for mode in MODES:
-        texts[mode] = []
-        for at in range(0, len(chosen), args.batch):
-            prompts = [task["prompt"].rstrip() + "\n" for task in chosen[at : at + args.batch]]
-            how = {"mode": mode, "max_new_tokens": args.new_tokens, "stop": list(ENDS)}
-            texts[mode] += engine.generate(prompts, **how).text
+        texts[mode] = engine.generate(prompts, mode=mode, **how).text
         passed = [passes(task, text) for task, text in zip(chosen, texts[mode])]
         differ = sum(a != b for a, b in zip(texts[mode], texts["ar"]))
         result[mode] = {"passed": sum(passed), "texts_that_differ_from_ar": differ}
