@@ -45,7 +45,8 @@ FORMATS = ("none", "int8", "int4")
 AT_ONCE = 1 << 22  # weights that are quantised at a time: temporaries stay small
 ROWS = (1, 4)  # of passes that formats are compared by: a step; a verification, or some branches
 ROWS_AT_ONCE = 1 << 10  # a multiple of the rows of all blocks that codes are packed in
-ROOM_BYTES, ALIGNED = 1 << 26, 64  # taken from the system at a time; a vector, a line of the cache
+ROOM_BYTES = 1 << 26  # taken from the system at a time
+ALIGNED = 64  # a vector, a line of the cache
 BLOCK = 16  # outputs that few_bits.cpp packs together
 CACHE_BYTES = 1 << 26  # more than the last cache of a small machine
 SOURCE = Path(__file__).with_name("few_bits.cpp")
@@ -64,7 +65,8 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         weight = linear.weight.detach().to(dtype or linear.weight.dtype)
-        self.dtype, self.weight_bytes = weight.dtype, weight.nbytes
+        self.dtype = weight.dtype
+        self.weight_bytes = weight.nbytes
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, None)
         self.bias = None if linear.bias is None else linear.bias.detach().to(weight.dtype)
 
@@ -126,9 +128,12 @@ class GroupLinear(nn.Module):
     ):
         """weight: in codes of these bits, or numbers (N, K) that get codes. room: for the codes."""
         super().__init__()
-        whole, room = weight if isinstance(weight, Groups) else (weight,), room or Room()
+        whole = weight if isinstance(weight, Groups) else (weight,)
+        room = room or Room()
         self.out_features, self.in_features = whole[0].shape
-        self.bits, blocks, packed = bits, -(-self.out_features // BLOCK), None
+        self.bits = bits
+        packed = None
+        blocks = -(-self.out_features // BLOCK)
         for at, some in enumerate(zip(*(x.split(ROWS_AT_ONCE) for x in whole))):  # little at once
             codes_NK, scale, zero = some if len(some) == 3 else to_groups(*some, bits)
             pairs = scale.unflatten(1, (-1, 2)) if bits == 6 else torch.stack((scale, zero), 2)
@@ -157,7 +162,8 @@ class Room:
     """
 
     def __init__(self):
-        self.lock, self.left = threading.Lock(), torch.empty(0, dtype=torch.uint8)
+        self.lock = threading.Lock()
+        self.left = torch.empty(0, dtype=torch.uint8)
 
     def take(self, count: int) -> torch.Tensor:
         """So many bytes, aligned for vectors."""
@@ -215,12 +221,13 @@ def load_few_bits() -> str | None:
     compiler, *options = shlex.split(os.environ.get("CXX") or "c++")
     if not (able.get("avx2") and able.get("fma3")):
         return "this CPU has no AVX2"
-    if shutil.which(compiler) is None:
+    path = shutil.which(compiler)
+    if path is None:
         return "there is no C++ compiler (c++, or what CXX names)"
     wide = all(able.get(f"avx512_{part}") for part in ("f", "bw", "dq", "vl", "vnni"))
     options += WIDE if wide else ["-mavx2", "-mfma"]
     try:
-        torch.ops.load_library(compile_few_bits([shutil.which(compiler), *options]))
+        torch.ops.load_library(compile_few_bits([path, *options]))
     except subprocess.CalledProcessError as error:
         lines = error.stderr.splitlines() or [f"it ends with {error.returncode}"]
         said = next((line for line in lines if "error" in line), lines[0])
@@ -250,9 +257,14 @@ def compile_few_bits(compiler: list[str]) -> str:
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as folder:  # others may compile it, too
             made = Path(folder) / kept.name
-            command += ["-o", str(made)]
-            told = {"capture_output": True, "text": True, "errors": "replace"}
-            subprocess.run(command, check=True, timeout=COMPILE_SECONDS, **told)
+            subprocess.run(
+                [*command, "-o", str(made)],
+                check=True,
+                timeout=COMPILE_SECONDS,
+                capture_output=True,
+                text=True,
+                errors="replace",
+            )
             made.replace(kept)
     return str(kept)
 
@@ -277,7 +289,8 @@ def to_groups(weight_NK: torch.Tensor, bits: int) -> Groups:
     around zero with 6 bits.
     """
     N, K = weight_NK.shape
-    size, last = HALF if bits == 6 else GROUP, 2**bits - 1
+    size = HALF if bits == 6 else GROUP
+    last = 2**bits - 1
     codes_NK = torch.empty(N, K, dtype=torch.uint8, device=weight_NK.device)
     scale_NG, zero_NG = torch.empty(2, N, K // size, dtype=torch.bfloat16, device=weight_NK.device)
     for part in parts(weight_NK):
@@ -343,7 +356,8 @@ def finisher(bits: str, pack: bool, group: Group = ALONE) -> Callable:
     room = Room()
 
     def finish(linear: nn.Linear, name: str = "", stored: Groups | str | None = None) -> nn.Module:
-        wanted, others = stored if bits == "stored" else bits, group if is_summed(name) else ALONE
+        wanted = stored if bits == "stored" else bits
+        others = group if is_summed(name) else ALONE
         kept = isinstance(stored, Groups)
         if kept or wanted in ("int8", "int4"):
             number = stored.bits if kept else 8 if wanted == "int8" else 6 if name == "head" else 4
@@ -366,10 +380,9 @@ def finisher(bits: str, pack: bool, group: Group = ALONE) -> Callable:
 
 def finish_all(model: nn.Module, finish: Callable) -> None:
     """Replace the linear layers of a model one by one, freeing each plain weight at once."""
-    for path, module in list(model.named_modules()):
-        for name, child in list(module.named_children()):
-            if type(child) is nn.Linear:
-                setattr(module, name, finish(child, f"{path}.{name}".lstrip(".")))
+    names = [name for name, module in model.named_modules() if type(module) is nn.Linear]
+    for name in names:
+        model.set_submodule(name, finish(model.get_submodule(name), name))
 
 
 @functools.cache

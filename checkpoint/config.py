@@ -39,8 +39,16 @@ ROPE = {
 }
 YARN_MAY_HAVE = ("attention_factor", "mscale", "mscale_all_dim")
 ROPE_KEYS = {
-    *("rope_type", "type", "rope_theta", "partial_rotary_factor", "truncate", "finetuned"),
-    *("factors", *YARN_MAY_HAVE, *ROPE["llama3"], *ROPE["yarn"]),
+    "rope_type",
+    "type",
+    "rope_theta",
+    "partial_rotary_factor",
+    "truncate",
+    "finetuned",
+    "factors",
+    *YARN_MAY_HAVE,
+    *ROPE["llama3"],
+    *ROPE["yarn"],
 }
 # What config.json may say about computing that this file does not implement unless it has exactly
 # this value.
@@ -132,7 +140,8 @@ class Config:
             raise CheckpointError(
                 "the checkpoint is quantised, wanted plain weights: use the unquantised checkpoint"
             )
-        hidden, heads = _whole(raw, "hidden_size"), _whole(raw, "num_attention_heads")
+        hidden = _whole(raw, "hidden_size")
+        heads = _whole(raw, "num_attention_heads")
         layers = _whole(raw, "num_hidden_layers", most=4096)
         rope, theta = _rope(raw)
         config = cls(
@@ -187,8 +196,13 @@ def _value(raw: dict, key: str, default, fits: Callable, wanted: str, advice="fe
 
 
 def _whole(raw: dict, key: str, default=None, least: int = 1, most: int = 1 << 24) -> int:
-    fits = lambda value: type(value) is int and least <= value <= most  # noqa: E731
-    return _value(raw, key, default, fits, f"a whole number {least} to {most}")
+    return _value(
+        raw,
+        key,
+        default,
+        lambda value: type(value) is int and least <= value <= most,
+        f"a whole number {least} to {most}",
+    )
 
 
 def _flag(raw: dict, key: str, default: bool = False) -> bool:
@@ -196,8 +210,14 @@ def _flag(raw: dict, key: str, default: bool = False) -> bool:
 
 
 def _real(raw: dict, key: str, default: float | None = None, above: float = 0.0) -> float:
-    fits = lambda value: type(value) in (int, float) and above < value < 1e300  # noqa: E731
-    return float(_value(raw, key, default, fits, f"a number above {above:g}"))
+    value = _value(
+        raw,
+        key,
+        default,
+        lambda value: type(value) in (int, float) and above < value < 1e300,
+        f"a number above {above:g}",
+    )
+    return float(value)
 
 
 def _choice(raw: dict, key: str, known: Iterable, default=None):
@@ -215,7 +235,7 @@ def _rope(raw: dict) -> tuple[dict, float]:
     rope = {key: value for key, value in rope.items() if value is not None}
     for key, value in IMPLEMENTED.items():
         _choice(raw | rope, key, [value], value)
-    kind = _choice({"type": "default"} | rope, "rope_type" if "rope_type" in rope else "type", ROPE)
+    kind = _choice(rope, "rope_type" if "rope_type" in rope else "type", ROPE, "default")
     for key in rope.keys() - ROPE_KEYS:
         raise CheckpointError(f"{shorten(key)} of RoPE is not implemented: use another checkpoint")
     if kind == "yarn":
@@ -245,8 +265,13 @@ def _windows(raw: dict, kind: str, layers: int) -> tuple[int, ...]:
     full = 0 if kind == "mistral" else _whole(raw, "max_window_layers", 28, least=0)
     names = ["full_attention", "sliding_attention"][: 2 if slides else 1]
     usual = [names[-1] if layer >= full else names[0] for layer in range(layers)]
-    fits = lambda value: isinstance(value, list) and len(value) == layers  # noqa: E731
-    types = _value(raw, "layer_types", usual, fits, f"one entry for each of {layers} layers")
+    types = _value(
+        raw,
+        "layer_types",
+        usual,
+        lambda value: isinstance(value, list) and len(value) == layers,
+        f"one entry for each of {layers} layers",
+    )
     known = [_choice({"layer type": name}, "layer type", names) for name in types]
     return tuple(window if name == "sliding_attention" else 0 for name in known)
 
@@ -273,7 +298,8 @@ def rope_frequencies(config: Config) -> tuple[torch.Tensor, float]:
 
 def _yarn(config: Config) -> tuple[torch.Tensor, float]:
     """How much of each frequency yarn keeps, (D/2,), and its factor on cos and sin."""
-    rope, half = config.rope, config.head_dim // 2
+    rope = config.rope
+    half = config.head_dim // 2
 
     # The (fractional) rotary pair that makes so many turns over the original context.
     def pair_with(turns):

@@ -31,11 +31,9 @@ CHUNK = 1 << 19
 # Weights of a row that share a scale and a zero in every type of four bits; a scale in Q6_K.
 GROUP, HALF = 32, 16
 BITS_OF = {GROUP: 4, HALF: 6}
-INSTALL = 'pip install "gguf>=0.19"'
 # Struct's letters of metadata types.
 SCALARS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
-COUNTS = "the number of tensors and of keys"
 
 
 # ---- the header
@@ -116,10 +114,12 @@ class Cursor:
 
     def value(self, what: str):
         """A value of the metadata: a number, a text, or an array of one of these."""
-        (kind,), count = self.numbers("I", what), 1
+        (kind,) = self.numbers("I", what)
+        count = 1
         array = kind == ARRAY
         if array:
-            (kind,), (count,) = self.numbers("I", what), self.numbers("Q", what)
+            (kind,) = self.numbers("I", what)
+            (count,) = self.numbers("Q", what)
         if kind == STRING:
             found = self.texts(count, what)
         elif kind in SCALARS:
@@ -134,7 +134,8 @@ class Cursor:
         if not 1 <= axes <= 4:
             raise self.damaged(f"{what} has {axes} axes")
         shape = tuple(reversed(self.numbers("Q", what, axes)))
-        (kind,), (offset,) = self.numbers("I", what), self.numbers("Q", what)
+        (kind,) = self.numbers("I", what)
+        (offset,) = self.numbers("Q", what)
         blocks = blocks_of(kind, f"{self.path}: {what}")
         row = shape[-1] if axes > 1 else 1  # in one axis, numbers that are not in blocks
         if not all(shape) or row % blocks.weights:
@@ -162,7 +163,8 @@ def open_gguf(path: str | Path) -> File:
             f"give {path.parent} if it holds a checkpoint"
         )
     cursor = Cursor(path, data)
-    (version,), (tensors, keys) = cursor.numbers("I", "its version"), cursor.numbers("Q", COUNTS, 2)
+    (version,) = cursor.numbers("I", "its version")
+    tensors, keys = cursor.numbers("Q", "the number of tensors and of keys", 2)
     if version not in (2, 3):
         raise CheckpointError(
             f"{path} is GGUF version {version}, wanted 2 or 3 (little-endian): convert it again"
@@ -180,12 +182,12 @@ def open_gguf(path: str | Path) -> File:
         raise cursor.damaged(f"its alignment is {shorten(alignment)}")
     start = -(-cursor.at // alignment) * alignment
     for name, entry in entries.items():
-        if entry.offset % alignment or start + entry.offset + entry.nbytes > len(data):
+        at = start + entry.offset
+        if entry.offset % alignment or at + entry.nbytes > len(data):
             raise cursor.damaged(
-                f"tensor {shorten(name)} has {entry.nbytes} bytes at byte {start + entry.offset} "
-                f"of {len(data)}"
+                f"tensor {shorten(name)} has {entry.nbytes} bytes at byte {at} of {len(data)}"
             )
-        entries[name] = entry._replace(offset=start + entry.offset)
+        entries[name] = entry._replace(offset=at)
     return File(path, data, metadata, entries)
 
 
@@ -218,7 +220,7 @@ def blocks_of(kind: int, what: str) -> Blocks:
     except ImportError as error:
         raise CheckpointError(
             f"{what} has type number {kind}, which the package gguf reads, and it is not "
-            f"installed: run `{INSTALL}`"
+            'installed: run `pip install "gguf>=0.19"`'
         ) from error
     try:
         known = gguf.GGMLQuantizationType(kind)
@@ -267,7 +269,8 @@ def simple(least: bool, fifth: bool) -> Unpack:
     end = at + 4 if fifth else at
 
     def unpack(blocks):
-        scale, codes = halves(blocks, 0), nibbles(part(blocks, end, end + 16)).flatten(1)
+        scale = halves(blocks, 0)
+        codes = nibbles(part(blocks, end, end + 16)).flatten(1)
         if fifth:
             codes |= FIFTH_BITS[part(blocks, at, end).int()].view(torch.uint8)
         return codes, scale, halves(blocks, 2) if least else scale * (-16 if fifth else -8)
@@ -280,7 +283,8 @@ def eight_groups(fifth: bool) -> Unpack:
     start = 48 if fifth else 16
 
     def unpack(blocks):
-        low, high = part(blocks, 4, 12).view(-1, 2, 4), nibbles(part(blocks, 12, 16))
+        low = part(blocks, 4, 12).view(-1, 2, 4)
+        high = nibbles(part(blocks, 12, 16))
         sixes = torch.cat((low & 63, low >> 6 << 4 | high), 2).float()
         scale, least = sixes.mul_(halves(blocks, 0, 2)[..., None]).unbind(1)
         codes = nibbles(part(blocks, start, start + 128).view(-1, 4, 32)).flatten(1)
@@ -408,7 +412,8 @@ class Quantised:
         """Write the weights into `out`, a part at a time, so that no second copy of them is ever in
         memory.
         """
-        by_row, width = out.view(out.shape[0], -1), math.prod(self.entry.shape[1:])
+        by_row = out.view(out.shape[0], -1)
+        width = math.prod(self.entry.shape[1:])
         columns = self.part[1] if len(self.part) > 1 else slice(None)
         for part, raw in self.parts():
             by_row[part].copy_(self.entry.blocks.unpack(raw).view(-1, width)[:, columns])
@@ -422,7 +427,8 @@ class Quantised:
 
     def groups(self) -> Groups:
         """The weights in the four bits or six that the file has them in."""
-        (N, K), (_, width), columns = self.get_shape(), self.entry.shape, self.part[1]
+        N, K = self.get_shape()
+        width, columns = self.entry.shape[1], self.part[1]
         size = self.entry.blocks.group
         groups = slice(columns.start // size, columns.stop // size)
         codes_NK = torch.empty(N, K, dtype=torch.uint8)
@@ -464,8 +470,12 @@ ROPE_SCALING = {
 SAME_AS_HEAD_DIM = ("attention.value_length", "rope.dimension_count")
 OLD_LINEAR = "rope.scale_linear"  # how older files give a factor
 READ = {
-    *("vocab_size", OLD_LINEAR, *SAME_AS_HEAD_DIM),
-    *(*NEEDED.values(), *MAY_HAVE.values(), *ROPE_SCALING.values()),
+    "vocab_size",
+    OLD_LINEAR,
+    *SAME_AS_HEAD_DIM,
+    *NEEDED.values(),
+    *MAY_HAVE.values(),
+    *ROPE_SCALING.values(),
 }
 ONLY = {  # what is implemented for one value only
     "attention.causal": True,
@@ -481,19 +491,18 @@ ROPE_FACTORS = "rope_freqs.weight"  # llama3's scaling: what each frequency is d
 MOST_FACTORS = 1 << 12  # half of a head's size
 
 
-def open_checkpoint(path: str | Path) -> tuple[dict, dict[str, Quantised]]:
+def open_checkpoint(path: Path) -> tuple[dict, dict[str, Quantised]]:
     """What config.json would say of a GGUF file, and its tensors in the file's own names."""
     file = open_gguf(path)
-    raw, heads = config_json(file), {}
+    raw, heads, tensors = config_json(file), {}, {}
     if file.metadata["general.architecture"] == "llama":
         heads["attn_q"] = raw["num_attention_heads"]
         heads["attn_k"] = raw["num_key_value_heads"] or heads["attn_q"]
-    parts = {name: name.rpartition(".")[0].rpartition(".")[2] for name in file.entries}
-    return raw, {
-        name: Quantised(file, name, heads.get(part, 0))
-        for name, part in parts.items()
-        if name != ROPE_FACTORS
-    }
+    for name in file.entries:
+        if name != ROPE_FACTORS:
+            part = name.rpartition(".")[0].rpartition(".")[2]
+            tensors[name] = Quantised(file, name, heads.get(part, 0))
+    return raw, tensors
 
 
 def config_json(file: File) -> dict:
@@ -502,7 +511,8 @@ def config_json(file: File) -> dict:
     def refuse(what: str) -> CheckpointError:
         return CheckpointError(f"{file.path} has {what}: use another checkpoint")
 
-    kind, entries = file.metadata.get("general.architecture"), file.entries
+    kind = file.metadata.get("general.architecture")
+    entries = file.entries
     if kind not in ARCHITECTURES:
         raise refuse(f"architecture {shorten(kind)}, wanted one of {', '.join(ARCHITECTURES)}")
     what = file.metadata.get("general.type", "model")
@@ -514,22 +524,25 @@ def config_json(file: File) -> dict:
         if key.startswith(f"{kind}.")
     }
     for key, value in said.items():
-        if key not in READ and (key not in ONLY or value != ONLY[key]):
+        if key not in READ and value != ONLY.get(key):
             raise refuse(f"{shorten(key)} = {shorten(value)}, which is not implemented here")
-    for key in [key for key in NEEDED.values() if key not in said]:
-        raise refuse(f"no {kind}.{key}")
+    for key in NEEDED.values():
+        if key not in said:
+            raise refuse(f"no {kind}.{key}")
     if "token_embd.weight" not in entries:
         raise refuse("no token_embd.weight")
     raw = {ours: said.get(theirs) for ours, theirs in (NEEDED | MAY_HAVE).items()}
-    raw["head_dim"] = raw["head_dim"] or said.get("rope.dimension_count")
+    head_dim = raw["head_dim"] or said.get("rope.dimension_count")
     for key in SAME_AS_HEAD_DIM:
-        if said.get(key, raw["head_dim"]) != raw["head_dim"]:
-            wanted = f"{shorten(raw['head_dim'])}, as the keys have"
-            raise refuse(f"{key} = {shorten(said[key])}, wanted {wanted}")
+        if said.get(key, head_dim) != head_dim:
+            raise refuse(
+                f"{key} = {shorten(said[key])}, wanted {shorten(head_dim)}, as the keys have"
+            )
     if raw["sliding_window"] and kind != "llama":
         raise refuse("attention.sliding_window, which is not implemented")
     return raw | {
         "model_type": "mistral" if raw["sliding_window"] else kind,
+        "head_dim": head_dim,
         "vocab_size": entries["token_embd.weight"].shape[0],
         "rope_scaling": rope_scaling(file, said),
         "tie_word_embeddings": "output.weight" not in entries,
@@ -576,8 +589,11 @@ DIGITS = {"type": "Digits", "individual_digits": True}
 
 
 def split_by(pattern: str) -> list[dict]:
-    split = {"type": "Split", "behavior": "Isolated", "invert": False}
-    return [split | {"pattern": {"Regex": pattern}}, BYTES_ONLY]
+    where = {"Regex": pattern}
+    return [
+        {"type": "Split", "pattern": where, "behavior": "Isolated", "invert": False},
+        BYTES_ONLY,
+    ]
 
 
 class Splitting(NamedTuple):
@@ -619,7 +635,7 @@ ENDS = (
 TOKEN_NAMES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
 
 
-def read_tokenizer(path: str | Path) -> Files | None:
+def read_tokenizer(path: Path) -> Files | None:
     """The tokenizer in a GGUF file, None where it has none. ValueError: what is not understood."""
     metadata = open_gguf(path).metadata
     values = {key.removeprefix("tokenizer.ggml."): value for key, value in metadata.items()}
@@ -670,7 +686,7 @@ def read_tokenizer(path: str | Path) -> Files | None:
     )
 
 
-def splitting_of(path: str | Path, values: dict) -> Splitting:
+def splitting_of(path: Path, values: dict) -> Splitting:
     """How a byte-level BPE splits text. ValueError where that, or another tokenizer, is unknown."""
     model, pre = values["model"], values.get("pre")
     if model != "gpt2":
@@ -686,7 +702,7 @@ def splitting_of(path: str | Path, values: dict) -> Splitting:
     return SPLITTINGS[pre]
 
 
-def pieces_by_score(path: str | Path, values: dict, tokens: list[str], types) -> list[list[str]]:
+def pieces_by_score(path: Path, values: dict, tokens: list[str], types) -> list[list[str]]:
     """Merges of a sentencepiece model, which makes the piece with the highest score first.
 
     Which halves a piece is made from does not matter, so each is told whole.

@@ -143,15 +143,16 @@ class Growth:
     `source` and noise.
     """
 
-    def __init__(self, source: nn.Module, config: Config, seed: int = 0):
+    def __init__(self, source: nn.Module, config: Config, seed: int):
         small = source.config
         self.config, self.small = config, small
-        self.device = source.embed.weight.device
-        self.generator = torch.Generator(self.device).manual_seed(seed)
+        device = source.embed.weight.device
+        self.generator = torch.Generator(device).manual_seed(seed)
         self.old = pieces_of(source)
         self.old.setdefault("lm_head.weight", source.embed.weight.data)
-        self.axes = {letter: index.to(self.device) for letter, index in self._axes().items()}
-        n, narrow = config.head_dim // small.head_dim, small.hidden_size / config.hidden_size
+        self.axes = {letter: index.to(device) for letter, index in self._axes().items()}
+        n = config.head_dim // small.head_dim
+        narrow = small.hidden_size / config.hidden_size
         norms = ("input_layernorm", "post_attention_layernorm", "norm")
         self.scale = dict.fromkeys(norms, narrow**0.5) | {"q_proj": n**0.5}
         if config.qk_norm:
@@ -170,10 +171,11 @@ class Growth:
         RANDOM, or ZERO.
         """
         small, large = self.small, self.config
-        h, n = small.head_dim, large.head_dim // small.head_dim
-        queries, room = small.num_heads // small.num_kv_heads, large.num_heads // large.num_kv_heads
+        h = small.head_dim
+        queries = small.num_heads // small.num_kv_heads
+        room = large.num_heads // large.num_kv_heads
         spread = torch.full((large.head_dim,), ZERO)
-        spread[::n] = torch.arange(h)
+        spread[:: large.head_dim // h] = torch.arange(h)
         new = torch.full_like(spread, RANDOM)
 
         def head_at(place: int, rest: int) -> torch.Tensor:
@@ -202,8 +204,7 @@ class Growth:
         """
         role, kind = piece.theirs.split(".")[-2:]
         new_layer = piece.layer >= self.small.num_layers
-        rows, *columns = (self.axes[letter] for letter in piece.axes)
-        rows = torch.full_like(rows, RANDOM) if new_layer else rows
+        axes = [self.axes[letter] for letter in piece.axes]
         if role.endswith("norm"):
             out.fill_(self.scale.get(role, 1.0))
         elif kind == "bias" or role in ("o_proj", "down_proj", "embed_tokens"):
@@ -212,16 +213,17 @@ class Growth:
             # Uniform with the variance 1/D: what a new unit computes stays of the order of 1.
             bound = (3 / self.config.hidden_size) ** 0.5
             out.uniform_(-bound, bound, generator=self.generator)
-            out[rows == ZERO] = 0.0
+            if not new_layer:
+                out[axes[0] == ZERO] = 0.0
         if not new_layer:
             old = self.old[piece.theirs] * self.scale.get(role, 1.0)
-            to = [(index >= 0).nonzero()[:, 0] for index in (rows, *columns)]
-            of = [index[at] for index, at in zip((rows, *columns), to, strict=True)]
+            to = [(index >= 0).nonzero()[:, 0] for index in axes]
+            of = [index[at] for index, at in zip(axes, to, strict=True)]
             out[torch.meshgrid(*to, indexing="ij")] = old[torch.meshgrid(*of, indexing="ij")].to(
                 out.dtype
             )
         if self.constant:
-            self._place_constant(role, rows, out)
+            self._place_constant(role, axes[0], out)
 
     def _place_constant(self, role: str, rows: torch.Tensor, out: torch.Tensor) -> None:
         d = self.small.hidden_size

@@ -36,9 +36,17 @@ LLAMA3_PATTERN = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 LLAMA3_SPECIAL = [
-    *("begin_of_text", "end_of_text", "reserved_special_token_0", "reserved_special_token_1"),
-    *("finetune_right_pad_id", "reserved_special_token_2", "start_header_id", "end_header_id"),
-    *("eom_id", "eot_id", "python_tag"),
+    "begin_of_text",
+    "end_of_text",
+    "reserved_special_token_0",
+    "reserved_special_token_1",
+    "finetune_right_pad_id",
+    "reserved_special_token_2",
+    "start_header_id",
+    "end_header_id",
+    "eom_id",
+    "eot_id",
+    "python_tag",
     *(f"reserved_special_token_{number}" for number in range(3, 248)),
 ]
 # (text without added tokens, whether nothing stands before it) -> ids
@@ -66,14 +74,19 @@ def _read_json(path: Path) -> dict:
     return read_json(path, MAX_FILE_BYTES) if path.is_file() else {}
 
 
+def _are_ids(values: Iterable) -> bool:
+    """Whether tokens can have all of these ids."""
+    return all(type(value) is int and 0 <= value < MAX_TOKEN_ID for value in values)
+
+
 def read_eos_ids(folder: Path) -> tuple[int, ...]:
     """Ids that end a text: eos_token_id, an id or a list, of generation_config.json, else of
     config.json, else (). A GGUF file names them with its tokenizer's tokens only.
     """
     for name in ("generation_config.json", "config.json"):
-        value = _read_json(Path(folder) / name).get("eos_token_id")
+        value = _read_json(folder / name).get("eos_token_id")
         ids = [] if value is None else value if isinstance(value, list) else [value]
-        if not all(type(id) is int and 0 <= id < MAX_TOKEN_ID for id in ids):
+        if not _are_ids(ids):
             raise CheckpointError(
                 f"{name} in {folder} has eos_token_id {shorten(value)}, wanted a token id or a "
                 "list: correct it"
@@ -123,7 +136,8 @@ def _bpe(
         return [text[start:end] for start, end in zip(ends, ends[1:])]
 
     def encode(text: str, first: bool) -> list[int]:
-        pieces, out = [prepare(text, first)], []
+        pieces = [prepare(text, first)]
+        out = []
         # Each step sees one piece at a time: a look-ahead never sees past an earlier cut.
         for step in steps:
             pieces = [part for piece in pieces for part in split(step, piece)]
@@ -366,14 +380,15 @@ class Tokenizer:
         self._cut = re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
         self._tokens = tokens | {token["id"]: name.encode() for name, token in added.items()}
         self._hidden = {token["id"] for token in added.values() if token["special"]}
-        if not all(type(id) is int and 0 <= id < MAX_TOKEN_ID for id in self._tokens):
+        if not _are_ids(self._tokens):
             raise CheckpointError(
                 f"the tokenizer has ids outside 0..{MAX_TOKEN_ID - 1}: download its files again"
             )
         self.vocab_size = max(self._tokens) + 1
         ids = {kind: added[name]["id"] for kind, name in names.items() if name in added}
         self.bos_id = ids.get("bos_token", before[0] if before else None)
-        self.eos_ids = eos_ids or tuple(ids[kind] for kind in ["eos_token"] if kind in ids)
+        named = (ids["eos_token"],) if "eos_token" in ids else ()
+        self.eos_ids = eos_ids or named
 
     def encode(self, text: str, bos: bool = True) -> list[int]:
         """Ids of a text; with bos, after what the checkpoint puts before every text (nothing for
@@ -452,7 +467,8 @@ def vocabulary_difference(a: Tokenizer, b: Tokenizer) -> tuple[int, bytes, bytes
 
 
 def _read_folder(folder: Path) -> Files | None:
-    spec, model = _read_json(folder / "tokenizer.json"), folder / "tokenizer.model"
+    spec = _read_json(folder / "tokenizer.json")
+    model = folder / "tokenizer.model"
     if not spec and not model.is_file():
         return None
     config = _read_json(folder / "special_tokens_map.json")

