@@ -80,11 +80,13 @@ class Model:
         """target: the loaded target, for a draft that was trained for it and uses its embedding.
         group: the ranks that share the model.
         """
-        where, compile = resolve(name), device.type == "cuda" if compile is None else compile
+        where = resolve(name)
+        compile = device.type == "cuda" if compile is None else compile
         drafts = target is not None
         file = where if split_inflate(name) is None else Path()  # what is grown has no few bits
         numbers, bits = group.same(choose_format(file, device, dtype, quantize, compile, drafts))
-        share, of = group.share if group.ranks > 1 else None, target and target.transformer
+        share = group.share if group.ranks > 1 else None
+        of = target and target.transformer
         with one_thread():
             if of is not None and of.group.ranks > 1 and load_config(name).head_tokens:
                 of = load_model(target.name, device, numbers, Transformer, ends=True)
@@ -368,7 +370,8 @@ class Engine:
         self.settings = settings = check_settings(settings)
         config = self.target.config
         rows = make_rows(prompts, settings, self.tokenizer, self.eos, config, numbers)
-        mode, V = settings.mode, config.vocab_size
+        mode = settings.mode
+        V = config.vocab_size
         drafts = [self.draft] if self.draft is not None and mode != "ar" else []
         if mode != "ar" and not drafts and (mode == "ssd" or not self.ngram):
             raise ValueError(
@@ -417,7 +420,8 @@ class Engine:
         """
         if settings.mode == "ar":
             return SamePlan(Plan(0, 0)), (0,), (0,)
-        m, fallback = 0, "jit" if drafts else "fast"
+        m = 0
+        fallback = "jit" if drafts else "fast"
         configs = [model.config for model in (self.target, *drafts)]
         common = min(config.head_tokens or config.vocab_size for config in configs)
         if settings.mode == "ssd":
@@ -518,7 +522,8 @@ def load(
     flags = {"dtype": dtype, "compile": compile, "quantize": quantize}
     group, device, draft_device = join(target, device, draft_device, flags)
     if target is None:
-        target, draft = default_target(), draft or DEFAULT_DRAFT
+        target = default_target()
+        draft = draft or DEFAULT_DRAFT
     devices = Devices(device, draft_device)
     whole = target, devices.target, dtype, compile, None, quantize, group
     if group.rank > 0:

@@ -153,7 +153,8 @@ class Figures:
         spans: what ran on the draft's lane, (name, begin, end). The first round belongs to the
         prefill, and so it is left out of rates and medians.
         """
-        new, rounds = [len(row.new_ids) for row in self.rows], self.rounds
+        new = [len(row.new_ids) for row in self.rows]
+        rounds = self.rounds
         first_token = rounds[0].end if rounds else self.end
         decode_s = max(self.end - first_token, 1e-9)
         after_first = sum(new) - (len(rounds[0].live) if rounds else 0)
@@ -229,7 +230,8 @@ def run_stats(decoding, settings, models: dict, floor_s: float | None) -> dict:
     floor_s: seconds that reading the target's weights once takes at the speed of a plain read.
     """
     rows, figures, lane = decoding.all_rows, decoding.figures, decoding.draft_lane
-    plan, unused = figures.usual_plan(), UNUSED[settings.mode]
+    plan = figures.usual_plan()
+    unused = UNUSED[settings.mode]
     stats = models | {
         "mode": settings.mode,
         "device": decoding.target_lane.spec,

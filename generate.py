@@ -409,7 +409,8 @@ def chat(engine, args, settings: dict) -> int:
     """Turns from stdin until it ends; each keeps the KV of the turns before it."""
     # No template: say so before anybody types.
     chat_ids(engine, args, [{"role": "user", "content": "?"}])
-    messages, prompt = [], "> " if sys.stdin.isatty() else ""
+    messages = []
+    prompt = "> " if sys.stdin.isatty() else ""
     while True:
         try:
             said = input(prompt)

@@ -38,7 +38,8 @@ class Halves(Decoding):
 
     def rounds(self) -> Iterator[None]:
         self.prefill()
-        self.plan, proposal = self.planner.first(), Proposal(len(self.rows))
+        self.plan = self.planner.first()
+        proposal = Proposal(len(self.rows))
         while self.seats.waiting or any(row.finish is None for row in self.rows):
             self.parts = self.halves() if self.plan.halves else [range(len(self.rows))]
             turns = deque(self.play(part, proposal) for part in self.parts)
@@ -72,7 +73,8 @@ class Halves(Decoding):
         """
         live = super().seated(places)
         counts = [len(self.live(part)) for part in self.parts]
-        split, uneven = len(self.parts) > 1, max(counts) - min(counts) > 1
+        split = len(self.parts) > 1
+        uneven = max(counts) - min(counts) > 1
         anew = self.halves() if self.plan.halves and (uneven or not split) else self.parts
         if (split and not self.plan.halves) or (anew != self.parts and sum(counts) > 1):
             self.parts = [range(0)]

@@ -119,7 +119,8 @@ class Group:
     def share(self, config: Config, tensors: dict) -> tuple[Config, dict]:
         """The config and the tensors of what this rank has of a checkpoint."""
         R, D, F = config.num_heads // config.num_kv_heads, config.head_dim, config.intermediate_size
-        heads, tokens = self.own(config.num_kv_heads), self.tokens(config)
+        heads = self.own(config.num_kv_heads)
+        tokens = self.tokens(config)
         whole = F % GROUP == 0 and F // GROUP >= self.ranks  # groups of four bits stay whole
         own = {"V": tokens, "F": self.own(F, GROUP if whole else 1)}
         for letter, size in (("Q", R * D), ("K", D)):
@@ -141,7 +142,8 @@ class Group:
                 if self.rank > 0:
                     layer.bias = None  # rank 0 adds it
                 setattr(module, name, Summed(layer, self.ranks, self.name))
-        tokens, weight = self.tokens(model.config), model.embed.weight
+        tokens = self.tokens(model.config)
+        weight = model.embed.weight
         model.embed = Tokens(weight, tokens.start, self)
         model.token_ids_V = torch.arange(tokens.start, tokens.stop, device=weight.device)
         model.group = self

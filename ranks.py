@@ -58,7 +58,8 @@ class Watch(threading.Thread):
             signal.signal(signal.SIGINT, self._interrupt)
 
     def run(self) -> None:
-        beat, last = 0, {}
+        beat = 0
+        last = {}
         while not self.reason:
             if self.ended.wait(BEAT_S):
                 return
@@ -68,7 +69,8 @@ class Watch(threading.Thread):
                 now = {rank: self.store.get(f"beat {rank}") for rank in self.missed}
                 fault = self.store.check(["fault"]) and self.store.get("fault").decode()
             except RuntimeError as error:
-                now, fault = {}, f"the launcher ended ({str(error).splitlines()[0]})"
+                now = {}
+                fault = f"the launcher ended ({str(error).splitlines()[0]})"
             for rank in now:
                 self.missed[rank] = self.missed[rank] + 1 if now[rank] == last.get(rank) else 0
             last = now
@@ -203,8 +205,10 @@ def join(
     if ranks == 1:
         return ALONE, device, draft_device
     device, draft_device = own_devices(device, draft_device)
-    address, kept = os.environ["MASTER_ADDR"], os.environ.get("TORCHELASTIC_USE_AGENT_STORE")
-    keeps, cuda = rank == 0 and kept != "True", device.startswith("cuda")
+    address = os.environ["MASTER_ADDR"]
+    kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE")
+    keeps = rank == 0 and kept != "True"
+    cuda = device.startswith("cuda")
     first, second = (
         dist.TCPStore(address, int(os.environ["MASTER_PORT"]), None, master, FOREVER, False)
         for master in (keeps, False)

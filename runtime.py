@@ -48,7 +48,8 @@ def parse_device(spec: str) -> tuple[torch.device, tuple[int, ...]]:
     if kind == "cuda":
         if colon and not rest.isdecimal():
             raise ValueError(f"device is {spec!r}, {wanted}")
-        index, found = int(rest or 0), torch.cuda.device_count()
+        index = int(rest or 0)
+        found = torch.cuda.device_count()
         if index >= found:
             raise ValueError(
                 f"device is {spec!r}, but torch finds {found} CUDA devices: use one of them, or cpu"
@@ -242,7 +243,8 @@ class Lane:
                 del job  # the tensors of finished work are not kept until the next
 
     def _run(self, future: Work, work: Callable, args: tuple, abandoned: Callable) -> None:
-        name, future.begin = work.__name__.strip("_"), time.perf_counter()
+        name = work.__name__.strip("_")
+        future.begin = time.perf_counter()
         if len(known := self.recent[name]) > 2:
             future.due = future.begin + median(known)
         value = error = None

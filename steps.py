@@ -105,7 +105,8 @@ class Runner:
         )
         model.set_positions(trunk + 2 * k)
         self.rope = model.rope  # captured graphs read these tables, whatever the model makes later
-        self.group, ids_V = model.group, model.token_ids_V
+        self.group = model.group
+        ids_V = model.token_ids_V
         if ids_V is None:  # tokens that the target does not have are never proposed
             ids_V = torch.arange(min(model.head.out_features, vocab), device=weight.device)
         self.own_V = self.ids_V = ids_V
@@ -178,7 +179,8 @@ class Runner:
         return True
 
     def _warm_up(self, part: range, lengths, budgets, rounds: bool) -> None:
-        B, feeds = self.batch, {}
+        B = self.batch
+        feeds = {}
         for T in (1, 2, *lengths, *PREFILL_CHUNKS):
             feeds[T] = Feed([[0] * T] * B, [0] * B, [0] * B, part)
         for T in PREFILL_CHUNKS:
@@ -278,7 +280,8 @@ class Runner:
         Under `shared` they are the likeliest of all. Otherwise each j has its share of m, since
         there the look-up must not depend on how a later position was drawn.
         """
-        B, T = self.batch, len(feed.tokens[0])
+        B = self.batch
+        T = len(feed.tokens[0])
         # Proposals of the same length split the budget the same way.
         shares = {n: share_out(foresight.hold, max(n - 1, 0), m) for n in set(feed.count)}
         columns = dict(
@@ -436,7 +439,8 @@ class Runner:
     def run(self, name: str, numbers: list, layout: tuple, part: range, static: dict, *tensors):
         """_step of packed numbers: all ranks run it alike."""
         work = getattr(self, name)
-        packed, besides = self.policy.send(numbers), self._besides(part)
+        packed = self.policy.send(numbers)
+        besides = self._besides(part)
         if not self.policy.static:
             return work(_views(packed, layout, besides), *tensors, **static)
         with self.policy.alone():
@@ -523,7 +527,8 @@ def likeliest(scores_BTV, x, m: int) -> torch.Tensor:
     V, dtype = scores_BTV.shape[-1], scores_BTV.dtype
     hold_B = None if x.coupling == "shared" else x.hold.to(dtype)
     drafted_BT = x.index_of[x.tokens.roll(-1, 1)]
-    length_B, spread_B = (x.count - 1).clamp(min=0), x.spread.to(dtype)
+    length_B = (x.count - 1).clamp(min=0)
+    spread_B = x.spread.to(dtype)
     joint_BTV = outcomes(scores_BTV, drafted_BT, length_B, spread_B, hold_B)
     if hold_B is not None:
         joint_BTV = within(joint_BTV, x.share, m)
