@@ -174,15 +174,13 @@ class Model:
             self.runners[key] = made
         return made
 
-    def set_up(
-        self, role, rows, batch, settings, trunk: int, k: int, branches: int, vocab: int, before
-    ) -> Runner:
-        """A runner that knows how the first `batch` of these rows sample, with the KV of the tokens
-        that the runner `before` has read.
+    def set_up(self, rows: list[Row], settings: Settings, before, shape: tuple) -> Runner:
+        """A runner that knows how the first of these rows sample, with the KV of the tokens that
+        the runner `before` has read. shape: the arguments of runner().
         """
+        _, batch, *_ = shape
         values = zip(*((*row.sampling, row.number) for row in rows))  # rows that wait count, too
         params = Params.make(*values, "cpu").narrow(range(batch))
-        shape = role, batch, trunk, k, branches, vocab
         how, read = (settings.coupling, settings.saguaro_c), before and rows[0].target_read
         return self.ready(before, shape, params, how, read)
 
@@ -275,8 +273,8 @@ def fit_memory(
     free = {device: found for device, found in free.items() if found is not None}
     for _, model, _ in models:  # static runners are used again, or make room for others
         if model.device in free:
-            caches = (runner.cache for runner in model.runners.values())
-            free[model.device] += sum(c.k_LBGSD.nbytes + c.v_LBGSD.nbytes for c in caches)
+            for runner in model.runners.values():
+                free[model.device] += runner.cache.k_LBGSD.nbytes + runner.cache.v_LBGSD.nbytes
     free = {device: FREE_SHARE * found for device, found in free.items()}
     while left := [row for row in rows if row.finish is None]:
         longest = max(left, key=lambda row: row.limit)
@@ -371,7 +369,6 @@ class Engine:
         config = self.target.config
         rows = make_rows(prompts, settings, self.tokenizer, self.eos, config, numbers)
         mode = settings.mode
-        V = config.vocab_size
         drafts = [self.draft] if self.draft is not None and mode != "ar" else []
         if mode != "ar" and not drafts and (mode == "ssd" or not self.ngram):
             raise ValueError(
@@ -397,8 +394,8 @@ class Engine:
         runners = {"draft": None}
         # On the lanes themselves: a GPU's streams would not wait for what another stream allocates.
         for lane, (role, model, m) in zip(lanes, models):
-            job = model.set_up, role, left, batch, settings, trunk, k, m, V, old.get(role)
-            runners[role] = lane.start(*job).result()
+            shape = role, batch, trunk, k, m, config.vocab_size
+            runners[role] = lane.start(model.set_up, left, settings, old.get(role), shape).result()
         parts = [range(batch)] + [range(b, b + 1) for b in range(batch) if len(left) > batch > 1]
         if halves != "off":
             from halves import Halves, Quicker
@@ -422,8 +419,8 @@ class Engine:
             return SamePlan(Plan(0, 0)), (0,), (0,)
         m = 0
         fallback = "jit" if drafts else "fast"
-        configs = [model.config for model in (self.target, *drafts)]
-        common = min(config.head_tokens or config.vocab_size for config in configs)
+        models = (self.target, *drafts)
+        common = min(model.config.head_tokens or model.config.vocab_size for model in models)
         if settings.mode == "ssd":
             m, fallback = settings.fan_out, settings.fallback
             if m != AUTO and m >= common:
@@ -435,7 +432,7 @@ class Engine:
             return SamePlan(plan), (plan.k,), (plan.m,)
         import auto
 
-        ks, ms = auto.SIZES[any(m.policy.static for m in (self.target, *drafts))]
+        ks, ms = auto.SIZES[any(model.policy.static for model in models)]
         ks = (0, *ks) if plan.k == AUTO else (plan.k,)
         ms = (0, *(m for m in ms if m < common)) if plan.m == AUTO else (plan.m,)
         kind = (
@@ -455,7 +452,7 @@ class Engine:
         runners, ids, draft_read = self.previous
         if len(runners) != models:
             return {}
-        same = min(len(ids) - 1, len(row.ids) - 1)  # the last token has no KV
+        same = min(len(ids), len(row.ids)) - 1  # the last token has no KV
         row.target_read = next((i for i in range(same) if ids[i] != row.ids[i]), same)
         row.draft_read = min(draft_read, row.target_read)
         return runners
@@ -468,8 +465,9 @@ class Engine:
             self.draft.runners.clear()  # what hangs may still write to their buffers
         # A prompt that was not read whole leaves no KV worth keeping.
         elif len(rows) == 1 and figures.rounds and decoding.is_last():
-            runners = {"target": decoding.target, "draft": decoding.draft}
-            runners = {role: runner for role, runner in runners.items() if runner is not None}
+            runners = {"target": decoding.target}
+            if decoding.draft is not None:
+                runners["draft"] = decoding.draft
             self.previous = runners, list(rows[0].ids), rows[0].draft_read
         peak = peak_memory_gb(decoding.target_lane.device)  # without what is measured next
         lost = self.target.transformer.group.lost  # then the lane may wait for ever

@@ -12,6 +12,7 @@ import bisect
 import json
 import time
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from statistics import mean, median
 from typing import NamedTuple
@@ -94,7 +95,7 @@ class Round:
         if chains.work is not None:
             self.look_up = (self.end, time.perf_counter())
             moments = [chains.work.begin, *chains.moments]
-            lasts = [after - before for before, after in zip(moments, moments[1:])]
+            lasts = [after - before for before, after in pairwise(moments)]
             self.prepare_s = lasts[0] if lasts else None
             self.step_s = median(lasts[1:]) if lasts[1:] else None
 
@@ -147,7 +148,7 @@ class Figures:
         self.rounds.append(done)
         return done
 
-    def report(self, spans: list[tuple[str, float, float]], speculates: bool) -> dict:
+    def report(self, spans: list[tuple[str, float, float]]) -> dict:
         """The figures of a run, by the names that --json prints.
 
         spans: what ran on the draft's lane, (name, begin, end). The first round belongs to the
@@ -163,6 +164,7 @@ class Figures:
         tested = accepted + sum(r.rejected(b) for r, b in played)
         asked = [r for r in rounds if r.look_up]
         hits = sum(len(r.hit) for r in asked)
+        shares = [s for row in self.rows if (s := distinct_4grams(row.new_ids)) is not None]
         out = {
             "prompt_tokens": [row.prompt for row in self.rows],
             "new_tokens": new,
@@ -174,10 +176,9 @@ class Figures:
             "acceptance_rate": ratio(accepted, tested),
             "accepted_fraction": ratio(accepted, sum(r.length[b] for r, b in played)),
             "hit_rate": ratio(hits, hits + sum(len(r.missed) for r in asked)),
+            "distinct_4grams": mean(shares) if shares else None,
         }
-        shares = [s for row in self.rows if (s := distinct_4grams(row.new_ids)) is not None]
-        out["distinct_4grams"] = mean(shares) if shares else None
-        return out | self.times(spans, speculates, out["acceptance_rate"])
+        return out | self.times(spans, out["acceptance_rate"])
 
     def busy(self, spans) -> list[float]:
         """Seconds that the draft worked in each round."""
@@ -188,16 +189,16 @@ class Figures:
                 total[bisect.bisect_right(starts, begin) - 1] += end - begin
         return total
 
-    def times(self, spans, speculates: bool, acceptance: float | None) -> dict:
+    def times(self, spans, acceptance: float | None) -> dict:
         """Medians of a round in milliseconds, the share of drafting that is hidden, the ceiling."""
         rounds, busy = self.rounds[1:], self.busy(spans)[1:]
         ms = lambda seconds: median(seconds) * 1e3 if seconds else None  # noqa: E731
-        exposed = [after.begin - r.end for r, after in zip(rounds, rounds[1:])]
+        exposed = [after.begin - r.end for r, after in pairwise(rounds)]
         out = {
-            "round_ms": ms([after.begin - r.begin for r, after in zip(rounds, rounds[1:])]),
+            "round_ms": ms([after.begin - r.begin for r, after in pairwise(rounds)]),
             "verify_ms": ms([r.end - r.begin for r in rounds]),
-            "draft_ms": ms(busy) if speculates else None,
-            "exposed_ms": ms(exposed) if speculates else None,
+            "draft_ms": ms(busy),
+            "exposed_ms": ms(exposed),
             "hidden": None,
             "speedup_ceiling": None,
         }
@@ -250,16 +251,20 @@ def run_stats(decoding, settings, models: dict, floor_s: float | None) -> dict:
         "finish_reason": [row.finish for row in rows],
     }
     stats |= {name: None for name in unused if name in stats}
-    speculates = settings.mode != "ar"
-    stats |= figures.report(lane.spans if speculates else [], speculates)
+    stats |= figures.report(lane.spans)
+    if settings.mode == "ar":  # between verifications nobody waits for a draft
+        stats |= {"draft_ms": None, "exposed_ms": None}
     stats["bandwidth_fraction"] = ratio(floor_s * 1e3, stats["verify_ms"]) if floor_s else None
     return stats
 
 
 def shown(stats: dict) -> dict[str, str]:
     """Label -> text of the figures that there are."""
-    known = [(label, form, stats.get(name)) for name, label, form in SHOWN]
-    return {label: form.format(value) for label, form, value in known if value is not None}
+    return {
+        label: form.format(stats[name])
+        for name, label, form in SHOWN
+        if stats.get(name) is not None
+    }
 
 
 def figures_line(stats: dict) -> str:
@@ -297,9 +302,9 @@ def compare(runs: dict[str, dict]) -> dict:
 def table(compared: dict) -> str:
     """The figures with a column for each mode, and where each mode ran."""
     columns = [shown(compared[mode]) for mode in MODES]
-    lines = [["", *map(str.upper, MODES)]]
-    lines += [[label, *(column.get(label, "-") for column in columns)] for _, label, _ in SHOWN]
-    out = ["".join([f"{label:20}", *(f"{cell:>10}" for cell in cells)]) for label, *cells in lines]
+    out = [f"{'':20}" + "".join(f"{mode.upper():>10}" for mode in MODES)]
+    for _, label, _ in SHOWN:
+        out.append(f"{label:20}" + "".join(f"{column.get(label, '-'):>10}" for column in columns))
     for mode in MODES:
         device, draft = compared[mode]["device"], compared[mode]["draft_device"]
         out.append(f"{mode.upper()} on {device}" + (f", draft on {draft}" if draft else ""))
@@ -352,8 +357,12 @@ def write_trace(path: str, decoding) -> None:
         events += [_span(thread, *span, {}) for span in lane.spans]
     for number, r in enumerate(decoding.figures.rounds):
         if r.look_up:
-            args = {"round": number, "rows": len(r.live), "missed": r.missed}
-            args["chain_steps"] = r.chain_steps
+            args = {
+                "round": number,
+                "rows": len(r.live),
+                "missed": r.missed,
+                "chain_steps": r.chain_steps,
+            }
             events.append(_span(0, "look-up: " + ("miss" if r.missed else "hit"), *r.look_up, args))
     Path(path).write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))
 

@@ -16,6 +16,7 @@ import os
 import sys
 import time
 import warnings
+from contextlib import suppress
 from dataclasses import fields
 from functools import cache, partial
 from pathlib import Path
@@ -156,12 +157,16 @@ def read_prompts(args) -> list[str]:
     return prompts
 
 
+def tell(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
 class Answers:
     """The file of --out: a JSON line for each row that has ended, on disk at once. What it holds
     already is not decoded again.
     """
 
-    def __init__(self, args, prompts: list[str] | None):
+    def __init__(self, args, prompts: list[str]):
         if not prompts or args.compare:
             raise ValueError(
                 "--out was given with --compare or without a prompt, wanted texts to complete: "
@@ -183,21 +188,17 @@ class Answers:
         self.file.truncate(self.file.tell() - len(end))
         self.left = [n for n in range(len(prompts)) if n not in self.known]
         if self.known:
-            told = f"{self.path} holds {len(self.known)} of {len(prompts)} texts"
-            print(told, file=sys.stderr)
+            tell(f"{self.path} holds {len(self.known)} of {len(prompts)} texts")
 
     def checked(self, at: int, line: bytes) -> int:
         """The number of the prompt that a line answers, from 0."""
-        try:
+        with suppress(ValueError, KeyError, TypeError, IndexError):
             told = json.loads(line)
             number, known = told["number"] - 1, (told["prompt"], told["settings"])
             self.made_with.add((told["dtype"], told["quantize"]))
-            same = known == (self.prompts[number], self.settings) and number >= 0
-        except (ValueError, KeyError, TypeError, IndexError):
-            same = False
-        if not same:
-            raise self.foreign(at)
-        return number
+            if known == (self.prompts[number], self.settings) and number >= 0:
+                return number
+        raise self.foreign(at)
 
     def foreign(self, at: int) -> ValueError:
         return ValueError(
@@ -221,10 +222,16 @@ class Answers:
         for number, row in zip(self.left, rows):
             if row.finish and not row.refused and number not in self.known:
                 self.known.add(number)
-                line = {"number": number + 1, "prompt": self.prompts[number], "text": row.text}
-                line |= {"finish_reason": row.finish, "token_ids": row.new_ids}
-                line = json.dumps(line | self.numbers | {"settings": self.settings})
-                self.file.write(line.encode() + b"\n")
+                line = {
+                    "number": number + 1,
+                    "prompt": self.prompts[number],
+                    "text": row.text,
+                    "finish_reason": row.finish,
+                    "token_ids": row.new_ids,
+                    **self.numbers,
+                    "settings": self.settings,
+                }
+                self.file.write(json.dumps(line).encode() + b"\n")
                 self.file.flush()
 
 
@@ -265,7 +272,7 @@ def tell_refused(numbers, rows: list) -> bool:
     refused = [str(n + 1) for n, row in zip(numbers, rows) if row.refused]
     if refused:
         were = f"{len(refused)} of {len(rows)} prompts {'were' if refused[1:] else 'was'}"
-        print(f"{were} refused: {', '.join(refused)}", file=sys.stderr)
+        tell(f"{were} refused: {', '.join(refused)}")
     return bool(refused)
 
 
@@ -315,26 +322,32 @@ def note_idle_flags(args, mode: str, rows: int) -> None:
     idle += ("draft_device", "draft_quantize") if args.draft == "ngram" else ()
     idle += ("batch", "batch_halves") if rows < 2 else ()
     usual = vars(parser().parse_args([]))
-    given = [name for name in dict.fromkeys(idle) if vars(args)[name] != usual[name]]
-    given = ["--" + name.replace("_", "-") for name in given]
+    given = [
+        "--" + name.replace("_", "-")
+        for name in dict.fromkeys(idle)
+        if vars(args)[name] != usual[name]
+    ]
     if given:
         where = f"in mode {mode} at temperature {args.temperature:g}"
-        print(f"note: {where}, {', '.join(given)} changes nothing", file=sys.stderr)
+        tell(f"note: {where}, {', '.join(given)} changes nothing")
 
 
 def settings_of(args, mode: str) -> dict:
     return {"mode": mode} | {f.name: getattr(args, f.name) for f in fields(Settings)[1:]}
 
 
-def chat_ids(engine, args, messages: list[dict]) -> list[int]:
-    """The ids of a conversation up to the answer, by the model's own chat template."""
+def chat_ids(engine, args, said: str, earlier: list[dict] = ()) -> list[int]:
+    """The ids of a conversation up to the answer to what was said last, by the model's own chat
+    template.
+    """
     if engine.tokenizer is None:
         raise ValueError("the checkpoint has no tokenizer files, which a chat needs: use another")
     first = [{"role": "system", "content": args.system}] if args.system else []
-    return engine.tokenizer.encode_chat(first + messages, thinking=args.thinking)
+    messages = [*first, *earlier, {"role": "user", "content": said}]
+    return engine.tokenizer.encode_chat(messages, thinking=args.thinking)
 
 
-def complete(engine, prompts: list, settings: dict, quiet: bool, keep=False, opening="", out=None):
+def complete(engine, prompts: list, settings: dict, quiet=False, keep=False, opening="", out=None):
     """The result of one generation, the run, and what ended it early: an error, Ctrl-C, or None.
 
     A single text streams to stdout as it comes, after `opening`. Whatever ends the generation, the
@@ -408,7 +421,7 @@ def save(args, stats: dict, decoding) -> None:
 def chat(engine, args, settings: dict) -> int:
     """Turns from stdin until it ends; each keeps the KV of the turns before it."""
     # No template: say so before anybody types.
-    chat_ids(engine, args, [{"role": "user", "content": "?"}])
+    chat_ids(engine, args, "?")
     messages = []
     prompt = "> " if sys.stdin.isatty() else ""
     while True:
@@ -425,9 +438,9 @@ def chat(engine, args, settings: dict) -> int:
             ) from error
         if not said.strip():
             continue
-        ids = chat_ids(engine, args, [*messages, {"role": "user", "content": said}])
-        result, _, ended = complete(engine, [ids], settings, quiet=False, keep=True)
-        print(figures_line(result.stats), file=sys.stderr)
+        ids = chat_ids(engine, args, said, messages)
+        result, _, ended = complete(engine, [ids], settings, keep=True)
+        tell(figures_line(result.stats))
         messages += [
             {"role": "user", "content": said},
             {"role": "assistant", "content": result.text[0]},
@@ -453,7 +466,7 @@ def load_pair(args, mode: str):
     target = default_target() if args.target is None else args.target
     bits = args.quantize, args.draft_quantize
     engine = load(target, draft, args.device, args.draft_device, args.dtype, args.compile, *bits)
-    print(f"loaded in {time.perf_counter() - began:.1f} s", file=sys.stderr)
+    tell(f"loaded in {time.perf_counter() - began:.1f} s")
     return engine
 
 
@@ -479,7 +492,7 @@ def run(args) -> int:
         raise ValueError(
             "--chat was given with --compare, --json or --trace, which are of one text: choose"
         )
-    prompts = None if args.chat else read_prompts(args)
+    prompts = read_prompts(args)
     if prompts and (args.system is not None or args.thinking is not None):
         raise ValueError(
             "--system or --thinking was given with a prompt to complete, wanted a chat: add --chat"
@@ -489,29 +502,28 @@ def run(args) -> int:
     if out is not None:
         prompts = [prompts[n] for n in out.left]
         if not prompts:
-            print("nothing is left to do, so there are no figures", file=sys.stderr)
+            tell("nothing is left to do, so there are no figures")
             if ranks > 1:
                 load_pair(args, mode)  # the others wait for rank 0
             return 0
-    Settings(**settings_of(args, mode))  # before the models: a wrong flag should not wait for them
+    settings = settings_of(args, mode)
+    Settings(**settings)  # before the models: a wrong flag should not wait for them
     engine = load_pair(args, mode)
     if out is not None:
         out.use(engine.target.numbers())
-    note_idle_flags(args, mode, len(prompts or ()))
+    note_idle_flags(args, mode, len(prompts))
     if args.chat:
-        return chat(engine, args, settings_of(args, mode))
+        return chat(engine, args, settings)
     quiet = args.json == "-"
     opening = "" if prompts else f"> {QUESTION}\n"
     if not prompts:  # nothing to complete: the built-in question, asked as a user would
-        prompts = [chat_ids(engine, args, [{"role": "user", "content": QUESTION}])]
+        prompts = [chat_ids(engine, args, QUESTION)]
     if args.compare:
         return compare_modes(engine, prompts, args)
     if len(prompts) > 1:
-        engine.tell = lambda text: print(text, file=sys.stderr)
-    result, decoding, ended = complete(
-        engine, prompts, settings_of(args, mode), quiet, opening=opening, out=out
-    )
-    print(figures_line(result.stats), file=sys.stderr)
+        engine.tell = tell
+    result, decoding, ended = complete(engine, prompts, settings, quiet, opening=opening, out=out)
+    tell(figures_line(result.stats))
     save(args, result.stats, decoding)
     refused = tell_refused(out.left if out else range(len(prompts)), decoding.all_rows)
     if ended is not None:
@@ -537,10 +549,10 @@ def main() -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         return NOBODY_READS
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        tell(f"error: {error}")
         return MISTAKE
     except RuntimeError as error:  # a device that failed or is full, say
-        print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
+        tell(f"error: {str(error).splitlines()[0]}")
         return FAILED
     except KeyboardInterrupt:
         return INTERRUPTED

@@ -5,7 +5,6 @@ Knows: names, types and ranges of settings; token ids, text, stop strings, limit
 row's own text; places. Does not know: models, proposals. Read next: steps.py.
 """
 
-import math
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
@@ -48,7 +47,7 @@ class Range(NamedTuple):
         """ValueError for a value that is not allowed."""
         low, high, allowed = self.low, self.high, (int, float) if self.kind is float else int
         for x in value if self.each and isinstance(value, (list, tuple)) else [value]:
-            number = isinstance(x, allowed) and not isinstance(x, bool) and math.isfinite(x)
+            number = isinstance(x, allowed) and not isinstance(x, bool)
             if not number or not low <= x <= high or (self.above and x <= low):
                 bounds = (
                     f"above {low} and at most {high}" if self.above else f"from {low} to {high}"
@@ -161,7 +160,7 @@ class Settings:
         """A per-row setting as a list of `rows` values; with None, of as many as were given."""
         value = getattr(self, name)
         if not isinstance(value, (list, tuple)):
-            return [value] * (1 if rows is None else rows)
+            return [value] * (rows or 1)
         if rows is not None and len(value) != rows:
             raise ValueError(
                 f"{name} has {len(value)} values for {rows} prompts: give one, or one a prompt"
@@ -235,7 +234,7 @@ class Row:
             self.text += self.detokenizer.push(token)
         if self.finish:
             self.text += self.detokenizer.flush()
-        if self.stop and len(self.text) > before:
+        if self.stop:
             longest = max(map(len, self.stop))
             found = [
                 at for s in self.stop if (at := self.text.find(s, max(0, before - longest))) >= 0
@@ -251,7 +250,6 @@ class Row:
         if not self.finish:
             held = (n for s in self.stop for n in range(1, len(s)) if self.text.endswith(s[:n]))
             end -= max(held, default=0)
-        end = max(end, self.told)
         piece, self.told = self.text[self.told : end], end
         return piece
 
@@ -324,9 +322,10 @@ def make_rows(
         )
     seeds_are_own = isinstance(settings.seed, (list, tuple))
     each = [settings.per_row(name, len(prompts)) for name in PER_ROW]
+    if numbers is None:
+        numbers = range(len(prompts))
     rows = []
-    for b, (prompt, *sampling, max_new) in enumerate(zip(prompts, *each)):
-        at = b if numbers is None else numbers[b]
+    for at, prompt, *sampling, max_new in zip(numbers, prompts, *each):
         ids = _encode(prompt, at + 1, tokenizer, config.vocab_size)
         detokenizer = tokenizer.stream() if tokenizer is not None else None
         ends = frozenset() if settings.ignore_eos else eos

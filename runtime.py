@@ -44,10 +44,12 @@ def parse_device(spec: str) -> tuple[torch.device, tuple[int, ...]]:
     (empty: all).
     """
     kind, colon, rest = spec.partition(":")
-    wanted = "wanted cpu, cpu:CORES (such as cpu:0 or cpu:0-1) or cuda:N"
+    malformed = ValueError(
+        f"device is {spec!r}, wanted cpu, cpu:CORES (such as cpu:0 or cpu:0-1) or cuda:N"
+    )
     if kind == "cuda":
         if colon and not rest.isdecimal():
-            raise ValueError(f"device is {spec!r}, {wanted}")
+            raise malformed
         index = int(rest or 0)
         found = torch.cuda.device_count()
         if index >= found:
@@ -56,7 +58,7 @@ def parse_device(spec: str) -> tuple[torch.device, tuple[int, ...]]:
             )
         return torch.device("cuda", index), ()
     if kind != "cpu":
-        raise ValueError(f"device is {spec!r}, {wanted}")
+        raise malformed
     cores = set()
     for part in rest.split(",") if colon else ():
         low, dash, high = part.partition("-")
@@ -66,7 +68,7 @@ def parse_device(spec: str) -> tuple[torch.device, tuple[int, ...]]:
             or len(part) > 9
             or int(high or low) < int(low)
         ):
-            raise ValueError(f"device is {spec!r}, {wanted}")
+            raise malformed
         cores.update(range(int(low), min(int(high or low), int(low) + 4096) + 1))
     missing = cores - set(available_cores())
     if missing:
@@ -150,9 +152,7 @@ class Lane:
             error = future.exception(limit_s)  # what a signal raises here is not the draft's
         except NotInTime:
             self._late(limit_s)
-        if error is not None:
-            raise DraftLost(str(error) or type(error).__name__) from error
-        self.check()
+        self.check(error)
         return future.result()
 
     def wait_for(self, event: threading.Event) -> None:
@@ -162,10 +162,11 @@ class Lane:
             self._late(limit_s)
         self.check()
 
-    def check(self) -> None:
-        """Raise DraftLost if any work since the last leave() has failed."""
-        if self.error is not None:
-            raise DraftLost(str(self.error) or type(self.error).__name__) from self.error
+    def check(self, error: BaseException | None = None) -> None:
+        """Raise DraftLost for this error, or if any work since the last leave() has failed."""
+        error = error or self.error
+        if error is not None:
+            raise DraftLost(str(error) or type(error).__name__) from error
 
     def patience(self) -> float:
         """How long to wait for an answer, in seconds: work that is queued before it counts."""
@@ -212,12 +213,11 @@ class Lane:
             self.stream.wait_stream(before)
         self.error: BaseException | None = None
         self.slowest_s = self.last_s = 0.0  # of whole works; of the last span
-        self._queue: queue.SimpleQueue = queue.SimpleQueue()
+        self._queue = queue.SimpleQueue()
         self._last = Work()
         self._last.set_result(None)
-        served = (self._queue, self.stream)
         self._thread = threading.Thread(
-            target=self._serve, args=served, name=self.name, daemon=True
+            target=self._serve, args=(self._queue, self.stream), name=self.name, daemon=True
         )
         self._thread.start()
 
@@ -239,10 +239,10 @@ class Lane:
             torch.set_num_threads(self.threads)
         with torch.inference_mode(), torch.cuda.stream(stream) if stream else nullcontext():
             while (job := work_queue.get()) is not None:
-                self._run(*job, abandoned=lambda: work_queue is not self._queue)
+                self._run(work_queue, *job)
                 del job  # the tensors of finished work are not kept until the next
 
-    def _run(self, future: Work, work: Callable, args: tuple, abandoned: Callable) -> None:
+    def _run(self, work_queue, future: Work, work: Callable, args: tuple) -> None:
         name = work.__name__.strip("_")
         future.begin = time.perf_counter()
         if len(known := self.recent[name]) > 2:
@@ -253,7 +253,7 @@ class Lane:
         except BaseException as raised:  # handed to whoever asks for the result
             error = raised
         future.end = time.perf_counter()
-        if not abandoned():
+        if work_queue is self._queue:  # else this thread was left behind
             self._note(name, future.begin, future.end)
             self.slowest_s = max(self.slowest_s, future.end - future.begin)
             self.error = self.error or error
@@ -279,7 +279,7 @@ class Devices:
             device = "cuda:0"
             draft = draft or ("cuda:1" if torch.cuda.device_count() > 1 else "cuda:0")
         if device is not None:
-            return device, draft or device
+            return device, draft
         cores = available_cores()
         if mode != "ssd" or len(cores) < 2:
             return "cpu", draft or "cpu"  # they take turns: all cores for both
@@ -288,10 +288,10 @@ class Devices:
     def lanes(self, mode: str) -> tuple[Lane, Lane]:
         """The two lanes; one lane for both where they take turns on one device."""
         target_spec, draft_spec = self.choose(mode)
-        target = self._lane(target_spec, "target")
-        return target, target if mode != "ssd" and draft_spec == target_spec else self._lane(
-            draft_spec, "draft"
-        )
+        target = draft = self._lane(target_spec, "target")
+        if mode == "ssd" or draft_spec != target_spec:
+            draft = self._lane(draft_spec, "draft")
+        return target, draft
 
     def bandwidth(self, lane: Lane) -> float | None:
         """Bytes per second that a plain read reaches on the lane, measured once. None where there
@@ -411,14 +411,6 @@ _CAPTURE = threading.Lock()  # one capture at a time in a process
 _KEPT: list = []
 
 
-def with_own_code(work: Callable) -> Callable:
-    """The same function with a copy of its code."""
-    code, rest = work.__code__.replace(), (work.__name__, work.__defaults__, work.__closure__)
-    own = FunctionType(code, work.__globals__, *rest)
-    own.__kwdefaults__ = work.__kwdefaults__
-    return own
-
-
 class Policy:
     """How a model's steps run: eager, or static, which is compiled and on CUDA captured.
 
@@ -470,8 +462,10 @@ class Policy:
         once end the program (pytorch#118260). So each model has code of its own, and `turn` for
         it: a lane that was left behind may still be in a step when the next thread begins one.
         """
-        own = with_own_code(work)
-        _KEPT.append(own.__code__)
+        code, rest = work.__code__.replace(), (work.__name__, work.__defaults__, work.__closure__)
+        own = FunctionType(code, work.__globals__, *rest)
+        own.__kwdefaults__ = work.__kwdefaults__
+        _KEPT.append(code)
         return torch.compile(own, **self.how)
 
     def compile(self, model) -> None:
