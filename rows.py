@@ -45,6 +45,8 @@ class Range(NamedTuple):
 
     def check(self, name: str, value) -> None:
         """ValueError for a value that is not allowed."""
+        if self.auto and value == AUTO:  # whoever spelt it: the command line, JSON, a caller
+            return
         low, high, allowed = self.low, self.high, (int, float) if self.kind is float else int
         for x in value if self.each and isinstance(value, (list, tuple)) else [value]:
             number = isinstance(x, allowed) and not isinstance(x, bool)

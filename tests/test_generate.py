@@ -547,6 +547,13 @@ def test_every_mode_and_setting_gives_the_same_text(temperature, figures):
     assert other["acceptance_rate"] > 0.2 and other["hit_rate"] > 0.2
 
 
+def test_auto_may_be_asked_for_by_name(figures):
+    """A word of a command line is another object than the default."""
+    auto = "".join(["au", "to"])
+    words = ["--ssd", "--k", auto, "--fan-out", auto, "--fallback", auto, "--max-new-tokens", 9]
+    assert figures(*words)["new_tokens"] == [9]
+
+
 def test_a_draft_without_a_model(figures):
     plain = figures("--max-new-tokens", 40)
     stats = figures("--max-new-tokens", 40, "--sd", "--draft", "ngram")
