@@ -169,7 +169,7 @@ class Auto:
         # A run that knows nothing first plays a small and a middle plan, SURE times each. What
         # large ones take follows; to play one would cost most where the draft is slow.
         most = [p for p in self.modes[max(self.modes)] if p.cut == plan.cut]
-        k, m = (sorted(set(sizes)) for sizes in zip(*((p.k, p.m) for p in most)))
+        k, m = sorted({p.k for p in most}), sorted({p.m for p in most})
         tried = (k[(len(k) - 1) // 2], m[len(m) // 2]), (k[len(k) // 4], m[0])
         most = {(p.k, p.m): p for p in most}
         self.trying = [] if seen.rounds else SURE * [most[size] for size in tried]

@@ -53,7 +53,7 @@ class KVCache:
         self, config, batch: int, trunk: int, branches: int = 0, steps: int = 0, *, device, dtype
     ):
         self.trunk = in_whole_blocks(trunk)
-        self.branches, self.steps = branches, steps
+        self.steps = steps
         self.dead = self.trunk + branches * steps
         self.heads_per_kv = config.num_heads // config.num_kv_heads
         shape = (config.num_layers, batch, config.num_kv_heads, self.dead + 1, config.head_dim)
@@ -76,10 +76,6 @@ class KVCache:
         view.layers = list(zip(view.k_LBGSD.unbind(), view.v_LBGSD.unbind()))
         return view
 
-    def __getitem__(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values (B, G, S, D) of one layer, to read and to write."""
-        return self.layers[layer]
-
     def place(self, start_B, count_B, T: int, extent: int, tight: bool = False) -> Placement:
         """Where T tokens a row sit on the trunk, from position start_B on.
 
@@ -95,8 +91,7 @@ class KVCache:
         mask = None
         if not limit_BT.is_cuda:  # a GPU's kernel reads the limits
             if tight:
-                self._zero_rest_of_block(extent)
-                extent = in_whole_blocks(extent)
+                extent = self._zero_rest_of_block(extent)
             mask = self._mask(limit_BT, extent)
         return Placement(positions_BT, slots_BT, limit_BT, extent, tight, None, mask)
 
@@ -117,8 +112,9 @@ class KVCache:
         positions_BM = limit_BM + step_B[:, None]
         return Placement(positions_BM, slots_BM, limit_BM, extent, tight, chain, mask)
 
-    def _zero_rest_of_block(self, extent: int) -> None:
-        """Zero the slots that whole blocks add to the rows' own.
+    def _zero_rest_of_block(self, extent: int) -> int:
+        """The end of the block that `extent` lies in. Zeroes the slots that whole blocks add to the
+        rows' own.
 
         Attention gives them the weight 0, and 0 times NaN is NaN. With several rows it masks them.
         """
@@ -127,6 +123,7 @@ class KVCache:
             for kv_LBGSD in (self.k_LBGSD, self.v_LBGSD):
                 kv_LBGSD[:, :, :, extent:end] = 0
             self.finite = end
+        return end
 
     def _mask(self, limit_BT, extent: int):
         """Placement.mask."""
@@ -161,10 +158,10 @@ class SpeculationCache:
     def fork(
         self, tokens_BM: list[list[int]], depths_BM: list[list[int]], chance_B: list[float]
     ) -> None:
-        for row, branches in enumerate(zip(depths_BM, tokens_BM)):
-            if branches[1] is not None:  # the row took part in this round
-                for branch, (depth, token) in enumerate(zip(*branches)):
-                    self.branch_of[row, depth, token] = branch
+        for row, (depths, tokens) in enumerate(zip(depths_BM, tokens_BM)):
+            if tokens is not None:  # the row took part in this round
+                for branch, outcome in enumerate(zip(depths, tokens)):
+                    self.branch_of[(row, *outcome)] = branch
         self.chance = chance_B
         self.moments.append(time.perf_counter())
         self.forked.set()

@@ -73,10 +73,13 @@ class Halves(Decoding):
         """
         live = super().seated(places)
         counts = [len(self.live(part)) for part in self.parts]
-        split = len(self.parts) > 1
-        uneven = max(counts) - min(counts) > 1
-        anew = self.halves() if self.plan.halves and (uneven or not split) else self.parts
-        if (split and not self.plan.halves) or (anew != self.parts and sum(counts) > 1):
+        split = len(counts) > 1
+        if self.plan.halves:
+            uneven = max(counts) - min(counts) > 1
+            anew = (uneven or not split) and sum(counts) > 1 and self.halves() != self.parts
+        else:
+            anew = split
+        if anew:
             self.parts = [range(0)]
         return live if places in self.parts else []
 

@@ -104,9 +104,8 @@ class Transformer(nn.Module):
 
         Captured CUDA graphs read the tables that were here: whoever holds graphs holds `rope` too.
         """
-        weight = self.norm.weight
-        made = 0 if self.rope is None else len(self.rope[0])
-        if made < positions or self.rope[0].dtype != weight.dtype:
+        weight, made = self.norm.weight, self.rope
+        if made is None or len(made[0]) < positions or made[0].dtype != weight.dtype:
             tables = rope_tables(self.config, positions)
             # Rounded to float32 first, like the reference implementations; float64 keeps all of it.
             if weight.dtype != torch.float64:

@@ -125,11 +125,13 @@ class Group:
         own = {"V": tokens, "F": self.own(F, GROUP if whole else 1)}
         for letter, size in (("Q", R * D), ("K", D)):
             own[letter] = range(heads.start * size, heads.stop * size)
-        parts = {piece.theirs: tensors[piece.theirs] for piece in pieces(config)}
+        parts = {}
         for piece in pieces(config):
+            part = tensors[piece.theirs]
             for axis, letter in enumerate(piece.axes):
                 if letter in own:  # at most one axis is split
-                    parts[piece.theirs] = narrow(parts[piece.theirs], axis, own[letter])
+                    part = narrow(part, axis, own[letter])
+            parts[piece.theirs] = part
         numbers = {"num_kv_heads": len(heads), "num_heads": R * len(heads)}
         numbers |= {"intermediate_size": len(own["F"]), "own_tokens": len(tokens)}
         return replace(config, **numbers), parts

@@ -74,18 +74,18 @@ class Watch(threading.Thread):
             for rank in now:
                 self.missed[rank] = self.missed[rank] + 1 if now[rank] == last.get(rank) else 0
             last = now
-            lost = self.silent(LOST_S / BEAT_S)
-            self.reason = self.reason or fault or lost
+            self.reason = self.reason or fault or self.silent(LOST_S / BEAT_S)
         for rank in self.missed:  # one that is stopped would outlive torchrun's patience
             with suppress(ProcessLookupError, RuntimeError):  # the store may be gone as well
                 host, process = self.store.get(f"process {rank}").decode().split()
                 if self.missed[rank] > 2 and host == socket.gethostname():
                     os.kill(int(process), signal.SIGKILL)
-        if self.rank == 0 and not self.told:
-            signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)
-        time.sleep(ENDS_S if self.rank == 0 else 0)
-        if self.rank == 0 and not self.told:  # the caller is where no signal reaches it
-            print(f"error: {self.reason}", file=sys.stderr, flush=True)
+        if self.rank == 0:
+            if not self.told:
+                signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)
+            time.sleep(ENDS_S)
+            if not self.told:  # the caller is where no signal reaches it
+                print(f"error: {self.reason}", file=sys.stderr, flush=True)
         os._exit(1)
 
     def stop(self) -> None:
@@ -183,7 +183,7 @@ def own_rank() -> tuple[int, int]:
 
     ValueError for an environment that says it in part.
     """
-    ranks, rank = (int(os.environ.get(name, n)) for name, n in (("WORLD_SIZE", 1), ("RANK", 0)))
+    ranks, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     missing = [name for name in TORCHRUN if name not in os.environ]
     if missing and (ranks, rank) != (1, 0):
         raise ValueError(
@@ -206,8 +206,7 @@ def join(
         return ALONE, device, draft_device
     device, draft_device = own_devices(device, draft_device)
     address = os.environ["MASTER_ADDR"]
-    kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE")
-    keeps = rank == 0 and kept != "True"
+    keeps = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     cuda = device.startswith("cuda")
     first, second = (
         dist.TCPStore(address, int(os.environ["MASTER_PORT"]), None, master, FOREVER, False)
@@ -242,7 +241,7 @@ def own_devices(device: str | None, draft_device: str | None) -> tuple[str, str]
     """Where this rank's part of the target runs, and the draft: the GPU of its number on this
     machine, or its share of the cores. The draft gets the first GPU that no rank has.
     """
-    local, ranks = (int(os.environ[f"LOCAL_{name}"]) for name in ("RANK", "WORLD_SIZE"))
+    local, ranks = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device.startswith("cuda:"):
         raise ValueError(

@@ -107,11 +107,12 @@ def row_keys(seed_B: torch.Tensor, row_B: torch.Tensor) -> torch.Tensor:
     """Two independent 32-bit keys for each row, (B, 2) int32. They are made once a run, so that a
     draw hashes only its position and token.
     """
-    key1 = key2 = None
-    for part in (seed_B, seed_B >> 32, row_B):
-        word = (part & 0xFFFFFFFF).to(torch.int32)  # wraps to the signed word with the same bits
-        key1 = _mix(word + 0x2545F491) if key1 is None else _mix(word + key1 * 5)
-        key2 = _mix(word ^ 0x5851F42D) if key2 is None else _mix((word ^ key2) * 3 + 0x14057B7F)
+    parts = seed_B, seed_B >> 32, row_B
+    # This wraps to the signed words with the same bits.
+    first, *others = ((part & 0xFFFFFFFF).to(torch.int32) for part in parts)
+    key1, key2 = _mix(first + 0x2545F491), _mix(first ^ 0x5851F42D)
+    for word in others:
+        key1, key2 = _mix(word + key1 * 5), _mix((word ^ key2) * 3 + 0x14057B7F)
     return torch.stack((key1, key2), -1)
 
 
@@ -170,11 +171,17 @@ def _double_log(u: torch.Tensor) -> torch.Tensor:
     return u.neg_().log1p_().neg_().log_().neg_()
 
 
+def bonus_noise(params: Params, positions_BT, rejected_BT, words_V, dtype) -> torch.Tensor:
+    """The noise (B, T, V) that draws the bonus token: the residual's after a rejection, after a
+    whole proposal the usual one.
+    """
+    token, residual = (
+        gumbel(params, positions_BT, use, words_V, dtype) for use in (TOKEN, RESIDUAL)
+    )
+    return torch.where(rejected_BT[..., None], residual, token)
+
+
 # ---- distributions
-
-
-def widen(logits: torch.Tensor) -> torch.Tensor:
-    return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def warp(logits_BTV: torch.Tensor, params: Params, penalty: float = float("-inf")) -> torch.Tensor:
@@ -186,23 +193,22 @@ def warp(logits_BTV: torch.Tensor, params: Params, penalty: float = float("-inf"
     which a device sorts. A finite penalty moves the tokens that are out down by so much instead:
     the draft ranks them after those that are in.
     """
-    x = widen(logits_BTV)
+    x = logits_BTV if logits_BTV.dtype == torch.float64 else logits_BTV.float()
     if params.greedy:
         return x
-    temperature = params.temperature_B.to(x.dtype)
-    x = x / torch.where(temperature > 0, temperature, 1.0)[:, None, None]
+    temperature_B11 = params.temperature_B.to(x.dtype)[:, None, None]
+    x = x / torch.where(temperature_B11 > 0, temperature_B11, 1.0)
     if not params.filtered:
         return x
-    V = x.shape[-1]
     sorted_BTV = x.sort(-1, descending=True).values
-    kth = (params.top_k_B.clamp(max=V) - 1)[:, None, None].expand(*x.shape[:2], 1)
-    bound = sorted_BTV.gather(-1, kth)
+    kth_B11 = (params.top_k_B.clamp(max=x.shape[-1]) - 1)[:, None, None]
+    bound = sorted_BTV.take_along_dim(kth_B11, -1)
     probs = sorted_BTV.masked_fill(sorted_BTV < bound, float("-inf")).softmax(-1)
     before = probs.cumsum(-1) - probs
     top_p = params.top_p_B.to(x.dtype)[:, None, None]
     kept = ((before < top_p) | (top_p >= 1)).sum(-1, keepdim=True).clamp(min=1)
     bound = torch.maximum(bound, sorted_BTV.gather(-1, kept - 1))
-    return torch.where((x < bound) & (temperature > 0)[:, None, None], x + penalty, x)
+    return torch.where((x < bound) & (temperature_B11 > 0), x + penalty, x)
 
 
 def log_probs(warped_BTV: torch.Tensor, params: Params) -> torch.Tensor:
@@ -308,10 +314,8 @@ def outcomes(
         logp_BTV = torch.where(unknown_BT1, logp_BTV + math.log(0.5), logp_BTV)
     else:
         held_BT1 = hold_B.log()[:, None, None].expand_as(own_BT1)
-        failed_BT1 = torch.log1p(-hold_B)[:, None, None].expand_as(own_BT1)
-        logp_BTV = logp_BTV.log_softmax(-1) + torch.where(
-            tried_BT1, failed_BT1, torch.zeros_like(failed_BT1)
-        )
+        failed_B11 = torch.log1p(-hold_B)[:, None, None]
+        logp_BTV = logp_BTV.log_softmax(-1) + torch.where(tried_BT1, failed_B11, 0.0)
     before_BT1 = torch.cat((torch.zeros_like(held_BT1[:, :1]), held_BT1[:, :-1].cumsum(1)), 1)
     return torch.where(index_T1 <= length_B[:, None, None], logp_BTV + before_BT1, float("-inf"))
 
@@ -373,8 +377,7 @@ def accept_exact(warped_BTV, logq_BKV, tokens_BK, length_B, kind_B, params: Para
     A token that is out of range, or whose q is not a distribution, ends the proposal before it, as
     if it had never been made.
     """
-    B, K = tokens_BK.shape
-    V = warped_BTV.shape[-1]
+    K, V = tokens_BK.shape[1], warped_BTV.shape[-1]
     logp_BTV = log_probs(warped_BTV, params)
     index_K = torch.arange(K, device=length_B.device)
     is_chain_B1 = (kind_B == CHAIN)[:, None]
@@ -395,19 +398,16 @@ def accept_exact(warped_BTV, logq_BKV, tokens_BK, length_B, kind_B, params: Para
     accepted_B = ((u_BK < ratio_BK) & valid_BK).cumprod(1).sum(1)
 
     rejected_B1 = (accepted_B < length_B)[:, None]
-    at_B11 = accepted_B[:, None, None]
-    logp_BV = logp_BTV.gather(1, at_B11.expand(B, 1, V))[:, 0]
+    logp_BV = logp_BTV.take_along_dim(accepted_B[:, None, None], 1)[:, 0]
     p_BV = logp_BV.exp()
     at_B1 = accepted_B.clamp(max=K - 1)[:, None]
-    q_BV = logq_BKV.gather(1, at_B1[..., None].expand(B, 1, V))[:, 0].exp()
+    q_BV = logq_BKV.take_along_dim(at_B1[..., None], 1)[:, 0].exp()
     without_BV = p_BV.scatter(1, safe_BK.gather(1, at_B1), 0.0)  # p, but not the rejected token
     left_BV = torch.where(is_chain_B1, (p_BV - q_BV).clamp_(min=0), without_BV)
     left_BV = torch.where(left_BV.sum(-1, keepdim=True) > 0, left_BV, p_BV)
     scores_BV = torch.where(rejected_B1, left_BV.log(), logp_BV)
     if not params.greedy:
         position_B1 = (first_B + accepted_B)[:, None]
-        token, residual = (
-            gumbel(params, position_B1, use, V, p_BV.dtype)[:, 0] for use in (TOKEN, RESIDUAL)
-        )
-        scores_BV = scores_BV + torch.where(rejected_B1, residual, token)
+        noise_B1V = bonus_noise(params, position_B1, rejected_B1, V, p_BV.dtype)
+        scores_BV = scores_BV + noise_B1V[:, 0]
     return accepted_B, highest(scores_BV)[1]

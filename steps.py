@@ -26,12 +26,12 @@ from cache import KVCache
 from model import Transformer
 from runtime import Policy
 from sampling import (
-    RESIDUAL,
     TOKEN,
     Foresight,
     Params,
     accept_exact,
     accept_shared,
+    bonus_noise,
     gumbel,
     highest,
     log_probs,
@@ -99,7 +99,6 @@ class Runner:
         weight = model.norm.weight
         self.role, self.model, self.k, self.policy = role, model, k, policy
         self.device, self.batch, self.vocab = weight.device, batch, vocab
-        self.branches = branches
         self.cache = KVCache(
             model.config, batch, trunk, branches, k, device=weight.device, dtype=weight.dtype
         )
@@ -110,25 +109,18 @@ class Runner:
         if ids_V is None:  # tokens that the target does not have are never proposed
             ids_V = torch.arange(min(model.head.out_features, vocab), device=weight.device)
         self.own_V = self.ids_V = ids_V
-        self.words_V = ids_V.to(torch.int32)
         # This model's index of each of the target's tokens; len(ids_V) for one it cannot draw.
         self.index_of = torch.full((vocab,), len(ids_V), device=weight.device)
         self.index_of[ids_V] = torch.arange(len(ids_V), device=weight.device)
-        self.noise_dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        self.noise_dtype = torch.promote_types(weight.dtype, torch.float32)
         self.parts = [range(batch)]  # that static steps exist for, the smallest first
-        self.views: dict[range, dict] = {}  # what a part's steps need besides their numbers
-        self.params: Params | None = None
-        self.by_draws, self.gathers, self.apart = True, False, False  # as set_rows decides
-        self.how: tuple | None = None  # all rows sample: coupling, saguaro_c, greedy, filtered
         self.lengths: list[int] = []  # of verifications and extends, where steps are static
+        self.how: tuple | None = None  # all rows sample: coupling, saguaro_c, greedy, filtered
         self.run_number = 0  # of the run that it belongs to now
-        self.step_of: dict = {}
-        self.warm: tuple | None = None  # what the compiled and captured steps were made for
-        self.pool = policy.new_pool()
 
     def set_rows(self, params: Params, coupling: str, saguaro_c: float) -> None:
-        """Set how the rows of this run sample. Static policies keep the tensors, so that
-        graphs read the new values.
+        """Set how the rows of this run sample, before the first pass. Static policies keep the
+        tensors, so that graphs read the new values.
 
         by_draws: a draft token is accepted if it is the target's own draw. Several ranks draw
         apart, each among its own tokens, unless that needs all logits: then rank 0 gathers them. On
@@ -141,7 +133,6 @@ class Runner:
         if several:
             every = self.gathers and self.group.rank == 0
             self.ids_V = torch.arange(self.vocab, device=self.device) if every else self.own_V
-            self.words_V = self.ids_V.to(torch.int32)
         self.run_number += 1
         self.cache.finite = 0
         how = coupling, saguaro_c, *params.flags
@@ -151,6 +142,9 @@ class Runner:
             return
         self.params, self.how = params, how
         self.coupling, self.saguaro_c = coupling, saguaro_c
+        self.words_V = self.ids_V.to(torch.int32)
+        # What a part's steps need besides their numbers; the compiled and captured steps, what they
+        # were made for, and the memory that they share.
         self.views, self.step_of, self.warm, self.pool = {}, {}, None, self.policy.new_pool()
 
     def seat(self, place: int, sampling: tuple, number: int) -> None:
@@ -166,32 +160,33 @@ class Runner:
         """Compile and capture all static steps. Returns whether any was new.
 
         It runs on rows that write to the dead slot only. lengths: how many tokens a verification or
-        extend may be fed; budgets: how many branches there may be; parts: the places that rounds
-        are played with. Of a part of one place only the prefill is needed: a prompt is read there.
+        extend may be fed, the fewest first; budgets: how many branches there may be; parts: the
+        places that rounds are played with.
         """
-        self.lengths, shapes = sorted(lengths), (*lengths, -1, *budgets, *parts)
+        self.lengths, shapes = lengths, (lengths, budgets, parts)
         self.parts = sorted(parts, key=len)
         if not self.policy.static or self.warm == shapes:
             return False
         for part in parts:
-            self._warm_up(part, lengths, budgets, len(part) > 1 or self.batch == 1)
+            self._warm_up(part, lengths, budgets)
         self.warm = shapes
         return True
 
-    def _warm_up(self, part: range, lengths, budgets, rounds: bool) -> None:
+    def _warm_up(self, part: range, lengths, budgets) -> None:
         B = self.batch
-        feeds = {}
-        for T in (1, 2, *lengths, *PREFILL_CHUNKS):
-            feeds[T] = Feed([[0] * T] * B, [0] * B, [0] * B, part)
+        sizes = (1, 2, *lengths, *PREFILL_CHUNKS)
+        feeds = {T: Feed([[0] * T] * B, [0] * B, [0] * B, part) for T in sizes}
         for T in PREFILL_CHUNKS:
             self._pass(self._prefill, feeds[T], tokens=feeds[T].tokens)
-        if not rounds:
+        if len(part) == 1 < B:
+            return  # one place of many: a prompt is read there, no round is played
+        if self.role == "target":
+            for T in lengths:
+                self.verify(feeds[T], [0] * B, [None] * B)
             return
-        for T in lengths if self.role == "target" else ():
-            self.verify(feeds[T], [0] * B, [None] * B)
-        for T in (2, 1) if self.role == "draft" else ():
+        for T in (2, 1):
             self.decode(feeds[T], 0)
-        for T in lengths if self.branches else ():
+        for T in lengths:
             for m in budgets:
                 fork = self.fork(self.extend(feeds[T]), feeds[T], m, Foresight())
                 self.chain_step(feeds[T], fork.tokens, fork.depths, 0, 0)
@@ -222,22 +217,20 @@ class Runner:
 
     def prefill(self, ids: list[list[int]], start: list[int]) -> None:
         """Read ids[b] into row b's trunk from position start[b] on; no logits."""
-        done, longest = 0, max(map(len, ids))
+        longest, most = max(map(len, ids)), PREFILL_CHUNKS[-1]
         asked = [range(b, b + 1) for b, row in enumerate(ids) if row]
         part = asked[0] if len(asked) == 1 and asked[0] in self.parts else None
-        while done < longest:
-            left = longest - done
-            T = next((c for c in PREFILL_CHUNKS if c >= left), PREFILL_CHUNKS[-1])
-            T = T if self.policy.static else min(T, left)
+        for done in range(0, longest, most):
+            T = min(longest - done, most)
+            if self.policy.static:
+                T = next(chunk for chunk in PREFILL_CHUNKS if chunk >= T)
             fed = [row[done : done + T] for row in ids]
             tokens = [row + [0] * (T - len(row)) for row in fed]
             feed = Feed(tokens, [b + done for b in start], list(map(len, fed)), part)
             self._pass(self._prefill, feed, tokens=tokens)
-            done += T
 
-    def _prefill(self, x, *, extent, tight):
-        place = self.policy.fuse(trunk_place)(x, extent, tight)
-        self.model(self._known(x.tokens), place, x.cache, False)
+    def _prefill(self, x, *, extent):
+        self._forward(x, trunk_place, extent, logits=False)
         return ()
 
     # ---- target
@@ -249,20 +242,18 @@ class Runner:
         """
         K, tensors, part = len(feed.tokens[0]) - 1, (), self.part_of(feed)
         if not self.by_draws and K:
-            logq_BKV = torch.full((len(part), K, self.vocab), float("-inf"), dtype=self.noise_dtype)
-            logq_BKV = logq_BKV.to(self.device)
+            shape = len(part), K, self.vocab
+            logq_BKV = torch.full(shape, float("-inf"), dtype=self.noise_dtype, device=self.device)
             for at, b in enumerate(part):
                 for i, q in enumerate((logq[b] or ())[: feed.count[b] - 1]):
-                    logq_BKV[at, i, q.ids_V.to(self.device)] = q.logq.to(
-                        self.device, self.noise_dtype
-                    )
+                    logq_BKV[at, i, q.ids_V.to(self.device)] = q.logq.to(logq_BKV)
             tensors = (logq_BKV,)
         (packed,) = self._pass(self._verify, feed, *tensors, tokens=feed.tokens, kind=kind)
-        read = self._read(self.policy.fetch(packed), feed, accepted=int, bonus=int)
-        return read.accepted, read.bonus
+        rows = self._read(self.policy.fetch(packed), feed)
+        return [row and row[0] for row in rows], [row and row[1] for row in rows]
 
-    def _verify(self, x, logq_BKV=None, *, extent, tight):
-        logits_BTV = self._logits(x, trunk_place, extent, tight)
+    def _verify(self, x, logq_BKV=None, *, extent):
+        logits_BTV = self._logits(x, trunk_place, extent)
         return (self.policy.fuse(decide)(logits_BTV, logq_BKV, x),)
 
     # ---- draft
@@ -287,13 +278,14 @@ class Runner:
         columns = dict(
             tokens=feed.tokens,
             count=feed.count,
-            spread=[foresight.spread] * B,
-            hold=[foresight.hold] * B,
+            spread=[_bits_of(foresight.spread)] * B,
+            hold=[_bits_of(foresight.hold)] * B,
             share=[shares[n] + [0] * (T - len(shares[n])) for n in feed.count],
         )
         packed = self._step(self._fork, columns, scores_BTV, feed=feed, m=m)[0]
-        read = self._read(self.policy.fetch(packed), feed, tokens=m, depths=m, chance=float)
-        return Fork(read.tokens, read.depths, read.chance)
+        rows = self._read(self.policy.fetch(packed), feed)
+        tokens, depths = [row and row[:m] for row in rows], [row and row[m:-1] for row in rows]
+        return Fork(tokens, depths, [row and _float_of(row[-1]) for row in rows])
 
     def chain_step(self, feed: Feed, tokens, depths, step: int, top: int):
         """The next token of every branch, [B][M], and their LogQ of (B, M, V) or None.
@@ -304,18 +296,11 @@ class Runner:
         top: for Saguaro, how many of the likeliest tokens are weighed down.
         """
         B, known, part = self.batch, [s + 1 for s in feed.start], self.part_of(feed)
-        m = len(depths[part.start])
-        if self.policy.static:
-            limits = {
-                "extent": self.cache.trunk,
-                "tight": False,
-                "steps": self.cache.steps,
-                "positions": self.k + 1,
-            }
-        else:
-            deepest = max(max(depths[b]) for b in part)
-            extent = max(known[b] + max(depths[b]) for b in part)
-            limits = {"extent": extent, "tight": True, "steps": step + 1, "positions": 1 + deepest}
+        extent, steps, positions = self.cache.trunk, self.k, self.k + 1
+        if not self.policy.static:
+            extent, steps = max(known[b] + max(depths[b]) for b in part), step + 1
+            positions = 1 + max(max(depths[b]) for b in part)
+        limits = {"extent": extent, "steps": steps, "positions": positions}
         columns = dict(
             depths=depths,
             known=known,
@@ -325,7 +310,7 @@ class Runner:
         )
         fed_BM = self._on_device(tokens, part)
         packed, *logq = self._step(self._chain_step, columns, fed_BM, feed=feed, **limits)
-        return self._drawn(packed, logq, feed, m, tokens)
+        return self._drawn(packed, logq, feed, tokens)
 
     def decode(self, feed: Feed, top: int):
         """The next token of each row, [B][1], and their LogQ of (B, 1, V), or None: an ordinary
@@ -333,52 +318,50 @@ class Runner:
         """
         fed_BT = self._on_device(feed.tokens, self.part_of(feed))
         packed, *logq = self._pass(self._decode, feed, fed_BT, top=[top] * self.batch)
-        return self._drawn(packed, logq, feed, 1, feed.tokens)
+        return self._drawn(packed, logq, feed, feed.tokens)
 
-    def _extend(self, x, *, extent, tight):
-        return (self.policy.fuse(score)(self._logits(x, trunk_place, extent, tight), x),)
+    def _extend(self, x, *, extent):
+        return (self.policy.fuse(score)(self._logits(x, trunk_place, extent), x),)
 
     def _fork(self, x, scores_BTV, *, m):
+        x.spread, x.hold = x.spread.view(torch.float64), x.hold.view(torch.float64)
         return (self.policy.fuse(likeliest)(scores_BTV, x, m),)
 
-    def _chain_step(self, x, fed_BM, *, extent, tight, steps, positions):
+    def _chain_step(self, x, fed_BM, *, extent, steps, positions):
         x.tokens = fed_BM
-        logits_BMV = self._logits(x, chain_place, extent, tight, steps)
+        logits_BMV = self._logits(x, chain_place, extent, steps)
         return self.policy.fuse(draw_chain)(logits_BMV, x, positions)
 
-    def _decode(self, x, fed_BT, *, extent, tight):
+    def _decode(self, x, fed_BT, *, extent):
         x.tokens = fed_BT
-        return self.policy.fuse(draw_next)(self._logits(x, trunk_place, extent, tight), x)
+        return self.policy.fuse(draw_next)(self._logits(x, trunk_place, extent), x)
 
     # ---- helpers
 
     def _logits(self, x, where, *limits):
-        """The logits of x.tokens. `where` finds the slots for their keys and values."""
-        place = self.policy.fuse(where)(x, *limits)
-        logits = self.model(self._known(x.tokens), place, x.cache)[..., : len(self.own_V)]
+        """The logits after x.tokens, over this model's own tokens, or all where rank 0 gathers."""
+        logits = self._forward(x, where, *limits)[..., : len(self.own_V)]
         return self.group.whole(logits, self.vocab) if self.gathers else logits
 
-    def _known(self, tokens_BT):
-        """The tokens, but one that the draft's embedding does not have becomes its last one."""
-        most = self.model.config.vocab_size
-        return tokens_BT if most >= self.vocab else tokens_BT.clamp(max=most - 1)
+    def _forward(self, x, where, *limits, logits: bool = True):
+        """What the model returns for x.tokens. `where` finds the slots for their keys and values.
 
-    def _read(self, fetched: tuple, feed: Feed, **kinds) -> SimpleNamespace:
-        """The numbers of _join by name, None outside the feed's part. kinds: int or float for
-        one number a row, a width for so many whole ones.
+        A token that the draft's embedding does not have becomes its last one.
         """
-        rows, out, at = self.policy.read(fetched), SimpleNamespace(), 1
+        place = self.policy.fuse(where)(x, *limits)
+        tokens_BT, most = x.tokens, self.model.config.vocab_size
+        if most < self.vocab:
+            tokens_BT = tokens_BT.clamp(max=most - 1)
+        return self.model(tokens_BT, place, x.cache, logits)
+
+    def _read(self, fetched: tuple, feed: Feed) -> list[list[int] | None]:
+        """The columns of _join in one list for each row, None outside the feed's part."""
+        rows = self.policy.read(fetched)
         if not all(row[0] for row in rows):
             raise ValueError(
                 f"the {self.role}'s logits are not finite numbers: use another checkpoint or dtype"
             )
-        for name, kind in kinds.items():
-            wide = kind not in (int, float)
-            values = [row[at : at + kind] if wide else row[at] for row in rows]
-            values = values if kind is not float else list(map(_as_float, values))
-            setattr(out, name, self.by_place(values, feed))
-            at += kind if wide else 1
-        return out
+        return self.by_place([row[1:] for row in rows], feed)
 
     def _on_device(self, tokens, part: range) -> torch.Tensor:
         """The tokens that a draft's step is fed: those that the step before draws, or lists."""
@@ -386,40 +369,33 @@ class Runner:
             return tokens.on_device
         return self.policy.send(tokens[part.start : part.stop])
 
-    def _drawn(self, packed, logq: list[torch.Tensor], feed: Feed, m: int, before) -> tuple:
-        """The tokens [B][m] that a step draws, and their LogQ or None.
+    def _drawn(self, packed, logq: list[torch.Tensor], feed: Feed, before) -> tuple:
+        """The tokens [B][M] that a step draws, and their LogQ or None.
 
         A captured step is only launched. At most one is ahead of the tokens that the host knows:
         what was launched cannot be taken back.
         """
-        own = self._own(logq, feed)  # first: whoever has the tokens reads it without waiting
+        own = None
+        if logq:  # first: whoever has the tokens reads it without waiting
+            # A clone of a graph's output, which the next step would overwrite.
+            logq_BTV = logq[0].clone() if self.policy.graphs else logq[0]
+            own = LogQ(self.ids_V, dict(zip(self.part_of(feed), logq_BTV)))
         fetched = self.policy.fetch(packed)
-        tokens = Drawn(packed[:, 1:], lambda: self._read(fetched, feed, tokens=m).tokens)
+        tokens = Drawn(packed[:, 1:], lambda: self._read(fetched, feed))
         if isinstance(before, Drawn):
             before.read()
         return tokens if self.policy.graphs else tokens.read(), own
-
-    def _own(self, logq: list[torch.Tensor], feed: Feed) -> "LogQ | None":
-        """log q in a form that outlives the next step, which would overwrite a graph's output."""
-        if not logq:
-            return None
-        logq_BTV = logq[0].clone() if self.policy.graphs else logq[0]
-        return LogQ(self.ids_V, dict(zip(self.part_of(feed), logq_BTV)))
 
     def _pass(self, work, feed: Feed, *tensors, **columns):
         """What `work` returns for a pass over trunk tokens.
 
         An eager pass reads the KV cache only as far as the longest row reaches.
         """
-        if self.policy.static:
-            limits = {"extent": self.cache.trunk, "tight": False}
-        else:
-            limits = {
-                "extent": max(1, *(s + c for s, c in zip(feed.start, feed.count))),
-                "tight": True,
-            }
-        columns = dict(start=feed.start, count=feed.count) | columns
-        return self._step(work, columns, *tensors, feed=feed, **limits)
+        extent = self.cache.trunk
+        if not self.policy.static:
+            extent = max(1, *(s + c for s, c in zip(feed.start, feed.count)))
+        columns = dict(start=feed.start, count=feed.count, **columns)
+        return self._step(work, columns, *tensors, feed=feed, extent=extent)
 
     def _step(self, work, columns: dict[str, list], *tensors, feed: Feed, **static):
         """What work(named numbers, *tensors, **static) returns, for the places of the feed.
@@ -441,19 +417,19 @@ class Runner:
         work = getattr(self, name)
         packed = self.policy.send(numbers)
         besides = self._besides(part)
-        if not self.policy.static:
+
+        def fixed(packed, *tensors):
             return work(_views(packed, layout, besides), *tensors, **static)
+
+        if not self.policy.static:
+            return fixed(packed, *tensors)
         with self.policy.alone():
             if len(part) == 1 < self.batch:
                 self.policy.enter_thread()
-                return work(_views(packed.to(self.device), layout, besides), *tensors, **static)
-            key = (work.__name__, layout, part, *(x.shape for x in tensors), *static.values())
+                return fixed(packed.to(self.device), *tensors)
+            key = (name, layout, part, *(x.shape for x in tensors), *static.values())
             if key not in self.step_of:
                 self.policy.enter_thread()
-
-                def fixed(packed, *tensors):
-                    return work(_views(packed, layout, besides), *tensors, **static)
-
                 self.step_of[key] = self.policy.step(fixed, self.pool)
             return self.step_of[key](packed, *tensors)
 
@@ -464,6 +440,7 @@ class Runner:
         if part not in self.views:
             self.views[part] = dict(
                 cache=self.cache.narrow(part),
+                tight=not self.policy.static,  # then extent is what the longest row reaches
                 params=self.params.narrow(part),
                 ids_V=self.ids_V,
                 words_V=self.words_V,
@@ -478,14 +455,14 @@ class Runner:
 # ---- what is before and after a model's layers: on a GPU each of these is a few kernels
 
 
-def trunk_place(x, extent: int, tight: bool):
+def trunk_place(x, extent: int):
     """Where the tokens of x sit on the trunk."""
-    return x.cache.place(x.start, x.count, x.tokens.shape[1], extent, tight)
+    return x.cache.place(x.start, x.count, x.tokens.shape[1], extent, x.tight)
 
 
-def chain_place(x, extent: int, tight: bool, steps: int):
+def chain_place(x, extent: int, steps: int):
     """Where the tokens of a chain step sit."""
-    return x.cache.place_chain(x.known, x.depths, x.step, x.count > 0, extent, tight, steps)
+    return x.cache.place_chain(x.known, x.depths, x.step, x.count > 0, extent, x.tight, steps)
 
 
 def decide(logits_BTV, logq_BKV, x) -> torch.Tensor:
@@ -494,7 +471,7 @@ def decide(logits_BTV, logq_BKV, x) -> torch.Tensor:
     logq_BKV is None where the target's own draws decide: under `shared`, or of an empty proposal.
     """
     warped_BTV, tokens_BK = warp(logits_BTV, x.params), x.tokens[:, 1:]
-    length_B = (x.count - 1).clamp(min=0)
+    length_B = x.count - 1  # -1 for a row that is not fed: it accepts nothing
     if logq_BKV is None:
         best_BT, draws_BT = highest(noisy(warped_BTV, x.params, predicted_by(x), x.words_V))
         if x.apart is not None:
@@ -513,13 +490,8 @@ def score(logits_BTV, x) -> torch.Tensor:
         return noisy(scores_BTV, x.params, at_BT, x.words_V)
     if x.coupling == "independent" or x.params.greedy:
         return scores_BTV
-    # After a rejection the bonus token has the residual's noise, after a whole proposal the
-    # usual one.
-    token, residual = (
-        gumbel(x.params, at_BT, use, x.words_V, scores_BTV.dtype) for use in (TOKEN, RESIDUAL)
-    )
-    last_BT1 = (at_BT >= (x.start + x.count)[:, None])[..., None]
-    return scores_BTV + torch.where(last_BT1, token, residual)
+    rejected_BT = at_BT < (x.start + x.count)[:, None]
+    return scores_BTV + bonus_noise(x.params, at_BT, rejected_BT, x.words_V, scores_BTV.dtype)
 
 
 def likeliest(scores_BTV, x, m: int) -> torch.Tensor:
@@ -534,7 +506,8 @@ def likeliest(scores_BTV, x, m: int) -> torch.Tensor:
         joint_BTV = within(joint_BTV, x.share, m)
     top = joint_BTV.flatten(1).topk(m, -1)
     chance_B = top.values.exp().sum(-1)
-    return _join(top.values[:, :1], x.ids_V[top.indices % V], top.indices // V, chance_B)
+    bits_B = chance_B.double().view(torch.int64)
+    return _join(top.values[:, :1], x.ids_V[top.indices % V], top.indices // V, bits_B)
 
 
 def draw_chain(logits_BMV, x, positions: int) -> tuple:
@@ -542,34 +515,34 @@ def draw_chain(logits_BMV, x, positions: int) -> tuple:
 
     Many branches share few positions: noise is hashed once for each of those.
     """
-    at_BT = predicted(x.known + x.step, positions)
-    return draw(logits_BMV, x, at_BT, x.depths[..., None].expand_as(logits_BMV))
+    return draw(logits_BMV, x, predicted(x.known + x.step, positions), x.depths)
 
 
 def draw_next(logits_BTV, x) -> tuple:
     """The token after the last one of each row."""
-    last_B11 = (x.count - 1).clamp(min=0)[:, None, None].expand(-1, 1, logits_BTV.shape[-1])
-    return draw(logits_BTV.gather(1, last_B11), x, (x.start + x.count)[:, None], None)
+    last_B11 = (x.count - 1).clamp(min=0)[:, None, None]
+    logits_B1V = logits_BTV.take_along_dim(last_B11, 1)
+    return draw(logits_B1V, x, (x.start + x.count)[:, None], None)
 
 
-def draw(logits_BTV, x, at_BP, which_BTV) -> tuple:
+def draw(logits_BTV, x, at_BP, which_BT) -> tuple:
     """Tokens (B, T) drawn from q, or Saguaro's q', for _read; and their log q, unless `shared`.
 
-    at_BP are the positions that are drawn for. which_BTV, the same for all V, is the index in at_BP
-    of each draw's position; with None draw i is for at_BP[:, i].
+    at_BP are the positions that are drawn for. which_BT is the index in at_BP of each draw's
+    position; with None draw i is for at_BP[:, i].
     """
     warped_BTV = scores_BTV = warp(logits_BTV, x.params)
+    logq = ()
     if x.coupling != "shared":
         scores_BTV = log_probs(warped_BTV, x.params)
-    if x.saguaro_c < 1:
-        top_BT = x.top[:, None].expand(scores_BTV.shape[:2])
-        scores_BTV = saguaro(scores_BTV, x.params, top_BT, x.saguaro_c)
-    logq = () if x.coupling == "shared" else (scores_BTV,)
+        if x.saguaro_c < 1:
+            scores_BTV = saguaro(scores_BTV, x.params, x.top[:, None], x.saguaro_c)
+        logq = (scores_BTV,)
     if not x.params.greedy:
-        noise_BPV = gumbel(x.params, at_BP, TOKEN, x.words_V, scores_BTV.dtype)
-        scores_BTV = scores_BTV + (
-            noise_BPV if which_BTV is None else noise_BPV.gather(1, which_BTV)
-        )
+        noise_BTV = gumbel(x.params, at_BP, TOKEN, x.words_V, scores_BTV.dtype)
+        if which_BT is not None:
+            noise_BTV = noise_BTV.take_along_dim(which_BT[..., None], 1)
+        scores_BTV = scores_BTV + noise_BTV
     best_BT, drawn_BT = highest(scores_BTV)
     # A greedy row's best log q is 0 even if its logits are NaN: it is the logits that are checked.
     return _join(warped_BTV.amax(-1) if logq else best_BT, x.ids_V[drawn_BT]), *logq
@@ -613,36 +586,36 @@ class LogQ(NamedTuple):
 
 
 def _pack(columns: dict[str, list]) -> tuple[list[list[int]], tuple]:
-    """Rows of whole numbers, and their layout, from named columns: one number or one list a row."""
+    """Rows of whole numbers, and their layout, from named columns: one number or one list a row.
+
+    The layout is each column's name, and its width or None.
+    """
     layout, parts = [], []
     for name, values in columns.items():
-        kind = len(values[0]) if type(values[0]) is list else type(values[0])
-        if kind is float:
-            values = [struct.unpack("q", struct.pack("d", x))[0] for x in values]
-        parts.append(values if type(values[0]) is list else [[x] for x in values])
-        layout.append((name, kind))
+        wide = type(values[0]) is list
+        layout.append((name, len(values[0]) if wide else None))
+        parts.append(values if wide else [[x] for x in values])
     return [sum(row, []) for row in zip(*parts)], tuple(layout)
 
 
 def _views(packed: torch.Tensor, layout: tuple, besides: dict) -> SimpleNamespace:
     """The columns of _pack again, as views: (B, width), or (B,) for one number a row."""
     out, at = SimpleNamespace(**besides), 0
-    for name, kind in layout:
-        width = 1 if kind in (int, float) else kind
-        column = packed[:, at : at + width] if kind not in (int, float) else packed[:, at]
-        setattr(out, name, column.view(torch.float64) if kind is float else column)
-        at += width
+    for name, width in layout:
+        setattr(out, name, packed[:, at] if width is None else packed[:, at : at + width])
+        at += width or 1
     return out
 
 
 def _join(best: torch.Tensor, *columns: torch.Tensor) -> torch.Tensor:
     """(B, n): whether each row's best scores are finite, then the columns. Read by Runner._read."""
     sound_B1 = best.isfinite().all(-1, keepdim=True).long()
-    whole = (
-        x.double().contiguous().view(torch.int64) if x.is_floating_point() else x for x in columns
-    )
-    return torch.cat([sound_B1, *(x.reshape(len(x), -1) for x in whole)], 1)
+    return torch.cat([sound_B1, *(x.reshape(len(x), -1) for x in columns)], 1)
 
 
-def _as_float(bits: int) -> float:
+def _bits_of(x: float) -> int:
+    return struct.unpack("q", struct.pack("d", x))[0]
+
+
+def _float_of(bits: int) -> float:
     return struct.unpack("d", struct.pack("q", bits))[0]
