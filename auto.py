@@ -20,6 +20,7 @@ from runtime import STEP_SHARE
 from sampling import CHAIN, FIXED, MISS_POWER
 from ssd import Plan
 
+# few_bits.cpp computes 4 branches at a time with AVX2 and 8 with VNNI: other M fill these up.
 KS, MS = (1, 2, 3, 4, 6, 8), (4, 8, 16)
 # By whether steps are static: then each size is compiled and captured.
 SIZES = {False: (KS, MS), True: ((2, 4, 7), (8, 24))}

@@ -301,9 +301,9 @@ def to_groups(weight_NK: torch.Tensor, bits: int) -> Groups:
             least = -most
         scale_NG[part] = ((most - least) / (62 if bits == 6 else last)).clamp(min=1e-30)
         scale = scale_NG[part].float()
-        zero_NG[part] = -24 * scale if bits == 6 else least + 8 * scale
-        # With 6 bits nobody reads zeros: they are exact, and rounded here only for `dense`.
-        zero = -24 * scale if bits == 6 else zero_NG[part].float()
+        # With 6 bits nobody stores a zero, so codes are chosen by the exact one.
+        zero = -24 * scale if bits == 6 else (least + 8 * scale).bfloat16().float()
+        zero_NG[part] = zero
         codes = (groups - zero[..., None]).div_(scale[..., None]).round_()
         codes_NK[part] = codes.add_(8).clamp_(0, last).flatten(1)
     return Groups(codes_NK, scale_NG, zero_NG)

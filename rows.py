@@ -327,7 +327,7 @@ def make_rows(
     if numbers is None:
         numbers = range(len(prompts))
     rows = []
-    for at, prompt, *sampling, max_new in zip(numbers, prompts, *each):
+    for at, prompt, *sampling, max_new in zip(numbers, prompts, *each, strict=True):
         ids = _encode(prompt, at + 1, tokenizer, config.vocab_size)
         detokenizer = tokenizer.stream() if tokenizer is not None else None
         ends = frozenset() if settings.ignore_eos else eos

@@ -342,6 +342,9 @@ def test_every_type_is_read_bit_for_bit_as_the_package_reads_it(tmp_path):
             kept, size = interleave(groups.dense(), 103), groups.zero_NG.abs().max()
             assert groups.bits == bits and groups.codes_NK.max() == 2**bits - 1
             assert torch.allclose(kept, wanted, atol=1e-6 * size)
+            columns = range(width // 32 // 2 * 32, width)  # a rank's part begins within a block
+            part = tensor.narrow(1, columns).groups()
+            assert torch.equal(part.dense(), groups.dense()[:, columns.start :]), label
 
 
 KEPT = ("Q4_0", "Q4_1", "Q6_K", "Q5_0", "Q8_0", "F16")
