@@ -227,7 +227,12 @@ def load_few_bits() -> str | None:
     wide = all(able.get(f"avx512_{part}") for part in ("f", "bw", "dq", "vl", "vnni"))
     options += WIDE if wide else ["-mavx2", "-mfma"]
     try:
-        torch.ops.load_library(compile_few_bits([path, *options]))
+        library = compile_few_bits([path, *options])
+        try:
+            torch.ops.load_library(library)
+        except OSError:  # what was kept is damaged
+            Path(library).unlink()
+            torch.ops.load_library(compile_few_bits([path, *options]))
     except subprocess.CalledProcessError as error:
         lines = error.stderr.splitlines() or [f"it ends with {error.returncode}"]
         said = next((line for line in lines if "error" in line), lines[0])

@@ -272,6 +272,7 @@ def about(target: str | None, ranks: int) -> dict[str, str]:
     if path.is_dir():
         files = [p for p in sorted(path.iterdir()) if p.suffix in (".json", ".safetensors")]
     code = [here / f"{module}.py" for module in CODE] + sorted(here.glob("checkpoint/*.py"))
+    code += here.glob("few_bits.cpp")
     return {
         "torch": torch.__version__,
         "version of this program": fingerprint(code),

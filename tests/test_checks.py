@@ -3,6 +3,7 @@ what runs wild.
 """
 
 import importlib
+import json
 import resource
 import sys
 from pathlib import Path
@@ -69,6 +70,16 @@ def test_a_right_function_passes(body):
 def test_what_is_wrong_or_runs_wild_does_not_pass(body, monkeypatch):
     monkeypatch.setitem(pass_at_1.LIMITS, resource.RLIMIT_CPU, 1)
     assert not pass_at_1.passes(TASK, body)
+
+
+def test_every_mode_writes_the_functions(demo, monkeypatch, tmp_path):
+    monkeypatch.setattr(pass_at_1, "tasks", lambda count: [TASK] * count)
+    flags = ["--target", demo / "target", "--draft", demo / "draft", "--out", tmp_path / "x.json"]
+    flags += ["--count", 3, "--new-tokens", 4, "--batch", 2]
+    assert pass_at_1.main(list(map(str, flags))) == 0
+    found = json.loads((tmp_path / "x.json").read_text())["target"]
+    none = {"passed": 0, "texts_that_differ_from_ar": 0}
+    assert found == {"tasks": 3} | dict.fromkeys(pass_at_1.MODES, none)
 
 
 # ---- what a GPU would launch

@@ -276,6 +276,42 @@ def test_threads_that_load_a_model_compile_once():
 
 
 @OURS
+def test_a_damaged_library_is_compiled_anew(monkeypatch, tmp_path):
+    """The file is there and empty, as after a power failure."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(linear, "load_few_bits", linear.load_few_bits.__wrapped__)
+    runs, loaded = [], []
+
+    def write(command, **how):
+        runs.append(command)
+        Path(command[-1]).write_bytes(b"" if len(runs) == 1 else b"whole")
+
+    def load(path):
+        if not Path(path).read_bytes():
+            raise OSError(f"Could not load this library: {path}")
+        loaded.append(path)
+
+    monkeypatch.setattr(linear.subprocess, "run", write)
+    monkeypatch.setattr(torch.ops, "load_library", load)
+    monkeypatch.setattr(torch.library, "register_fake", lambda name: lambda function: function)
+    assert linear.few_bits_problem() is None
+    assert len(runs) == 2 and len(loaded) == 1
+
+
+@OURS
+@pytest.mark.parametrize("bits", [4, 6, 8])
+def test_what_compilers_are_told_of_the_operator(bits):
+    """torch.compile asks for shapes and dtypes without computing anything."""
+    packed = GroupLinear(to_groups(layer(33, 64).weight, bits), bits).packed
+    tests = ("test_schema", "test_faketensor")
+    for rows in (1, 5):
+        said = torch.library.opcheck(
+            torch.ops.few_bits.linear, (torch.randn(rows, 64), packed, bits, 33), test_utils=tests
+        )
+        assert set(said.values()) == {"SUCCESS"}
+
+
+@OURS
 def test_what_was_compiled_is_kept(monkeypatch, tmp_path):
     """With a compiler elsewhere, other flags or another source it is compiled anew."""
     runs, real = [], linear.subprocess.run
