@@ -4,7 +4,7 @@ Knows: slots, positions, lengths, branches. Does not know: models, sampling, dev
 Read next: model.py.
 
 A row's slots are laid out like this, allocated once and zeroed, since attention must never meet a
-NaN in an unused slot:
+NaN in an unused slot (what a pass writes is finite, or the run fails):
 
     trunk           the slot of a token is its position
     chain scratch   branch m, step c at trunk + m + c * M
@@ -60,7 +60,6 @@ class KVCache:
         self.k_LBGSD = torch.zeros(shape, device=device, dtype=dtype)
         self.v_LBGSD = torch.zeros(shape, device=device, dtype=dtype)
         self.layers = list(zip(self.k_LBGSD.unbind(), self.v_LBGSD.unbind()))  # views
-        self.finite = 0  # what follows the tokens holds finite numbers up to this slot
 
     def copy_trunk(self, other: "KVCache", length: int) -> None:
         """Take over the first `length` positions of another cache of the same model."""
@@ -91,7 +90,7 @@ class KVCache:
         mask = None
         if not limit_BT.is_cuda:  # a GPU's kernel reads the limits
             if tight:
-                extent = self._zero_rest_of_block(extent)
+                extent = in_whole_blocks(extent)
             mask = self._mask(limit_BT, extent)
         return Placement(positions_BT, slots_BT, limit_BT, extent, tight, None, mask)
 
@@ -107,23 +106,9 @@ class KVCache:
         slots_BM = self.trunk + torch.arange(M, device=depth_BM.device) + step_B[:, None] * M
         slots_BM = torch.where(live_B[:, None], slots_BM, self.dead)
         chain = (self.trunk, self.steps if steps is None else steps, step_B)
-        one_sees_all = tight and limit_BM.numel() == 1
-        mask = None if limit_BM.is_cuda or one_sees_all else self._mask(limit_BM, extent)
+        mask = None if limit_BM.is_cuda else self._mask(limit_BM, extent)
         positions_BM = limit_BM + step_B[:, None]
         return Placement(positions_BM, slots_BM, limit_BM, extent, tight, chain, mask)
-
-    def _zero_rest_of_block(self, extent: int) -> int:
-        """The end of the block that `extent` lies in. Zeroes the slots that whole blocks add to the
-        rows' own.
-
-        Attention gives them the weight 0, and 0 times NaN is NaN. With several rows it masks them.
-        """
-        end = in_whole_blocks(extent)
-        if self.k_LBGSD.shape[1] == 1 and end != self.finite:
-            for kv_LBGSD in (self.k_LBGSD, self.v_LBGSD):
-                kv_LBGSD[:, :, :, extent:end] = 0
-            self.finite = end
-        return end
 
     def _mask(self, limit_BT, extent: int):
         """Placement.mask."""

@@ -77,7 +77,7 @@ def tree_attention(
     tight: bool = False,
     chain: tuple[int, int, torch.Tensor] | None = None,
     window: int = 0,
-    mask: tuple[torch.Tensor, torch.Tensor] | None = None,
+    mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention of every query over its part of the trunk and, for branches, over its own chain:
     (B, T, H, D).
@@ -85,8 +85,8 @@ def tree_attention(
     limit_BT   trunk slots [first, limit) are visible; first_BT None means 0. 1 <= limit <= extent.
     extent     no query sees a trunk slot at or past this bound, which the host knows: nothing there
                is read.
-    tight      the caller knows that extent is the largest limit, or that of a single row the slots
-               between them hold finite numbers; and, for a chain, that every step_B is steps - 1.
+    tight      the caller knows that all trunk slots below extent hold finite numbers, seen or not;
+               and, for a chain, that every step_B is steps - 1.
     chain      (base, steps, step_B): query m of a (B, M) chain step owns the scratch slots
                base + m + c * M for c in 0..steps-1. It sees those with c <= step_B[b], its own
                token among them. None: the trunk only.
@@ -94,8 +94,8 @@ def tree_attention(
                back; the trunk's lower bound comes in first_BT.
     mask       trunk_mask() of the same limits, where layers share one. Only the twin reads it.
 
-    What the query does not see is never mixed in, not even if it holds NaN. float64 inputs are
-    computed in float64, everything else in float32.
+    What the query does not see is never mixed in, not even if it holds NaN, unless the caller
+    promises otherwise (tight). float64 inputs are computed in float64, everything else in float32.
     """
     if not torch.jit.is_scripting():  # which is for the CPU
         on_gpu = query_BTHD.device.type == "cuda" and query_BTHD.dtype != torch.float64
@@ -122,11 +122,9 @@ def _warn_of_missing_triton() -> None:
 
 def trunk_mask(
     limit_BT: torch.Tensor, first_BT: torch.Tensor | None, extent: int, R: int, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> torch.Tensor:
     """What each query sees of the trunk, as numbers to add to its scores: 0 or -inf, (B, 1, Q,
     extent). Q is T * R, rounded up to a multiple of 4 as in tree_attention_reference.
-
-    With it, the slots that no query of a row sees: (B, 1, extent, 1).
     """
     slot_S = torch.arange(extent, device=limit_BT.device)
     hidden_BTS = slot_S >= limit_BT[:, :, None]
@@ -135,8 +133,7 @@ def trunk_mask(
     bias_BTS = torch.zeros(hidden_BTS.shape, dtype=dtype, device=limit_BT.device)
     bias_BTS = bias_BTS.masked_fill(hidden_BTS, -math.inf)
     bias_BQS = bias_BTS.repeat_interleave(R, 1)
-    bias_BQS = F.pad(bias_BQS, (0, 0, 0, -bias_BQS.shape[1] % 4))
-    return bias_BQS[:, None], hidden_BTS.all(1)[:, None, :, None]
+    return F.pad(bias_BQS, (0, 0, 0, -bias_BQS.shape[1] % 4))[:, None]
 
 
 def _own_chain(
@@ -188,7 +185,7 @@ def tree_attention_reference(
     tight: bool = False,
     chain: tuple[int, int, torch.Tensor] | None = None,
     window: int = 0,
-    mask: tuple[torch.Tensor, torch.Tensor] | None = None,
+    mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The kernel's twin in plain PyTorch, which serves the CPU. Same contract, same numbers."""
     B, T, H, D = query_BTHD.shape
@@ -200,27 +197,22 @@ def tree_attention_reference(
     if query_BTHD.dtype == torch.float16 or query_BTHD.dtype == torch.bfloat16:
         query_BGQD, trunk_k, trunk_v = query_BGQD.float(), trunk_k.float(), trunk_v.float()
 
-    one_sees_all = tight and first_BT is None  # of one row, the query with the largest limit
-    bias_B1QS: torch.Tensor | None = None
-    if mask is None and not (one_sees_all and B * T == 1):
+    if mask is None:
         mask = trunk_mask(limit_BT, first_BT, extent, R, query_BGQD.dtype)
-    if mask is not None:
-        bias_B1QS, dead_B1S1 = mask
-        if not (one_sees_all and B == 1):
-            # Weight 0 is not enough where no query may look: 0 times NaN is NaN, as is NaN - inf.
-            trunk_k = trunk_k.masked_fill(dead_B1S1, 0.0)
-            trunk_v = trunk_v.masked_fill(dead_B1S1, 0.0)
+    if not tight:
+        # Weight 0 is not enough where no query may look: 0 times NaN is NaN, as is NaN - inf.
+        dead_B1S1 = mask[:, :, : T * R].isneginf().all(2)[..., None]
+        trunk_k = trunk_k.masked_fill(dead_B1S1, 0.0)
+        trunk_v = trunk_v.masked_fill(dead_B1S1, 0.0)
     if chain is None:
         # Whole blocks of 4 query rows: a CPU adds up fewer in another order, and a token alone
         # would get other last bits than in a verification. cache.py does the same for slots.
         rows_BGQD = F.pad(query_BGQD, (0, 0, 0, -(T * R) % 4))
         mixed_BGQD = F.scaled_dot_product_attention(
-            rows_BGQD, trunk_k, trunk_v, bias_B1QS, scale=scale
+            rows_BGQD, trunk_k, trunk_v, mask, scale=scale
         ).narrow(2, 0, T * R)
     else:
-        scores_BGQS = torch.matmul(query_BGQD, trunk_k.mT).mul_(scale)
-        if bias_B1QS is not None:
-            scores_BGQS.add_(bias_B1QS[:, :, : T * R])
+        scores_BGQS = torch.matmul(query_BGQD, trunk_k.mT).mul_(scale).add_(mask[:, :, : T * R])
         own_BGTRC, chain_v = _own_chain(
             query_BGQD.view(B, G, T, R, D), k_BGSD, v_BGSD, chain, scale, tight, window
         )

@@ -19,7 +19,7 @@ from checkpoint.config import Config, rope_frequencies
 from kernels import script, tree_attention
 from parallel import ALONE
 
-Pair = tuple[torch.Tensor, torch.Tensor]  # cos and sin, keys and values, or a mask's two parts
+Pair = tuple[torch.Tensor, torch.Tensor]  # cos and sin, or keys and values
 
 
 class Placement(NamedTuple):
@@ -31,7 +31,7 @@ class Placement(NamedTuple):
     slots_BT      where keys and values are written
     limit_BT      the trunk slots that are seen, [0, limit)
     extent        no limit is above it, as the host knows
-    tight         as in kernels.tree_attention: the host knows that extent is the largest limit
+    tight         as in kernels.tree_attention: below extent all slots hold finite numbers
     chain         as in kernels.tree_attention, None for trunk tokens
     mask          as there, made once for all layers; None where nobody reads it
     """
@@ -42,7 +42,7 @@ class Placement(NamedTuple):
     extent: int
     tight: bool
     chain: tuple[int, int, torch.Tensor] | None
-    mask: Pair | None
+    mask: torch.Tensor | None
 
 
 def before_layers(tokens_BT, positions_BT, embed: nn.Module, rope: Pair):

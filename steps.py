@@ -134,7 +134,6 @@ class Runner:
             every = self.gathers and self.group.rank == 0
             self.ids_V = torch.arange(self.vocab, device=self.device) if every else self.own_V
         self.run_number += 1
-        self.cache.finite = 0
         how = coupling, saguaro_c, *params.flags
         if self.policy.static and how == self.how:
             for old, new in zip(self.params.tensors, params.tensors):
@@ -440,7 +439,8 @@ class Runner:
         if part not in self.views:
             self.views[part] = dict(
                 cache=self.cache.narrow(part),
-                tight=not self.policy.static,  # then extent is what the longest row reaches
+                # A static runner serves many runs: one that failed may have left no numbers there.
+                tight=not self.policy.static,
                 params=self.params.narrow(part),
                 ids_V=self.ids_V,
                 words_V=self.words_V,

@@ -79,7 +79,9 @@ class Case:
 
 
 def build(case: Case, dtype: torch.dtype):
-    """The call's arguments, with NaN in every slot that its row does not see."""
+    """The call's arguments, with NaN in every slot that its row does not see; with large numbers
+    instead where `tight` promises numbers.
+    """
     rng = torch.Generator().manual_seed(case.seed)
     B, T, G, D = case.B, case.T, case.G, case.D
     H, base = G * case.R, case.extent + case.spare
@@ -109,7 +111,9 @@ def build(case: Case, dtype: torch.dtype):
     for b in range(B):
         for t in range(T):
             seen[b, visible(case, b, t, limit, first, chain)] = True
-    k, v = (x.masked_fill(~seen[:, None, :, None], math.nan) for x in (k, v))
+    other = torch.full((slots,), math.nan, dtype=dtype)
+    other[: case.extent * case.tight] = 300.0
+    k, v = (torch.where(seen[:, None, :, None], x, other[:, None]) for x in (k, v))
     options = {"scale": D**-0.5, "extent": case.extent, "tight": case.tight}
     return (query, k, v, limit, first), options | {"chain": chain, "window": case.window}
 

@@ -513,7 +513,7 @@ def test_a_verification_computes_what_plain_steps_do_bit_for_bit(bits, heads):
         # As long as a mode needs with this K: the last tokens are read in the same blocks, too.
         trunk = 130 + sizes[0]
         cache = KVCache(model.config, 1, trunk, device="cpu", dtype=torch.float32)
-        cache.k_LBGSD[:], cache.v_LBGSD[:] = torch.nan, torch.nan  # what nobody may read
+        cache.k_LBGSD[:], cache.v_LBGSD[:] = 300.0, 300.0  # what nobody may see
         out, start = [], 0
         for size in sizes:
             start_B, count_B = torch.tensor([start]), torch.tensor([size])
