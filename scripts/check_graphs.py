@@ -151,7 +151,7 @@ def rehearse(part: str, how: str) -> None:
 
 
 def end_by_length() -> None:
-    """Let transformers end its texts by their length. It asks a tensor, which never says so here."""
+    """Let transformers end texts by their length. It asks a tensor, which here never says so."""
     from transformers import GenerationMixin, MaxLengthCriteria
 
     ask, ended = MaxLengthCriteria.__call__, [False]
