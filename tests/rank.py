@@ -1,13 +1,18 @@
 """A rank of the tests in test_parallel.py: rank 0 generates what a file asks for, others serve it.
 
-python tests/rank.py JOB.json     with the environment that torchrun would set
+It is forked from a process that has imported everything: to import torch in each rank would take
+longer than all that the tests ask of it.
 """
 
+import atexit
 import json
 import os
 import resource
 import sys
+import traceback
 from pathlib import Path
+
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -23,8 +28,26 @@ def weigh(model) -> int:
     return sum(seen.values()) + sum(layer.weight_bytes for layer in layers)
 
 
-def main() -> None:
-    path = Path(sys.argv[1])
+def forked(environment: dict[str, str], path: Path, said: Path) -> None:
+    """run() in the environment that torchrun would set. What it prints goes to `said`."""
+    os.environ.clear()
+    os.environ.update(environment)
+    torch.set_num_threads(1)  # too late for OMP_NUM_THREADS
+    for stream in (1, 2):
+        os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+    code = 1
+    try:
+        run(path)
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    atexit._run_exitfuncs()  # which a forked process would not do
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def run(path: Path) -> None:
     job, rank = json.loads(path.read_text()), os.environ["RANK"]
     job |= job.get("of_rank", {}).get(rank, {})
     engine.speeds = lambda *rows: job.get("speeds", {"float32": 1.0})
@@ -55,7 +78,3 @@ def main() -> None:
         result = loaded.generate(prompts, **settings)
         results.append({"ids": result.token_ids, "gathers": len(gathers)})
     path.with_suffix(".out").write_text(json.dumps(results))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,7 @@
 """Several ranks print what one process does, and a lost one ends the run with a sentence."""
 
 import json
+import multiprocessing
 import os
 import re
 import signal
@@ -11,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+import rank
 import torch
 from families import LLAMA
 from test_gguf import write
@@ -101,11 +103,31 @@ def ended(processes: list[subprocess.Popen], limit_s: float) -> list[tuple[int, 
     return [(process.returncode, *texts) for process, texts in zip(processes, said)]
 
 
+def ranks_of(count: int, job: Path, limit_s: float) -> list[tuple[int, str]]:
+    """Exit code and what it printed, of each rank that did a job (tests/rank.py)."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["rank"])
+    said = [job.with_suffix(f".said{r}") for r in range(count)]
+    processes = [
+        context.Process(target=rank.forked, args=(env, job, path))
+        for env, path in zip(environment(count), said)
+    ]
+    for process in processes:
+        process.start()
+    end = time.monotonic() + limit_s
+    for process in processes:
+        process.join(max(0, end - time.monotonic()))
+    for process in processes:
+        process.kill()
+        process.join()
+    return [(process.exitcode, path.read_text()) for process, path in zip(processes, said)]
+
+
 def texts_of_ranks(count: int, folder: Path, load: dict, asked: list, **more) -> list[dict]:
     job = folder / f"job{count}.json"
     job.write_text(json.dumps({"load": load, "runs": asked} | more))
-    for code, _, error in ended(start(count, "tests/rank.py", job), 120):
-        assert code == 0, error
+    for code, said in ranks_of(count, job, 120):
+        assert code == 0, said
     return json.loads(job.with_suffix(".out").read_text())
 
 
@@ -284,7 +306,7 @@ def test_a_rank_without_memory_ends_the_run_with_its_sentence(tmp_path):
     load = {"target": str(target), "device": "cpu", "dtype": "float64"}
     asked = [([[1, 2, 3]] * 500, {"max_new_tokens": 200})]  # 200 MB of KV on each
     job.write_text(json.dumps({"load": load, "runs": asked, "spare": 16 << 20}))
-    (code, _, error), (other, *_) = ended(start(2, "tests/rank.py", job), 30)
+    (code, error), (other, _) = ranks_of(2, job, 30)
     assert code == 1 and other == 1
     assert "rank 1 failed" in error and "memory" in error, error
 
@@ -301,7 +323,7 @@ def test_what_ranks_must_share_is_checked_before_anything_loads(tmp_path):
         job = tmp_path / "job.json"
         loads = [{"load": {"target": str(x), "device": "cpu"}} for x in (first, second)]
         job.write_text(json.dumps({"runs": [], "of_rank": {"0": loads[0], "1": loads[1]}}))
-        (code, _, error), _ = ended(start(2, "tests/rank.py", job), 30)
+        (code, error), _ = ranks_of(2, job, 30)
         assert code == 1 and f"ValueError: {says}" in error, error
         assert not list(tmp_path.glob("job.target*"))
 
