@@ -361,6 +361,7 @@ def linear(check: Check) -> None:
     for columns, out in ((64, 96),) if check.tiny else shapes:
         copies = 2 if check.tiny else max(2, 1 + (400 << 20) // (2 * columns * out))  # past the L2
         weights = [torch.randn(out, columns, device=check.device).bfloat16() for _ in range(copies)]
+        torch.compiler.reset()  # after 8 shapes of one function it would no longer compile
         for rows in (1, 8, 24):
             x = torch.randn(1, rows, columns, device=check.device).bfloat16()
             more = TUNED.get(rows, {}) if check.on_gpu else {}

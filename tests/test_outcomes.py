@@ -207,20 +207,6 @@ def test_the_likeliest_outcomes_are_forked(coupling, way, cut):
         assert fork.chance[b] == pytest.approx(sum(best))
 
 
-def test_a_run_does_not_read_what_a_failed_one_left():
-    """A cache zeroes the rest of a block once in a run, and not once for all runs."""
-    runner = Runner(
-        "target", transformer(0, vocab=9), 1, 64, 2, 0, Policy(torch.device("cpu"), False), 9
-    )
-    one_B = torch.ones(1, dtype=torch.long)
-    for _ in range(2):
-        runner.set_rows(make(1, 0.0, 0, 1.0, seed=9, row=[0]), "shared", 1.0)
-        place = runner.cache.place(0 * one_B, 5 * one_B, 5, 5, tight=True)
-        for kv_LBGSD in (runner.cache.k_LBGSD, runner.cache.v_LBGSD):
-            assert place.extent > 5 and kv_LBGSD[:, :, :, 5 : place.extent].isfinite().all()
-            kv_LBGSD[:, :, :, 5:] = math.nan
-
-
 # ---- shares of the budget, where a hit must say nothing about the chain's noise
 
 

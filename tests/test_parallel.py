@@ -220,8 +220,8 @@ def test_ranks_with_few_bits_print_what_one_process_does(
     parts = [m.parts[0] for m in model.transformer.modules() if hasattr(m, "parts")]
     wanted = [float(part.scale_N.double().sum()) for part in parts if hasattr(part, "scale_N")]
     assert wanted or compiler != "missing" or bits != "int8"
-    for rank in range(count):
-        scales = json.loads((tmp_path / f"job{count}.target{rank}").read_text())[2]
+    for number in range(count):
+        scales = json.loads((tmp_path / f"job{count}.target{number}").read_text())[2]
         assert scales == wanted
     draft = engine.Model.load(str(draft), torch.device("cpu"), "float32")
     one = engine.Engine(model, draft, Devices("cpu", "cpu"))
@@ -262,8 +262,8 @@ def test_a_rank_takes_the_memory_of_its_share(tmp_path):
     whole = (target / "model.safetensors").stat().st_size // 2  # float64 there, float32 here
     load = {"target": str(target), "dtype": "float32", "device": "cpu"}
     texts_of_ranks(2, tmp_path, load, [([[1, 2]], {"max_new_tokens": 2})])
-    for rank in (0, 1):
-        weights, grown, _ = json.loads((tmp_path / f"job2.target{rank}").read_text())
+    for number in (0, 1):
+        weights, grown, _ = json.loads((tmp_path / f"job2.target{number}").read_text())
         assert weights <= 1.1 * whole / 2, (weights, whole)
         assert grown <= 1.1 * whole / 2 + 24e6, (grown, whole)  # 24 MB for TorchScript
 

@@ -5,6 +5,7 @@ import copy
 import functools
 import gc
 import logging
+import math
 import os
 import random
 import signal
@@ -529,6 +530,17 @@ def test_a_run_whose_buffers_another_one_took_says_so(eager_backend):
     more = [[*done.rows[0].ids, 5]]
     kept = static.generate(more, keep=True, **options)
     assert kept.token_ids == eager.generate(more, **options).token_ids
+
+
+@torch.inference_mode()
+def test_a_static_run_does_not_see_what_a_failed_one_left(eager_backend):
+    static, _ = static_pair([], num_hidden_layers=1)
+    prompts, options = [[1, 2, 3], [4, 5]], {"mode": "ssd", "max_new_tokens": 12}
+    truth = static.generate(prompts, **options).token_ids
+    for model in (static.target, static.draft):
+        (runner,) = model.runners.values()
+        runner.cache.k_LBGSD.fill_(math.nan), runner.cache.v_LBGSD.fill_(math.nan)
+    assert static.generate(prompts, **options).token_ids == truth
 
 
 def test_a_static_runner_belongs_to_the_thread_that_made_it(eager_backend):
