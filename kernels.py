@@ -44,7 +44,10 @@ def script(code):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
-            return torch.jit.script(code)
+            made = torch.jit.script(code)
+            if isinstance(made, torch.jit.ScriptModule):  # looks nothing up in its modules
+                made = torch.jit.freeze(made.eval(), optimize_numerics=False)
+            return made
     except Exception:  # whatever a later version makes of it
         return code
 
