@@ -44,10 +44,7 @@ def script(code):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
-            made = torch.jit.script(code)
-            if isinstance(made, torch.jit.ScriptModule):  # looks nothing up in its modules
-                made = torch.jit.freeze(made.eval(), optimize_numerics=False)
-            return made
+            return torch.jit.script(code)
     except Exception:  # whatever a later version makes of it
         return code
 

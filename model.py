@@ -92,9 +92,7 @@ class Transformer(nn.Module):
         return self.after(*stream, self.norm, self.head) if logits else None
 
     def script(self) -> None:
-        """Make the layers one call without Python's lock, for a CPU where nothing is learnt. Their
-        weights are then constants of that code, and no longer parameters.
-        """
+        """Make the layers one call without Python's lock, for a CPU where nothing is learnt."""
         # TorchScript keeps what it made of a class. Whoever edits a method between two loads in one
         # process must not get the old one.
         jit = torch.jit._recursive
