@@ -215,7 +215,8 @@ def log_probs(warped_BTV: torch.Tensor, params: Params) -> torch.Tensor:
     """Normalised log probabilities; a row of temperature 0 has all mass on its argmax."""
     x = warped_BTV.log_softmax(-1)
     token_V = torch.arange(x.shape[-1], device=x.device)
-    certain = (token_V == highest(warped_BTV)[1][..., None]).to(x.dtype).log()
+    is_best_BTV = token_V == highest(warped_BTV)[1][..., None]
+    certain = torch.where(is_best_BTV, 0.0, float("-inf")).to(x.dtype)
     return torch.where((params.temperature_B > 0)[:, None, None], x, certain)
 
 
@@ -224,6 +225,14 @@ def noisy(warped_BTV, params: Params, positions_BT, words_V) -> torch.Tensor:
     if params.greedy:
         return warped_BTV
     return warped_BTV + gumbel(params, positions_BT, TOKEN, words_V, warped_BTV.dtype)
+
+
+def positions_of(x_BTV: torch.Tensor, which_BN: torch.Tensor) -> torch.Tensor:
+    """Some positions of each row, (B, N, V): x[b, which[b, n]].
+
+    take_along_dim would make, and check, an index for each of the V numbers.
+    """
+    return x_BTV[torch.arange(len(which_BN), device=which_BN.device)[:, None], which_BN]
 
 
 def highest(scores_BTV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -398,10 +407,10 @@ def accept_exact(warped_BTV, logq_BKV, tokens_BK, length_B, kind_B, params: Para
     accepted_B = ((u_BK < ratio_BK) & valid_BK).cumprod(1).sum(1)
 
     rejected_B1 = (accepted_B < length_B)[:, None]
-    logp_BV = logp_BTV.take_along_dim(accepted_B[:, None, None], 1)[:, 0]
+    logp_BV = positions_of(logp_BTV, accepted_B[:, None])[:, 0]
     p_BV = logp_BV.exp()
     at_B1 = accepted_B.clamp(max=K - 1)[:, None]
-    q_BV = logq_BKV.take_along_dim(at_B1[..., None], 1)[:, 0].exp()
+    q_BV = positions_of(logq_BKV, at_B1)[:, 0].exp()
     without_BV = p_BV.scatter(1, safe_BK.gather(1, at_B1), 0.0)  # p, but not the rejected token
     left_BV = torch.where(is_chain_B1, (p_BV - q_BV).clamp_(min=0), without_BV)
     left_BV = torch.where(left_BV.sum(-1, keepdim=True) > 0, left_BV, p_BV)

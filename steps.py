@@ -37,6 +37,7 @@ from sampling import (
     log_probs,
     noisy,
     outcomes,
+    positions_of,
     saguaro,
     share_out,
     warp,
@@ -520,8 +521,7 @@ def draw_chain(logits_BMV, x, positions: int) -> tuple:
 
 def draw_next(logits_BTV, x) -> tuple:
     """The token after the last one of each row."""
-    last_B11 = (x.count - 1).clamp(min=0)[:, None, None]
-    logits_B1V = logits_BTV.take_along_dim(last_B11, 1)
+    logits_B1V = positions_of(logits_BTV, (x.count - 1).clamp(min=0)[:, None])
     return draw(logits_B1V, x, (x.start + x.count)[:, None], None)
 
 
@@ -541,7 +541,7 @@ def draw(logits_BTV, x, at_BP, which_BT) -> tuple:
     if not x.params.greedy:
         noise_BTV = gumbel(x.params, at_BP, TOKEN, x.words_V, scores_BTV.dtype)
         if which_BT is not None:
-            noise_BTV = noise_BTV.take_along_dim(which_BT[..., None], 1)
+            noise_BTV = positions_of(noise_BTV, which_BT)
         scores_BTV = scores_BTV + noise_BTV
     best_BT, drawn_BT = highest(scores_BTV)
     # A greedy row's best log q is 0 even if its logits are NaN: it is the logits that are checked.
