@@ -24,8 +24,8 @@ from types import FunctionType
 
 import torch
 
-# PyTorch looks here when it first needs memory: tensors of 2 MB or more in pages of 2 MB, where the
-# system asks (Linux). A step that reads weights in floats takes a tenth less (LOG.md).
+# PyTorch reads this when it first needs memory: tensors of 2 MB or more then lie on pages of 2 MB,
+# where Linux has such. A step that reads weights in floats takes a tenth less (LOG.md).
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 # A lane that wants the interpreter's lock asks for it after this many seconds. Python's default is
