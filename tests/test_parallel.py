@@ -86,11 +86,11 @@ def environment(count: int) -> list[dict]:
     return [os.environ | common | {"RANK": str(r), "LOCAL_RANK": str(r)} for r in range(count)]
 
 
-def start(count: int, *args, changes=()) -> list[subprocess.Popen]:
-    """The processes of so many ranks. changes: to the environment of each."""
+def start(count: int, *args) -> list[subprocess.Popen]:
+    """The processes of so many ranks."""
     how = {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    places = [env | more for env, more in zip(environment(count), [*changes, *[{}] * count])]
-    return [subprocess.Popen([sys.executable, *map(str, args)], env=env, **how) for env in places]
+    command = [sys.executable, *map(str, args)]
+    return [subprocess.Popen(command, env=env, **how) for env in environment(count)]
 
 
 def ended(processes: list[subprocess.Popen], limit_s: float) -> list[tuple[int, str, str]]:
@@ -115,11 +115,13 @@ def ranks_of(count: int, job: Path, limit_s: float) -> list[tuple[int, str]]:
     for process in processes:
         process.start()
     end = time.monotonic() + limit_s
-    for process in processes:
-        process.join(max(0, end - time.monotonic()))
-    for process in processes:
-        process.kill()
-        process.join()
+    try:
+        for process in processes:
+            process.join(max(0, end - time.monotonic()))
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
     return [(process.exitcode, path.read_text()) for process, path in zip(processes, said)]
 
 
@@ -326,6 +328,14 @@ def test_what_ranks_must_share_is_checked_before_anything_loads(tmp_path):
         (code, error), _ = ranks_of(2, job, 30)
         assert code == 1 and f"ValueError: {says}" in error, error
         assert not list(tmp_path.glob("job.target*"))
+
+
+def test_ranks_compare_all_code_that_their_numbers_hang_on(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(ranks, "fingerprint", lambda paths: seen.append({p.name for p in paths}))
+    ranks.about(str(checkpoint(tmp_path / "target")), 2)
+    assert {"model.py", "linear.py", "few_bits.cpp", "weights.py"} <= seen[0]
+    assert seen[1] == {"config.json", "model.safetensors"}
 
 
 def test_what_differs_between_ranks_is_named():
