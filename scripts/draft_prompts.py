@@ -11,7 +11,7 @@ import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
-HELD = 48  # prompts held out, at most; each is continued greedily and at temperature 1
+HELD = 96  # prompts held out, at most; each is continued greedily and at temperature 1
 TOPICS = """photosynthesis|black holes|the French Revolution|climate change|machine learning
 the water cycle|volcanoes|ancient Egypt|the Roman Empire|DNA|gravity|electricity|the human heart
 vaccines|the stock market|inflation|democracy|the Renaissance|Shakespeare|jazz music|chess
@@ -88,11 +88,12 @@ class Prompt:
     kind: str
 
 
-def read_prompts(args, tokenizer, vocab: int) -> tuple[list[Prompt], list[Prompt]]:
+def read_prompts(args, tokenizer, vocab: int, asked=()) -> tuple[list[Prompt], list[Prompt]]:
     """Prompts to learn from and prompts held out: each sixth of a file.
 
     A .jsonl file has a chat ("turns") or a plain "prompt" a line; any other file is one prompt.
-    To those of the files come some that are made up; without a tokenizer, random ids.
+    To those of the files come some made up here and those that the target asked; without a
+    tokenizer, random ids.
     """
     rng = random.Random(args.seed)
     if tokenizer is None:
@@ -102,6 +103,7 @@ def read_prompts(args, tokenizer, vocab: int) -> tuple[list[Prompt], list[Prompt
             path.stem: read_rows(path) for path in args.prompts
         }
         kinds = {kind: encoded(some, tokenizer) for kind, some in rows.items()}
+    kinds |= {"asked": [prompt.ids for prompt in asked]} if asked else {}
     learn, held = [], []
     for kind, prompts in kinds.items():
         fit = [Prompt(ids, kind) for ids in prompts if 0 < len(ids) <= args.prompt_tokens]
@@ -127,16 +129,21 @@ def encoded(rows: list[dict], tokenizer) -> list[list[int]]:
 
     What two chats begin and end with is the template's: rendering it for each would take minutes.
     """
-    try:
-        a, b = (tokenizer.encode_chat([{"role": "user", "content": text}]) for text in ("a", "Z"))
-        before = next(n for n, (x, y) in enumerate(zip(a, b)) if x != y)
-        head, tail = a[:before], a[before + 1 :]
-    except ValueError:
-        head, tail = tokenizer.encode(""), []
+    head, tail = around_question(tokenizer)
     chats = [
         head + tokenizer.encode(row["turns"][0], False) + tail for row in rows if "turns" in row
     ]
     return chats + [tokenizer.encode(row["prompt"]) for row in rows if "prompt" in row]
+
+
+def around_question(tokenizer) -> tuple[list[int], list[int]]:
+    """The ids that a chat template puts before and after a user's first words."""
+    try:
+        a, b = (tokenizer.encode_chat([{"role": "user", "content": text}]) for text in ("a", "Z"))
+    except ValueError:
+        return tokenizer.encode(""), []
+    before = next(n for n, (x, y) in enumerate(zip(a, b)) if x != y)
+    return a[:before], a[before + 1 :]
 
 
 def split(text: str) -> list[str]:

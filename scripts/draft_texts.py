@@ -13,12 +13,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from draft_prompts import Prompt
+from draft_prompts import Prompt, around_question
 from tqdm import tqdm
 
 from cache import KVCache
 from checkpoint.config import Config
 
+ASKED, QUESTION = 256, 64  # questions in a file of them; tokens of one, at most
+BEGINNINGS = (*["from typing import List\n\n\ndef "] * 3, "def ", "class ", "The", "In", "A")
 TOP = 32  # of the target's probabilities, so many are kept at each position
 HEATS = (0.0, 1.0, 0.0, 0.7)  # temperatures of the texts, in turn
 PIECE = 256  # tokens of a piece of given text
@@ -46,9 +48,8 @@ def sample(target, prompts: list[Prompt], heats: list[float], new: int, eos, rng
     kept = [[] for _ in prompts]  # of each text, the target's most probable tokens, step by step
     room = max(map(len, tokens)) + new
     cache = KVCache(config, B, room, device=device, dtype=target.norm.weight.dtype)
-    for row, ids in enumerate(tokens):  # all but the last token, which the first step below reads
-        if len(ids) > 1:
-            prefill(target, cache, row, torch.tensor([ids[:-1]], device=device))
+    for row in range(B):
+        prefill(target, cache, row, tokens)
     # Which text a row of the cache belongs to; whether it goes on.
     rows, live = (list(range(B)), [True] * B)
     for _ in range(new):
@@ -85,14 +86,21 @@ def sample(target, prompts: list[Prompt], heats: list[float], new: int, eos, rng
     return texts
 
 
-def prefill(target, cache: KVCache, row: int, ids_1T: torch.Tensor) -> None:
-    """Read a prompt into one row of the cache, by way of a cache of its own."""
-    T, weight = ids_1T.shape[1], target.norm.weight
-    own = KVCache(target.config, 1, T, device=weight.device, dtype=weight.dtype)
-    start_B = torch.zeros(1, dtype=torch.long, device=weight.device)
-    target(ids_1T, own.place(start_B, start_B + T, T, T, True), own, logits=False)
-    cache.k_LBGSD[:, row, :, :T] = own.k_LBGSD[:, 0, :, :T]
-    cache.v_LBGSD[:, row, :, :T] = own.v_LBGSD[:, 0, :, :T]
+def prefill(target, cache: KVCache, row: int, prompts: list[list[int]]) -> None:
+    """Read a prompt into its row of the cache, all but the last token, which the first step reads.
+    What it has in common with an earlier row is copied: chats begin alike.
+    """
+    ids, device = prompts[row][:-1], cache.k_LBGSD.device
+    alike = [len(os.path.commonprefix((ids, other[:-1]))) for other in prompts[:row]]
+    shared = max(alike, default=0)
+    if shared:
+        for kv in (cache.k_LBGSD, cache.v_LBGSD):
+            kv[:, row, :, :shared] = kv[:, alike.index(shared), :, :shared]
+    if rest := len(ids) - shared:
+        start_B = torch.tensor([shared], device=device)
+        place = cache.place(start_B, start_B + rest, rest, len(ids), True)
+        tokens_1T = torch.tensor([ids[shared:]], device=device)
+        target(tokens_1T, place, cache.narrow(range(row, row + 1)), logits=False)
 
 
 def shrunk(cache: KVCache, config: Config, keep: list[int]) -> KVCache:
@@ -109,6 +117,42 @@ def draw(logits_BV, heat_B1, rng: torch.Generator) -> torch.Tensor:
     cdf_BV = (logits_BV / heat_B1.clamp(min=1e-3)).softmax(-1).cumsum(-1)
     at_B1 = torch.rand(len(cdf_BV), 1, generator=rng).to(cdf_BV.device) * cdf_BV[:, -1:]
     return torch.searchsorted(cdf_BV, at_B1).clamp(max=cdf_BV.shape[1] - 1)
+
+
+@torch.inference_mode()
+def ask(target, tokenizer, eos, args) -> list[Prompt]:
+    """--asked prompts that the target makes up: two of three are what it takes a user to say, the
+    others begin to program or to tell. Those in a file depend on (seed, number) alone.
+    """
+    folder = args.work_dir / "asked"
+    folder.mkdir(parents=True, exist_ok=True)
+    head, tail = around_question(tokenizer)
+    begun = [tokenizer.encode(text) for text in BEGINNINGS]
+    starts = [begun[n // 3 % len(begun)] if n % 3 == 0 or not tail else head for n in range(ASKED)]
+    number, found = 0, []
+    with tqdm(total=args.asked, desc="questions", unit="prompt") as bar:
+        while len(found) < args.asked:
+            path = folder / f"{number:05d}.pt"
+            if not path.exists():
+                rng = torch.Generator().manual_seed(args.seed * 10**6 + number + 1)
+                some = [Prompt(ids, "asked") for ids in starts]
+                texts = sample(target, some, [0.8] * ASKED, QUESTION, eos, rng)
+                store(path, [ids for text in texts if (ids := closed(text, head, tail, eos))])
+            some = torch.load(path, weights_only=True)
+            found += [Prompt(ids, "asked") for ids in some]
+            number += 1
+            bar.update(len(some))
+    return found[: args.asked]
+
+
+def closed(text: Text, head: list[int], tail: list[int], eos) -> list[int] | None:
+    """The ids of a prompt from what the target began to write: a whole question and what the
+    template puts after it, None if it did not end; of another text the first tokens.
+    """
+    ids = text.tokens.tolist()
+    if not tail or ids[: text.first] != head:
+        return ids[: text.first + QUESTION // 4]
+    return ids[:-1] + tail if ids[-1] in eos and len(ids) > text.first + 1 else None
 
 
 @torch.inference_mode()
@@ -163,7 +207,7 @@ def given(target, tokenizer, path: Path) -> Iterator[Text]:
 
 def store(path: Path, value) -> None:
     """Whole or not at all: a run killed while writing keeps what it had."""
-    if isinstance(value, list):
+    if isinstance(value, list) and isinstance(value[0], Text):
         value = [asdict(text) for text in value]
     torch.save(value, path.with_suffix(".tmp"))
     os.replace(path.with_suffix(".tmp"), path)

@@ -35,11 +35,12 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 from draft_prompts import read_prompts  # noqa: E402
-from draft_texts import PIECE, Text, all_texts, fetch, store, write_texts  # noqa: E402
+from draft_texts import PIECE, Text, all_texts, ask, fetch, store, write_texts  # noqa: E402
 
 from checkpoint.config import Config  # noqa: E402
 from checkpoint.tokenizer import load_tokenizer, read_eos_ids  # noqa: E402
 from checkpoint.weights import load_model, pieces, resolve  # noqa: E402
+from engine import Model  # noqa: E402
 from model import Transformer  # noqa: E402
 
 STAGES = ("texts", "train", "export")
@@ -61,6 +62,12 @@ class Distiller:
         self.args, self.path, self.texts = args, args.work_dir / "draft.pt", texts
         device, config = target.embed.weight.device, target.config
         state = torch.load(self.path, map_location=device) if self.path.exists() else {}
+        begin = args.begin and load_model(args.begin, device, torch.float32, Transformer, target)
+        if begin:
+            about = json.loads((args.begin / "config.json").read_text()).get("draft_of")
+            if about is None:
+                raise ValueError(f"{args.begin} is not a draft made by this script, wanted one")
+            state = {"layers": about["layers"], "token_ids": begin.token_ids_V} | state
         self.layers = state.get("layers") or chosen_layers(args.layers, config.num_layers)
         self.token_ids_V = state.get("token_ids")
         if self.token_ids_V is None:
@@ -73,9 +80,10 @@ class Distiller:
         self.model = Transformer(self.config).to(device)
         self.model.embed = nn.Embedding.from_pretrained(target.embed.weight.float())
         self.model.head = nn.Identity()  # ours is applied only where something is learnt
-        for mine, layer in zip(self.model.layers, self.layers):  # float32, whatever --dtype is
-            mine.load_state_dict(target.layers[layer].state_dict())
-        self.model.norm.load_state_dict(target.norm.state_dict())
+        first = begin.layers if begin else [target.layers[layer] for layer in self.layers]
+        for mine, layer in zip(self.model.layers, first):  # float32, whatever --dtype is
+            mine.load_state_dict(layer.state_dict())
+        self.model.norm.load_state_dict((begin or target).norm.state_dict())
         self.model.set_positions(args.prompt_tokens + args.new_tokens + PIECE)
         every = self.model.named_parameters()
         self.weights = {name: p.requires_grad_() for name, p in every if "embed" not in name}
@@ -84,7 +92,7 @@ class Distiller:
             self.weights.values(), args.rate, (0.9, 0.95), weight_decay=0, fused=True
         )
         self.step, self.epoch, self.batch, self.seconds = state.get("at", (0, 0, 0, 0.0))
-        if state:
+        if "model" in state:
             self.put(state["model"])
             self.mean = state["mean"]
             self.adam.load_state_dict(state["adam"])
@@ -318,11 +326,17 @@ def read_arguments(argv=None):
     some = {"type": Path, "nargs": "*", "default": []}
     add("--prompts", **some, help='.jsonl with "turns" or "prompt" a line, or texts to go on with')
     add("--text", **some, help="texts to learn from as they are")
+    add("--asked", type=int, default=2000, help="prompts that the target makes up itself (2000)")
     add("--tokens", type=float, default=500_000, help="tokens that the target writes (500000)")
     add("--new-tokens", type=int, default=160, help="of a text (160)")
     add("--prompt-tokens", type=int, default=1024, help="longer prompts are left out (1024)")
     add("--rows", type=int, default=128, help="texts written at a time (128)")
     add("--layers", default="4", help='how many of the target\'s layers, or which: "0,1,28,29"')
+    add(
+        "--begin",
+        type=Path,
+        help="a draft of this target to go on from, with its layers and tokens",
+    )
     add("--vocab", type=int, default=8000, help="tokens that the draft can propose (8000)")
     add("--epochs", type=int, default=4, help="passes over the texts (4)")
     add("--minutes", type=float, default=0, help="of training in all, rather than --epochs")
@@ -343,17 +357,25 @@ def read_arguments(argv=None):
 
 def run(args) -> None:
     claim(args)
-    dtype = getattr(torch, args.dtype)
-    target = load_model(args.target, args.device, dtype, Transformer).requires_grad_(False)
-    target.set_positions(args.prompt_tokens + args.new_tokens + PIECE)
     folder, work = resolve(args.target), args.work_dir
     tokenizer = load_tokenizer(folder)
     eos = set(tokenizer.eos_ids if tokenizer else read_eos_ids(folder))
     if args.stage in ("all", "texts"):
-        learn, held = read_prompts(args, tokenizer, target.config.vocab_size)
-        write_texts(target, tokenizer, learn, held, eos, args)
+        # As the engine would run it, in the few bits of its file where the CPU is quick with those.
+        # A cache of bfloat16 would be made floats at every step.
+        device = torch.device(args.device)
+        numbers = "float32" if device.type == "cpu" else args.dtype
+        writer = Model.load(args.target, device, numbers).transformer
+        writer.set_positions(args.prompt_tokens + args.new_tokens + PIECE)
+        asked = ask(writer, tokenizer, eos, args) if tokenizer and args.asked else []
+        learn, held = read_prompts(args, tokenizer, writer.config.vocab_size, asked)
+        write_texts(writer, tokenizer, learn, held, eos, args)
+        del writer
     if args.stage == "texts":
         return
+    dtype = getattr(torch, args.dtype)
+    target = load_model(args.target, args.device, dtype, Transformer).requires_grad_(False)
+    target.set_positions(args.prompt_tokens + args.new_tokens + PIECE)
     texts = all_texts(work / "texts")
     if not texts:
         raise ValueError(f"{work} holds no texts, wanted some: run --stage texts first")

@@ -1,5 +1,6 @@
 """train_draft.py on a random tiny target: acceptance rises, resuming is exact, the export loads."""
 
+import argparse
 import json
 import re
 import sys
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny import SHAPE, transformer
 
 from checkpoint.weights import load_model
@@ -128,6 +130,59 @@ def test_the_export_loads_as_a_draft_of_its_target(script, target, trained):
     assert about["acceptance"] == pytest.approx(last, abs=1e-3)
 
 
+def test_a_draft_goes_on_from_one_that_is_there(script, target, trained, tmp_path):
+    """Before it has learnt anything it is the one that it began as."""
+    (tmp_path / "texts").symlink_to(trained / "texts")
+    (tmp_path / "held.pt").symlink_to(trained / "held.pt")
+    flags = ("--begin", str(trained / "out"), "--layers", "1", "--vocab", "9")
+    assert call(script, target, tmp_path, "--stage", "export", *flags) == 0
+    one, two = (load_file(work / "out" / "model.safetensors") for work in (trained, tmp_path))
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_a_target_makes_up_prompts(texts, target, tmp_path):
+    """Whole questions between what the template puts around them, and beginnings; as many as asked
+    for, and the first ones are the same however many that are.
+    """
+
+    class Letters:
+        def encode(self, text, bos=True):
+            return [1] * bos + [4 + ord(letter) % 60 for letter in text]
+
+        def encode_chat(self, messages):
+            return [1, 9, 8, *self.encode(messages[0]["content"], False), 5, 6]
+
+    model = load_model(target, "cpu", torch.float32, Transformer)
+    model.set_positions(256)
+    model.requires_grad_(False)
+    args = argparse.Namespace(work_dir=tmp_path / "a", seed=1, asked=300)
+    found = [prompt.ids for prompt in texts.ask(model, Letters(), {3}, args)]
+    questions = [ids for ids in found if ids[:3] == [1, 9, 8]]
+    begun = [ids for ids in found if ids[:3] != [1, 9, 8]]
+    assert len(found) == 300 and len(questions) > 20 and len(begun) > 20
+    assert all(ids[-2:] == [5, 6] and 3 not in ids and len(ids) > 6 for ids in questions)
+    starts = [Letters().encode(text) for text in texts.BEGINNINGS]
+    assert all(any(ids[: len(start)] == start for start in starts) for ids in begun)
+    assert [p.ids for p in texts.ask(model, Letters(), {3}, args)] == found, "from the files"
+    args = argparse.Namespace(work_dir=tmp_path / "b", seed=1, asked=100)
+    assert [p.ids for p in texts.ask(model, Letters(), {3}, args)] == found[:100]
+
+
+def test_rows_that_begin_alike_are_read_once(texts, target):
+    """A text is the same, whatever rows stand beside it."""
+    from draft_prompts import Prompt
+
+    model = load_model(target, "cpu", torch.float64, Transformer).requires_grad_(False)
+    model.set_positions(64)
+    some = [[1, 9, 8, 7], [1, 9, 8, 7], [1, 9, 30, 31, 32, 33], [1, 9, 30, 31], [40], [1]]
+    some = [Prompt(ids, "x") for ids in some]
+    together = texts.sample(model, some, [0.0] * len(some), 12, {3}, torch.Generator())
+    for prompt, text in zip(some, together):
+        (alone,) = texts.sample(model, [prompt], [0.0], 12, {3}, torch.Generator())
+        assert torch.equal(alone.tokens, text.tokens)
+        assert torch.allclose(alone.logp_NK.float(), text.logp_NK.float(), atol=1e-2)
+
+
 def test_prompts_of_files(prompts, tmp_path):
     class Letters:  # an id a letter; a chat is put in brackets
         def encode(self, text, bos=True):
@@ -153,13 +208,14 @@ def test_prompts_of_files(prompts, tmp_path):
         (("--layers", "9"), "--layers is 9, wanted 1 to 3"),
         (("--layers", "0,7"), "--layers is 0,7, wanted some of 0 to 2"),
         (("--stage", "train", "--work-dir", "{empty}"), "holds no texts, wanted some"),
+        (("--begin", "{target}"), "is not a draft made by this script, wanted one"),
     ],
 )
 def test_mistakes_end_in_a_sentence(script, target, trained, tmp_path, capsys, flags, message):
     (tmp_path / "texts").mkdir()
     for path in [] if "{empty}" in flags else (trained / "texts").iterdir():
         (tmp_path / "texts" / path.name).symlink_to(path)
-    flags = [flag.format(empty=tmp_path) for flag in flags]
+    flags = [flag.format(empty=tmp_path, target=target) for flag in flags]
     assert call(script, target, tmp_path, "--stage", "train", *flags) == 2
     assert message in capsys.readouterr().err
 
