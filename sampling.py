@@ -6,7 +6,7 @@ caches, devices' queues, texts. Read next: cache.py.
 A draw from a distribution f is argmax over tokens of log f + G, where the Gumbel noise G is a pure
 function of (seed, row, position, purpose, token). It needs no generator and no state, so the draft
 can ask for the very noise that the target will draw with. That makes outcomes predictable and,
-under `shared`, the text the same in every mode, as far as the logits are.
+under `shared`, the text the same in every mode, to the extent that the logits are the same.
 
 Shape letters: B rows, T positions, K draft tokens, M branches, V vocabulary. p is the target, q the
 draft.
@@ -23,20 +23,22 @@ from kernels import scripted
 
 # Purposes of noise: the target's or draft's own draw, the accept test, the residual's draw.
 TOKEN, ACCEPT, RESIDUAL = 1, 2, 3
-NONE, CHAIN, FIXED = 0, 1, 2  # kinds of a proposal: nothing, drawn from q, not drawn from any q
-# With F guesses the chance of a miss is proportional to F^-MISS_POWER. The paper's pairs have .54
-# at temperature 0 and .41 at 1; the default pair has .28 to .47 (shared, temperature 1).
+# Kinds of a proposal: nothing; drawn from q; found in the row's own text, so drawn from no q.
+NONE, CHAIN, FIXED = 0, 1, 2
+# With F guesses of r' after one j, the chance of a miss is proportional to F^-MISS_POWER. For the
+# paper's pairs the power is .54 at temperature 0 and .41 at 1; for the default pair .28 to .47
+# (shared, temperature 1).
 MISS_POWER = 0.5
 ARGMAX_BLOCK = 256  # tokens that one block of a GPU compares
-SPREAD_STEP, HOLD_STEP = 0.05, 0.02
+SPREAD_STEP, HOLD_STEP = 0.05, 0.02  # how fast Foresight learns
 # With a spread past 2 and 50,000 tokens no drafted token seems likely to hold. All outcomes that
-# are prepared then begin with a rejection, and few of them hit, so the spread would stay so high.
+# are prepared then begin with a rejection and rarely hit, so a high spread would sustain itself.
 WIDEST_SPREAD = 1.5
 
 
 class Params(NamedTuple):
-    """How each row samples: tensors (B,) on the model's device. row_B is the sequence's number, not
-    its place in the batch.
+    """How each row samples: tensors (B,) on the model's device. row_B is the number of the
+    sequence, which stays the same wherever in the batch it sits.
 
     greedy says that every temperature is 0, filtered that some row has a top-k or top-p. The host
     knows both, and so skips filters that change nothing.
@@ -92,7 +94,7 @@ class Params(NamedTuple):
 # ---- noise
 
 
-def _mix(x: torch.Tensor) -> torch.Tensor:  # scripted along with who calls it
+def _mix(x: torch.Tensor) -> torch.Tensor:  # compiled together with its callers
     """int32 words, scrambled so that flipping an input bit flips each output bit half the time.
 
     Shifts, multiplications and constants are those of Wellons' "lowbias32" (bias 0.17 of a bit in
@@ -133,7 +135,7 @@ def hash_words(
 def _hash(
     key_B2: torch.Tensor, positions_BT: torch.Tensor, purpose: int, words_V: Optional[torch.Tensor]
 ) -> torch.Tensor:
-    """hash_words by two keys a position: two positions of one run never share their noise."""
+    """hash_words by two keys a position: two positions of one row never share their noise."""
     word_BT1 = (positions_BT & 0xFFFFFFFF).to(torch.int32)[..., None]
     key_BT2 = _mix(_mix(word_BT1 + key_B2[:, None] * 5) * 5 + purpose)
     key1, key2 = key_BT2[..., 0], key_BT2[..., 1]
@@ -159,7 +161,7 @@ def gumbel(
 ) -> torch.Tensor:
     """Gumbel noise (B, T, V), which is 0 for rows of temperature 0. words_V is as in hash_words.
 
-    -log(-log(1 - v)): the large values that decide a draw come from v near 0, where floats are
+    -log(-log(1 - u)): the large values that decide a draw come from u near 0, where floats are
     dense.
     """
     noise = _double_log(uniform(params, positions_BT, purpose, words_V, dtype))
@@ -172,8 +174,8 @@ def _double_log(u: torch.Tensor) -> torch.Tensor:
 
 
 def bonus_noise(params: Params, positions_BT, rejected_BT, words_V, dtype) -> torch.Tensor:
-    """The noise (B, T, V) that draws the bonus token: the residual's after a rejection, after a
-    whole proposal the usual one.
+    """The noise (B, T, V) that draws the bonus token: RESIDUAL noise after a rejection, TOKEN noise
+    if all was accepted.
     """
     token, residual = (
         gumbel(params, positions_BT, use, words_V, dtype) for use in (TOKEN, RESIDUAL)
@@ -230,7 +232,7 @@ def noisy(warped_BTV, params: Params, positions_BT, words_V) -> torch.Tensor:
 def positions_of(x_BTV: torch.Tensor, which_BN: torch.Tensor) -> torch.Tensor:
     """Some positions of each row, (B, N, V): x[b, which[b, n]].
 
-    take_along_dim would make, and check, an index for each of the V numbers.
+    take_along_dim would build and check an index for each of the V numbers.
     """
     return x_BTV[torch.arange(len(which_BN), device=which_BN.device)[:, None], which_BN]
 
@@ -238,8 +240,8 @@ def positions_of(x_BTV: torch.Tensor, which_BN: torch.Tensor) -> torch.Tensor:
 def highest(scores_BTV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The highest score of each position and its first index, (B, T) each.
 
-    Compiled for a GPU, one processor would look through all tokens of a position. So there it is
-    the highest of each block first, and then the highest of those.
+    When compiled for a GPU, a plain argmax would give all tokens of a position to one processor. So
+    there it is the highest of each block first, and then the highest of those.
     """
     if not torch.compiler.is_compiling():
         return scores_BTV.amax(-1), scores_BTV.argmax(-1)
@@ -251,8 +253,8 @@ def highest(scores_BTV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def saguaro(logq_BTV: torch.Tensor, params: Params, top_BT: torch.Tensor, c: float) -> torch.Tensor:
-    """log q' of Saguaro: the top_BT likeliest tokens of each position are weighed down by
-    0 < c <= 1, and the rest is renormalised with them. Rows of temperature 0 stay as they are.
+    """log q' of Saguaro: the probability of the top_BT likeliest tokens of each position is
+    multiplied by c, 0 < c <= 1, and all are renormalised. Rows of temperature 0 stay as they are.
 
     The target's residual then has its mass where the draft looks for it (Kumar, Dao, May 2026).
     """
@@ -277,10 +279,10 @@ class Foresight:
     spread: float = 0.7  # where the pairs measured here settle: 0.6 at temperature 0, 0.8 at 1
     hold: float = 0.8
 
-    def learn(self, chance: float, hits: float, accepted: int, rejected: int) -> None:
+    def learn(self, chance: float, hits: bool, accepted: int, rejected: int) -> None:
         """Learn from one row's round. At the right spread, as many hits come as were expected.
 
-        chance: what `outcomes` gave for a hit; hits: 1 if it was one, else 0.
+        chance: of a hit, as the fork foresaw it; hits: whether it was one.
         """
         spread = self.spread * math.exp(SPREAD_STEP * (chance - hits))
         self.spread = min(max(spread, 0.02), WIDEST_SPREAD)
@@ -298,15 +300,15 @@ def outcomes(
 ) -> torch.Tensor:
     """The log probability of every outcome (j, t), -inf where it cannot be, (B, T, V).
 
-    scores_BTV[:, j] are log q_j + the noise that will draw t. drafted_BT[:, j] is d_{j+1}, for
-    j < length_B, or V for a token that the draft does not know. If log p - log q, token by token,
-    is itself like Gumbel noise of the scale `spread`, the target draws t with the probability
-    softmax(scores / spread) at t.
+    scores_BTV[:, j] are those of steps.score: log q_j, plus the noise that will draw t, where the
+    draft looks at it. drafted_BT[:, j] is d_{j+1}, for j < length_B, or V for a token that the
+    draft does not know. If log p - log q, token by token, is itself like Gumbel noise of the scale
+    `spread`, the target draws t with the probability softmax(scores / spread) at t.
 
     hold_B is None under `shared`: there d_{j+1} holds if the target draws it, so the scores say how
-    likely that is; of one that the draft does not know they say nothing, and it holds half of the
-    time. Under the other couplings a token holds with the probability hold_B, and what is drawn
-    after a rejection is another token.
+    likely that is. They say nothing of a token outside the draft's vocabulary, which is taken to
+    hold half of the time. Under the other couplings a token holds with the probability hold_B, and
+    what is drawn after a rejection is another token.
     """
     index_T1 = torch.arange(scores_BTV.shape[1], device=length_B.device)[:, None]
     tried_BT1 = index_T1 < length_B[:, None, None]
@@ -331,12 +333,12 @@ def outcomes(
 
 def share_out(hold: float, length: int, m: int) -> list[int]:
     """F_0..F_L, which sum to m: the share of the budget that "exactly j accepted" gets. The paper
-    calls F_j the fan-out; here that word is the flag's, and means m.
+    calls F_j the fan-out; here fan-out is the command-line flag, and means m.
 
-    It is the paper's geometric series, the best where F guesses miss with a probability in
-    proportion to F^-MISS_POWER. The couplings other than `shared` need it. There, the noise in the
-    scores of j + 1 also draws the first token of a chain after an outcome at j. Were outcomes of
-    all j ranked together, a hit would say something about the tokens of its chain.
+    It is the paper's geometric series, optimal if F guesses miss with a probability in proportion
+    to F^-MISS_POWER. The couplings other than `shared` need it. There, the scores of a later j
+    depend on draft tokens that were drawn with the same noise as the chain after an earlier j. Were
+    the outcomes of all j ranked together, a hit would say something about the tokens of its chain.
     """
     power = 1 / (1 + MISS_POWER)
     weights = [hold ** (j * power) for j in range(length + 1)]
@@ -365,7 +367,8 @@ def accept_shared(draws_BT: torch.Tensor, tokens_BK: torch.Tensor, length_B: tor
     """The number of draft tokens accepted, and the bonus token, (B,) each, under `shared`.
 
     A draft token is accepted if it and all before it are the target's own draws. draws_BT are those
-    draws, x_0 .. x_K, T = K + 1; tokens_BK is the proposal, valid up to length_B.
+    draws, x_0 .. x_K, T = K + 1, and d_{i+1} is compared with x_i; tokens_BK is the proposal, valid
+    up to length_B.
     """
     K = tokens_BK.shape[1]
     same_BK = (draws_BT[:, :K] == tokens_BK) & (
@@ -398,7 +401,7 @@ def accept_exact(warped_BTV, logq_BKV, tokens_BK, length_B, kind_B, params: Para
     valid_BK = sound_BK.cumprod(1).bool() & (index_K < length_B[:, None])
     length_B = valid_BK.sum(1)
 
-    # u < p/q, and not <=: a token of probability 0 must never pass, not even for the smallest u.
+    # u is never 0, so a token of probability 0 never passes.
     ratio_BK = (
         logp_BTV[:, :K].gather(-1, safe_BK[..., None])[..., 0]
         - torch.where(is_chain_B1, logq_d, 0.0)

@@ -7,22 +7,25 @@ method is Decoding.play, propose and prepare. Read next: engine.py.
 
     AR   feed the pending token, draw the next
     SD   the draft proposes K tokens, the target verifies them in one pass; they take turns
-    SSD  while the target verifies, the draft prepares a chain for each of the M likeliest outcomes;
-         the next proposal is a look-up
+    SSD  while the target verifies, the draft prepares a chain for each of a row's M likeliest
+         outcomes; the next proposal is a look-up (a row hits if its outcome is there, else misses)
 
 r, the pending token, is the last token of the text; the target has not read it yet. d_1 .. d_L,
 L <= K, is the proposal. The outcome of a round is (j, r'): j draft tokens are accepted, and the
-target's own next token r', the bonus token, follows them (where j < L, others call it the
-correction). A round emits d_1 .. d_j and r', and r' is the next r.
+target's own next token r', the bonus token, follows them (elsewhere called the correction
+where j < L). A round emits d_1 .. d_j and r', so 1 to K + 1 tokens, and r' is the next r.
 
 The coupling says when a draft token is accepted. `shared`: if the target draws the same token with
-the same noise. Then every token of the text is argmax(log p + noise) of the target, whoever
-proposed it, and the text is the same in every mode (steps.decide). `maximal` and `independent`: by
-the ratio p / q of the target's and the draft's probabilities (sampling.accept_exact).
+the same noise, a known function of seed, row, position and token. Then every token of the text is
+argmax(log p + noise) of the target, whoever proposed it, and the text is the same in every mode
+(steps.decide). `maximal` and `independent`: by the ratio p / q of the target's and the draft's
+probabilities (sampling.accept_exact); only under `independent` does the draft not look at the noise
+that will draw the bonus token.
 
 A lane is a thread that owns a device: `start` queues work there and returns its future at once. Two
-models on one device may share a lane; then they take turns. A place is a seat in the batch. A
-branch is an outcome that the draft prepares for, and its chain is the draft tokens after it.
+models on one device may share a lane; then they take turns. A row is a sequence, and its place is
+its seat in the batch. A branch is an outcome that the draft prepares for, and its chain is the
+draft tokens after it.
 
 Source: Kumar, Dao, May, "Speculative Speculative Decoding", ICLR 2026 (arXiv 2603.03251).
 """
@@ -38,10 +41,11 @@ from runtime import PATIENCE_TIMES, DraftLost, Lane, Work
 from sampling import CHAIN, FIXED, NONE, Foresight
 from steps import PREFILL_CHUNKS, Feed, Fork, Runner
 
-# How long the target waits for the draft's first passes, in seconds: they may still fetch weights
-# from memory or disk, or compile. Later the limit grows with the slowest work so far.
+# How long the target waits for the draft's first passes, in seconds: those may still load weights
+# from disk, or compile. Later the limit grows with the slowest work so far.
 PREFILL_PATIENCE_S, WARM_UP_PATIENCE_S = 10.0, 600.0
-NOTICED_S, COMPILES_S = 0.5, 3.0  # compiling that is reported; what a kernel may take to compile
+# Compiling that takes longer is reported; so long may a kernel take to compile.
+NOTICED_S, COMPILES_S = 0.5, 3.0
 # Draft tokens, and for each the LogQ that it was drawn from (under `shared` None).
 Chain = tuple[list[int], list]
 
@@ -50,19 +54,20 @@ Chain = tuple[list[int], list]
 class Plan:
     """The settings of a round. AR is k = 0 and m = 0, SD is k > 0 and m = 0, SSD is both > 0.
 
-    k: at most so many draft tokens in a proposal. m: so many outcomes the draft prepares for while
-    the target verifies; with 0 none, so that every row misses. fallback is for rows that miss:
-    "jit" drafts for them now; "fast" repeats what followed the same n-gram in the row's own text;
-    "auto" is "jit" if every row missed, else "fast", so that rows that hit need not wait. With
-    m = 0 "auto" therefore drafts in every round: that is SD. halves: while half of the rows are
-    being verified, the draft works for the other half (halves.py reads it).
+    k: the most draft tokens in a proposal. m: how many outcomes of each row the draft prepares for
+    while the target verifies; with 0 none, so that every row misses. fallback is for rows that
+    miss: "jit" drafts for them now; "fast" repeats what followed the same n-gram in the row's own
+    text; "auto" is "jit" if every row missed, else "fast", so that rows that hit need not wait.
+    With m = 0 "auto" therefore drafts in every round: that is SD. halves: while half of the rows
+    are being verified, the draft works for the other half (halves.py reads it).
 
-    cut: chains stop early, when the verdict arrives. The draft always makes the first step; it
-    begins another one only if, going by how long such work has taken so far, half of it will be
-    done before the verdict, and if no other work is queued (Lane.has_time). If a row hit, the
-    look-up waits for the step that was begun last; without cut, for all K. Clock and queue do not
-    look at tokens, so the length of a chain says nothing about what is in it: each token is drawn
-    from the same q as in a whole chain, and the acceptance rule remains exact.
+    cut: chains may stop before K tokens, so that the verdict need not wait for them. The draft
+    always makes the first step. It begins another one only if at least half of it should be done
+    before the verdict, going by the time that such work has taken so far, and if no other work is
+    queued (Lane.has_time). If a row hit, the look-up waits for the step that was begun last;
+    without cut, for all K steps. Neither the clock nor the queue depends on tokens, so the length
+    of a chain says nothing about what is in it: each token is drawn from the same q as in a whole
+    chain, and the acceptance rule remains exact.
     """
 
     k: int
@@ -76,7 +81,7 @@ class SamePlan:
     """A planner that never changes its mind. auto.Auto is one that learns from every round.
 
     The plan of the next round is made from earlier ones, while the target verifies: K and M must
-    not hang on what this round draws.
+    not depend on what this round draws.
     """
 
     def __init__(self, plan: Plan):
@@ -90,15 +95,17 @@ class SamePlan:
 
 
 class Proposal:
-    """What the next verification tries, by place: draft tokens, their kind, and their LogQ."""
+    """What the next verification tries, by place: draft tokens, their kind (NONE, CHAIN or FIXED,
+    as in sampling.py), and their LogQ.
+    """
 
     def __init__(self, rows: int):
         self.tokens: list[list[int]] = [[] for _ in range(rows)]
         self.kind, self.logq = [NONE] * rows, [None] * rows
 
-    def put(self, row: int, kind: int, tokens: list[int], logq: list | None = None) -> None:
+    def put(self, place: int, kind: int, tokens: list[int], logq: list | None = None) -> None:
         if tokens:
-            self.tokens[row], self.kind[row], self.logq[row] = tokens, kind, logq
+            self.tokens[place], self.kind[place], self.logq[place] = tokens, kind, logq
 
 
 class Decoding:
@@ -109,17 +116,20 @@ class Decoding:
     `decoding=`, like those in examples/. No engine file needs to change. Override
 
         prepare    what the draft does while the target verifies: chains.fork, then once a step
-                   chains.append(tokens [place][branch], LogQ)
-        decode     what the draft does while the target waits: for the rows that missed, `most`
-                   pairs (token by place, LogQ)
+                   chains.append(tokens, logq), where tokens[place][branch] is an id
+        decode     what the draft does while the target waits: for the rows that missed, a list of
+                   `most` pairs (tokens by place, LogQ)
         predict    which outcomes are prepared for
-        draft_now  which rows that missed are drafted for; it counts the drafted tokens but the last
+        draft_now  which rows that missed are drafted for; it marks all drafted tokens but the last
                    as read by the draft, so override it, too, if your decode does not feed them
 
     For one pass that proposes K tokens, write a method of the subclass that calls your own model,
-    and call it in prepare and decode, where there is a loop of steps now. Under `shared` the LogQ
-    is None; else each token needs the log q that it was drawn from. Verification asks for no more
-    than that, so the text stays exact.
+    and call it in prepare and decode, where there is a loop of steps now. Draw with the TOKEN noise
+    of each position (sampling.noisy): under `shared` a token is accepted if the target draws it,
+    too, and the LogQ is None. Under the other couplings each token needs the log q that it was
+    drawn from, and neither the length of a chain nor the choice of outcomes for one j may depend on
+    how later tokens were drawn (sampling.share_out). Verification asks for no more, so the text
+    stays exact.
     """
 
     def __init__(
@@ -134,8 +144,8 @@ class Decoding:
         warn,
     ):
         """rows: in the order of their prompts. Up to target.batch of them are decoded at once,
-        each in a place of the batch; the rest wait. shapes: the lengths, budgets and parts of the
-        batch that static steps are compiled for.
+        each in a place of the batch; the rest wait. shapes: what static steps are compiled for
+        (Runner.warm_up).
         """
         self.all_rows, self.seats, self.reading = rows, Seats(rows, target.batch), []
         self.rows = self.seats.rows  # by place
@@ -171,17 +181,17 @@ class Decoding:
             played = self.figures.verified(plan, proposal, live, accepted, verdict)
             try:
                 proposal, self.plan = self.propose(chains, accepted, bonus, ahead, played), ahead
-            except DraftLost as lost:  # what this round emitted stays
-                proposal, self.plan = self.go_on_alone(lost)
+            except DraftLost as lost:  # the tokens that this round emitted stay
+                proposal = self.go_on_alone(lost)
         return proposal
 
     def propose(self, chains, accepted, bonus, plan: Plan, played: Round) -> Proposal:
-        """The next proposal: a row that hit gets its chain, another is drafted for now or guessed.
+        """The next proposal: a row that hit gets its chain, others are drafted for or guessed.
 
         The key of `chains` is (place, accepted, bonus); a look-up gives the Chain drafted for it.
         """
         proposal, live = Proposal(len(self.rows)), self.live(played.live)
-        hits = chains.look_up(live, accepted, bonus)  # if any, waits for the last step
+        hits = chains.look_up(live, accepted, bonus)  # if a row hit, waits for the last step begun
         missed = [b for b in live if b not in hits]
         self.learn(played, chains, hits, missed)
         jit = plan.fallback == "jit" or (plan.fallback == "auto" and not hits)
@@ -191,7 +201,7 @@ class Decoding:
             if b in chain_of:
                 proposal.put(b, CHAIN, *self.checked(*chain_of[b], room))
             else:
-                proposal.put(b, FIXED, self.rows[b].guess(room))  # no q: accepted by p alone
+                proposal.put(b, FIXED, self.rows[b].guess(room))  # drawn from no q
         return proposal
 
     def prepare(self, chains, feed: Feed, skipped, plan: Plan, verdict: Work) -> None:
@@ -200,7 +210,7 @@ class Decoding:
         draft.prefill(*skipped)  # usually nothing: see take_skipped
         with lane.span("extend"):  # read the proposal into the KV cache, score what may follow
             scores = draft.extend(feed)
-        with lane.span("fork"):  # pick the likeliest r', and the j that each follows
+        with lane.span("fork"):  # pick the likeliest r', and the j that each follows, its depth
             tokens, depths, chance = self.predict(scores, feed, plan)
             chains.fork(tokens, depths, chance)
         for step in range(plan.k):
@@ -209,12 +219,14 @@ class Decoding:
             with lane.span("chain step"):
                 tokens, logq = draft.chain_step(feed, tokens, depths, step, saguaro_top(plan))
                 chains.append(tokens, logq)
-        chains.settle()  # a GPU's step is only launched so far: wait for the last one's tokens
+        chains.settle()  # a GPU's step has only been launched: wait for the last one's tokens
 
     # ---- the steps of a round
 
     def live(self, places=None) -> list[int]:
-        """Those of these places (all by default) whose prompt is read and whose row goes on."""
+        """Those of these places (default: all) whose prompt has been read and whose row has not
+        ended.
+        """
         return self.seats.live(range(len(self.rows)) if places is None else places)
 
     def seated(self, places: range) -> list[int]:
@@ -233,12 +245,12 @@ class Decoding:
             self.reading.append(self.target_lane.start(getattr(self.target, method), *args))
             if self.draft is not None:
                 drafting = self.draft_lane.start(getattr(self.draft, method), *args)
-                if self.draft_lane is self.target_lane:  # a verification would wait without a limit
+                if self.draft_lane is self.target_lane:  # the next verification has no time limit
                     self.await_reading(self.reading[-1], drafting)
-                else:  # its next answer may wait for a long chunk
+                else:  # allow its next answer the time of a long chunk
                     slowest_s = PREFILL_PATIENCE_S / PATIENCE_TIMES
                     self.draft_lane.slowest_s = max(self.draft_lane.slowest_s, slowest_s)
-            if len(self.reading) > 2 and not self.live():  # so that Ctrl-C does not wait for all
+            if len(self.reading) > 2 and not self.live():  # Ctrl-C must wait for few of them
                 self.reading.pop(0).result()
         return self.live(places)
 
@@ -256,7 +268,8 @@ class Decoding:
 
     def take_skipped(self, feed: Feed) -> tuple[list[list[int]], list[int]]:
         """The ids that the draft has skipped and must read before `feed`, and the position of the
-        first, by row. It marks both as read: call it once for each feed that the draft reads.
+        first, by row. It marks both, and `feed`, as read: call it once for each feed that the draft
+        reads.
 
         Where a proposal that was drafted while the target waited is accepted whole, its last token
         was drawn and never fed. A draft that was left out of some rounds has skipped all of theirs.
@@ -290,7 +303,7 @@ class Decoding:
         return self.draft.fork(scores, feed, plan.m, self.foresight)
 
     def draft_now(self, missed: list[int], plan: Plan, played: Round) -> dict[int, Chain]:
-        """A Chain for each row that missed, by ordinary decoding, while the target waits."""
+        """A Chain for each row that missed, drafted token by token while the target waits."""
         if self.draft is None or (most := max(self.rows[b].room(plan.k) for b in missed)) == 0:
             return {}
         feed = self.feed(missed, Proposal(len(self.rows)))  # the pending tokens alone
@@ -313,7 +326,7 @@ class Decoding:
         before, begins = skipped
         if max(map(len, before)) > 1:  # the draft was left out of some rounds
             self.draft.prefill(before, begins)
-        elif any(before):  # one token: it and r are a feed of two
+        elif any(before):  # one skipped token is fed together with r
             tokens = [old + new for old, new in zip(before, feed.tokens)]
             tokens = [row + [0] * (2 - len(row)) for row in tokens]
             count = [c and len(old) + c for old, c in zip(before, feed.count)]
@@ -327,7 +340,7 @@ class Decoding:
         return [([row and row[0] for row in tokens], logq) for tokens, logq in steps]
 
     def checked(self, tokens: list[int], logq: list, room: int) -> Chain:
-        """A chain, as long as the row has room for. Raises DraftLost for an id that is no token."""
+        """A chain, as long as the row has room for. Raises DraftLost for an id the target lacks."""
         if wrong := [t for t in tokens if not 0 <= t < self.target.vocab]:
             raise DraftLost(f"it proposed the token id {wrong[0]}")
         return tokens[:room], logq[:room]
@@ -336,7 +349,7 @@ class Decoding:
 
     def prefill(self) -> None:
         """Both models read the prompts, all but their last token, at the same time. Each waits for
-        the other after every chunk, so Ctrl-C waits for one only: what a lane has begun, it ends.
+        the other after every chunk: a lane cannot abandon work, so Ctrl-C waits for one chunk.
         """
         self.warm_up()
         self.figures.begin = time.perf_counter()
@@ -356,15 +369,15 @@ class Decoding:
             reading.result()
 
     def await_reading(self, reading: Work, drafting: Work) -> None:
-        """Wait until both models have read a chunk; for the draft longer where the target took
-        long.
+        """Wait until both models have read a chunk. The draft's limit grows with what the target
+        took.
         """
         reading.result()
         took = reading.end - reading.begin
         self.await_draft(drafting, PREFILL_PATIENCE_S + PATIENCE_TIMES * took)
 
     def is_last(self) -> bool:
-        """Whether nothing has begun after this that may use the same buffers."""
+        """Whether this is still the newest run on these buffers."""
         return self.run_number == self.target.run_number
 
     def warm_up(self) -> None:
@@ -377,7 +390,8 @@ class Decoding:
         took = time.perf_counter() - began
         if fresh and took > NOTICED_S:
             self.warn(f"compiled in {took:.1f} s; the same shapes will not compile again")
-        # Compiling says nothing of later work. But an eager draft on a GPU compiles in its rounds.
+        # Compile time does not predict later work. But an eager draft on a GPU compiles in its
+        # rounds.
         late = self.draft is not None and self.draft.policy.compiles_late
         self.draft_lane.slowest_s = COMPILES_S if late else 0.0
 
@@ -388,23 +402,24 @@ class Decoding:
         except DraftLost as lost:
             self.go_on_alone(lost)
 
-    def go_on_alone(self, lost: DraftLost) -> tuple[Proposal, Plan]:
-        """An empty proposal and plain decoding, for the rest of the run.
+    def go_on_alone(self, lost: DraftLost) -> Proposal:
+        """Plain decoding for the rest of the run, from this empty proposal on.
 
-        The text stays exact: the target alone decides what is emitted, whoever proposed it.
+        The text stays exact: the target alone decides what is emitted.
         """
         if not self.lost:
             self.warn(f"the draft failed ({lost}): the target goes on alone, the text stays right")
-        # Work that hangs keeps the old thread. The lane gets a new one: the target may use it, too.
+        # Work that hangs keeps the old thread. The lane gets a new one, which the target may share.
         self.draft_lane.leave()
-        self.draft, self.lost, self.planner = None, True, SamePlan(Plan(0, 0))
-        return Proposal(len(self.rows)), self.planner.first()
+        self.draft, self.lost, self.plan = None, True, Plan(0, 0)
+        self.planner = SamePlan(self.plan)
+        return Proposal(len(self.rows))
 
 
 def saguaro_top(plan: Plan) -> int:
-    """How many of the draft's likeliest tokens are drawn less often than q says, so that a
-    rejection's r' is among them (sampling.saguaro): an equal share of the budget for each of the
-    K + 1 positions, and one for the drafted token itself.
+    """How many of the draft's likeliest tokens Saguaro makes less likely, so that the target's next
+    token after a rejection is among them (sampling.saguaro): M / (K + 1) for each position, and one
+    more for the drafted token.
     """
     return plan.m // (plan.k + 1) + 1
 

@@ -7,7 +7,7 @@ Positions: a row of N tokens has its pending token at position N - 1. A pass tha
 [r, d_1 .. d_L] from `start` = N - 1 on predicts positions N .. N + L, and the noise of a draw is
 always that of the position it fills.
 
-A draft may know fewer tokens than the target, or have a head that was cut to the likeliest ones. It
+A draft may know fewer tokens than the target, or have a head for the most frequent ones alone. It
 works in its own vocabulary throughout. Only token ids go in and out, and those are the target's.
 
 Shape letters: B rows, T positions fed, K draft tokens, M branches, V the model's own vocabulary.
@@ -47,7 +47,7 @@ from sampling import (
 # Noise lies between -3 and 23. A token that the draft's top-k or top-p leaves out ranks below all
 # that it keeps.
 LEFT_OUT = -32.0
-# Prompt tokens of a pass: few shapes, so that the length of a prompt never compiles anything anew.
+# Prompt tokens of a pass: few shapes, so that no length of a prompt compiles anything anew.
 PREFILL_CHUNKS = (32, 256)
 
 
@@ -56,8 +56,8 @@ class Feed:
     """What one pass is fed, padded to T: in a round [r, d_1 .. d_L] of each row.
 
     start is the position of the first token, r; count is L + 1, and 0 for a row that is not fed.
-    Lists have an entry for every place of the batch; tokens may also be what a step has `Drawn`. A
-    pass runs on the places in `part`, by default from the first to the last that is fed.
+    Lists have an entry for every place of the batch; tokens may also be the `Drawn` of the step
+    before. A pass runs on the places in `part`; without one, see Runner.part_of.
     """
 
     tokens: list[list[int]]
@@ -79,8 +79,9 @@ class Fork(NamedTuple):
 
 class Runner:
     """A model, its KV cache and B places for rows, on one lane. Methods run on that lane's thread,
-    and take and return lists with an entry for every place. A pass runs on the places that are fed
-    and those between them, on views of the cache; for the others it returns None.
+    and take and return lists with an entry for every place. A pass runs on a part of the batch, the
+    places from the first that is fed to the last, on views of the cache; for other places its lists
+    hold None.
 
     role names the model in errors. k is the most draft tokens of a round, branches the most
     branches (0 for a model that only verifies), vocab the size of the target's vocabulary.
@@ -114,18 +115,18 @@ class Runner:
         self.index_of = torch.full((vocab,), len(ids_V), device=weight.device)
         self.index_of[ids_V] = torch.arange(len(ids_V), device=weight.device)
         self.noise_dtype = torch.promote_types(weight.dtype, torch.float32)
-        self.parts = [range(batch)]  # that static steps exist for, the smallest first
-        self.lengths: list[int] = []  # of verifications and extends, where steps are static
-        self.how: tuple | None = None  # all rows sample: coupling, saguaro_c, greedy, filtered
-        self.run_number = 0  # of the run that it belongs to now
+        self.parts = [range(batch)]  # those that static steps exist for, the smallest first
+        self.lengths: list[int] = []  # of a verification or extend, where steps are static
+        self.how: tuple | None = None  # how the rows sample: coupling, saguaro_c, greedy, filtered
+        self.run_number = 0  # counts the runs that used it
 
     def set_rows(self, params: Params, coupling: str, saguaro_c: float) -> None:
         """Set how the rows of this run sample, before the first pass. Static policies keep the
         tensors, so that graphs read the new values.
 
-        by_draws: a draft token is accepted if it is the target's own draw. Several ranks draw
-        apart, each among its own tokens, unless that needs all logits: then rank 0 gathers them. On
-        one device both gathers and apart are False.
+        by_draws: a draft token is accepted if it is the target's own draw. Of several ranks each
+        draws among its own tokens (apart), or rank 0 gathers the logits of all, where a draw needs
+        them (gathers). On one device both are False.
         """
         several = self.group.ranks > 1
         self.by_draws = coupling == "shared" or (several and params.greedy)
@@ -149,7 +150,8 @@ class Runner:
 
     def seat(self, place: int, sampling: tuple, number: int) -> None:
         """Put the sequence of this number in this place: its temperature, top-k, top-p and
-        seed. The tensors stay, since views and graphs read them.
+        seed. The tensors stay, since views and graphs read them; the flags greedy and filtered
+        already speak of all rows, those that wait among them.
         """
         self.group.tell("seat", place, sampling, number)
         new = Params.make(*([value] for value in sampling), [number], self.device)
@@ -159,9 +161,9 @@ class Runner:
     def warm_up(self, lengths: list[int], budgets: list[int], parts: list[range]) -> bool:
         """Compile and capture all static steps. Returns whether any was new.
 
-        It runs on rows that write to the dead slot only. lengths: how many tokens a verification or
-        extend may be fed, the fewest first; budgets: how many branches there may be; parts: the
-        places that rounds are played with.
+        It runs on rows that write to the dead slot only (cache.py). lengths: the tokens that a
+        verification or extend may be fed, the fewest first; budgets: how many branches there may
+        be; parts: the places that rounds are played with.
         """
         self.lengths, shapes = lengths, (lengths, budgets, parts)
         self.parts = sorted(parts, key=len)
@@ -291,9 +293,9 @@ class Runner:
         """The next token of every branch, [B][M], and their LogQ of (B, M, V) or None.
 
         tokens are what the branches are fed, and feed is the round's. Branch i sees the trunk up to
-        the depths[b][i]-th draft token and its own chain, whose keys lie in the scratch: the slots
-        after the trunk (KVCache.place_chain).
-        top: for Saguaro, how many of the likeliest tokens are weighed down.
+        the depths[b][i]-th draft token, its own r' and its own chain; the keys of these last two
+        lie in the scratch, the slots after the trunk (KVCache.place_chain).
+        top: how many of the likeliest tokens Saguaro makes less likely.
         """
         B, known, part = self.batch, [s + 1 for s in feed.start], self.part_of(feed)
         extent, steps, positions = self.cache.trunk, self.k, self.k + 1
@@ -355,7 +357,7 @@ class Runner:
         return self.model(tokens_BT, place, x.cache, logits)
 
     def _read(self, fetched: tuple, feed: Feed) -> list[list[int] | None]:
-        """The columns of _join in one list for each row, None outside the feed's part."""
+        """The columns that _join packed, in one list for each row, None outside the feed's part."""
         rows = self.policy.read(fetched)
         if not all(row[0] for row in rows):
             raise ValueError(
@@ -372,11 +374,11 @@ class Runner:
     def _drawn(self, packed, logq: list[torch.Tensor], feed: Feed, before) -> tuple:
         """The tokens [B][M] that a step draws, and their LogQ or None.
 
-        A captured step is only launched. At most one is ahead of the tokens that the host knows:
-        what was launched cannot be taken back.
+        A captured step has only been launched. The host stays at most one step behind, since a
+        launched step cannot be cancelled.
         """
         own = None
-        if logq:  # first: whoever has the tokens reads it without waiting
+        if logq:  # before the fetch, so that it is ready once the tokens are
             # A clone of a graph's output, which the next step would overwrite.
             logq_BTV = logq[0].clone() if self.policy.graphs else logq[0]
             own = LogQ(self.ids_V, dict(zip(self.part_of(feed), logq_BTV)))
@@ -400,9 +402,9 @@ class Runner:
     def _step(self, work, columns: dict[str, list], *tensors, feed: Feed, **static):
         """What work(named numbers, *tensors, **static) returns, for the places of the feed.
 
-        The named numbers are one namespace with what it needs _besides them. On CUDA each
-        combination of part, shapes and `static` is one graph; only a single place's prompt is read
-        without one, since there are many places.
+        The named numbers share a namespace with what _besides(part) returns. On CUDA each
+        combination of part, shapes and `static` is one graph. A single place's prompt is read
+        without one, since every place would need its own.
         """
         part = self.part_of(feed)
         numbers, layout = _pack(
@@ -440,7 +442,7 @@ class Runner:
         if part not in self.views:
             self.views[part] = dict(
                 cache=self.cache.narrow(part),
-                # A static runner serves many runs: one that failed may have left no numbers there.
+                # A static runner serves many runs, and one that failed may have left NaN there.
                 tight=not self.policy.static,
                 params=self.params.narrow(part),
                 ids_V=self.ids_V,
@@ -453,7 +455,7 @@ class Runner:
         return self.views[part]
 
 
-# ---- what is before and after a model's layers: on a GPU each of these is a few kernels
+# ---- what runs before and after a model's layers: on a GPU each of these is a few kernels
 
 
 def trunk_place(x, extent: int):
@@ -469,7 +471,7 @@ def chain_place(x, extent: int, steps: int):
 def decide(logits_BTV, logq_BKV, x) -> torch.Tensor:
     """What a verification of x decides, for _read: accepted tokens and bonus tokens, (B,) each.
 
-    logq_BKV is None where the target's own draws decide: under `shared`, or of an empty proposal.
+    logq_BKV is None where the target's own draws decide (by_draws), or if nothing was proposed.
     """
     warped_BTV, tokens_BK = warp(logits_BTV, x.params), x.tokens[:, 1:]
     length_B = x.count - 1  # -1 for a row that is not fed: it accepts nothing
@@ -512,7 +514,8 @@ def likeliest(scores_BTV, x, m: int) -> torch.Tensor:
 
 
 def draw_chain(logits_BMV, x, positions: int) -> tuple:
-    """The next token of each branch. They fill so many positions from known + step + 1 on.
+    """The next token of each branch, each for one of the `positions` positions from
+    known + step + 1 on.
 
     Many branches share few positions: noise is hashed once for each of those.
     """
@@ -559,8 +562,8 @@ def predicted(start_B: torch.Tensor, T: int) -> torch.Tensor:
 
 
 class Drawn:
-    """Tokens [B][M] that a captured step draws. They stay on the device for the next step; whoever
-    reads them here waits for them.
+    """Tokens [B][M] that a captured step draws. They stay on the device for the next step; reading
+    them on the host waits for them.
     """
 
     def __init__(self, on_device: torch.Tensor, read: Callable[[], list]):
