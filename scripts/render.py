@@ -8,7 +8,8 @@ Knows: the markers, what a table of each comparison shows. Does not know: how an
 
 A marker is a comment that ends with <!-- end -->. Files are named from the root of the repository:
 
-    <!-- table results/smollm2.json modes T=0 -->        one of VIEWS; without a group, all of them
+    <!-- table results/smollm2.json modes T=0 -->        one of VIEWS; `accept T=1` has all
+                                                         groups that begin so
     <!-- text results/smollm2.json : SSD is {modes/T=0/SSD over SD .2f interval} times as fast. -->
     <!-- plot results/smollm2.json hits docs/hits.svg : what it shows, in words -->
 
@@ -205,9 +206,10 @@ def view(results: dict, name: str, group: str | None = None) -> str:
     if name not in VIEWS:
         raise ValueError(f"there is no table {name!r}, wanted one of {', '.join(VIEWS)}")
     groups = find(results, f"{name}/groups")
-    if group and group not in groups:
+    asked = {key: groups[key] for key in groups if not group or f"{key} ".startswith(f"{group} ")}
+    if not asked:
         raise ValueError(f"{name} has no group {group!r}, wanted one of {', '.join(groups)}")
-    return table(list(VIEWS[name]({group: groups[group]} if group else groups)))
+    return table(list(VIEWS[name](asked)))
 
 
 # ---- documents

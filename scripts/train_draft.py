@@ -9,7 +9,8 @@ how a trained draft is loaded (checkpoint/weights.py). Read next: run().
 The draft is a few of the target's own layers and its final norm, trained. It shares the target's
 embedding, and its head is the target's rows for the tokens that the target uses most: neither is in
 the file. The target samples the texts, greedily and hot, and with every token its 32 most probable
-ones are kept: training needs no pass of the target. Each sixth prompt of a file is held out.
+ones are kept: training needs no pass of the target. Prompts are those of files, some made up here,
+and --asked ones that the target makes up. Each sixth prompt of a kind is held out.
 A shard of texts depends on (seed, number) alone, a batch on (seed, epoch, texts) alone, so a run
 that was stopped goes on to the same weights.
 

@@ -101,6 +101,8 @@ def test_every_table(results):
     assert "| code | 0 | any | 0.600 | 2.50 | 0.90 | 0.100 | 0.400 |" in render.view(
         found, "accept"
     )
+    some = render.view(found, "accept", "T=1")  # of all kinds
+    assert "| code | 1 |" in some and "| code | 0 |" not in some
     assert "| 4 | 16 | 1.25 [1.20, 1.30] | 1.30 | 96% | 98% | 0.800 |" in render.view(
         found, "overlap"
     )
