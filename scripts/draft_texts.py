@@ -147,12 +147,14 @@ def ask(target, tokenizer, eos, args) -> list[Prompt]:
 
 def closed(text: Text, head: list[int], tail: list[int], eos) -> list[int] | None:
     """The ids of a prompt from what the target began to write: a whole question and what the
-    template puts after it, None if it did not end; of another text the first tokens.
+    template puts after it, None if it did not end; of another text the first tokens, without an
+    end.
     """
     ids = text.tokens.tolist()
+    ended = ids[-1] in eos
     if not tail or ids[: text.first] != head:
-        return ids[: text.first + QUESTION // 4]
-    return ids[:-1] + tail if ids[-1] in eos and len(ids) > text.first + 1 else None
+        return ids[: len(ids) - ended][: text.first + QUESTION // 4]
+    return ids[:-1] + tail if ended and len(ids) > text.first + 1 else None
 
 
 @torch.inference_mode()
@@ -207,8 +209,8 @@ def given(target, tokenizer, path: Path) -> Iterator[Text]:
 
 def store(path: Path, value) -> None:
     """Whole or not at all: a run killed while writing keeps what it had."""
-    if isinstance(value, list) and isinstance(value[0], Text):
-        value = [asdict(text) for text in value]
+    if isinstance(value, list):
+        value = [asdict(each) if isinstance(each, Text) else each for each in value]
     torch.save(value, path.with_suffix(".tmp"))
     os.replace(path.with_suffix(".tmp"), path)
 
