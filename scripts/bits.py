@@ -35,7 +35,7 @@ from runner import (  # noqa: E402
 )
 
 # --quantize and --dtype.
-FORMATS = {"float32": ("none", "float32"), "int8": ("int8", None), "int4": ("int4", None)}
+FORMATS = {"none": ("none", "float32"), "int8": ("int8", None), "int4": ("int4", None)}
 FORMATS |= {"chosen": (None, None)}
 WORDS, CHUNK = 160, 256  # of a text that perplexity is measured on; tokens of a pass
 

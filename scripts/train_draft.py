@@ -307,13 +307,17 @@ def claim(args) -> None:
     path = args.work_dir / "about.json"
     there = Path(args.target).exists()
     about = {"target": str(Path(args.target).resolve()) if there else args.target}
-    about |= {name: getattr(args, name) for name in ("layers", "vocab", "new_tokens", "seed")}
-    known = json.loads(path.read_text()) if path.exists() else about
-    if wrong := [name for name in about if known.get(name) != about[name]]:
+    names = ["layers", "vocab", "new_tokens", "seed"]
+    if args.stage in ("all", "texts"):  # what the texts are written from
+        names += ["prompts", "text", "asked", "prompt_tokens", "rows"]
+    about |= {name: json.loads(json.dumps(getattr(args, name), default=str)) for name in names}
+    known = json.loads(path.read_text()) if path.exists() else {}
+    if wrong := [name for name in about if known.get(name, about[name]) != about[name]]:
         raise ValueError(
-            f"{args.work_dir} holds work with {wrong[0]} {known.get(wrong[0])}, wanted "
-            f"{about[wrong[0]]}: give what it was begun with, or name another --work-dir"
+            f"{args.work_dir} holds work with {wrong[0].replace('_', '-')} {known[wrong[0]]}, "
+            f"wanted {about[wrong[0]]}: give what it was begun with, or name another --work-dir"
         )
+    about = known | about
     path.write_text(json.dumps(about) + "\n")
 
 

@@ -27,7 +27,7 @@ class Here:
 def measured(demo, tmp_path, monkeypatch):
     monkeypatch.setattr(bits, "Worker", Here)
     pair = ["--target", str(demo / "target"), "--draft", str(demo / "draft")]
-    flags = ["--formats", "float32,int8", "--runs", "1", "--tokens", "4", "--count", "1"]
+    flags = ["--formats", "none,int8", "--runs", "1", "--tokens", "4", "--count", "1"]
     assert bits.main([*pair, *flags, "--out", str(tmp_path / "bits.json")]) == 0
     (found,) = json.loads((tmp_path / "bits.json").read_text())["bits"]["groups"].values()
     return found
@@ -35,8 +35,8 @@ def measured(demo, tmp_path, monkeypatch):
 
 def test_formats_are_measured_and_shown(measured):
     target, draft = measured["target"], measured["draft"]
-    assert target["int8"]["quantize"] == "int8" and target["float32"]["dtype"] == "float32"
-    assert target["int8"]["step_bytes"] < 0.5 * target["float32"]["step_bytes"]
+    assert target["int8"]["quantize"] == "int8" and target["none"]["dtype"] == "float32"
+    assert target["int8"]["step_bytes"] < 0.5 * target["none"]["step_bytes"]
     assert draft["int8"]["name"] == "draft" and 0 <= draft["int8"]["accepted"] <= 1
     table = render.view({"bits": {"groups": {"pair": measured}}}, "bits").splitlines()
     assert len(table) == 2 + 4 and "perplexity of code" in table[0] and "acceptance" in table[0]

@@ -83,6 +83,13 @@ def trained(script, target, tmp_path_factory):
     return work
 
 
+@pytest.mark.parametrize("flags", [("--asked", "7"), ("--prompts", "x.jsonl"), ("--rows", "99")])
+def test_texts_are_gone_on_with_as_they_were_begun(script, target, trained, flags, capsys):
+    """A shard's number stands for its prompts."""
+    assert call(script, target, trained, "--stage", "texts", *flags) == 2
+    assert f"holds work with {flags[0].strip('-')}" in capsys.readouterr().err
+
+
 def test_acceptance_rises(trained):
     lines = figures(trained)
     assert lines[-1]["all@0"] > lines[0]["all@0"] + 0.05, lines
