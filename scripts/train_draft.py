@@ -45,6 +45,7 @@ from engine import Model  # noqa: E402
 from model import Transformer  # noqa: E402
 
 STAGES = ("texts", "train", "export")
+DIVERGENCE = 0.2  # its weight beside the share of tokens that is not accepted
 
 
 def most_used(texts: list[Text], vocab: int, count: int, eos) -> torch.Tensor:
@@ -134,14 +135,20 @@ class Distiller:
         return logits_NV.float().log_softmax(-1), slots_NK, p_NK
 
     def learn(self, texts: list[Text], rate: float) -> float:
-        """One step on the divergence from the target's p, renormalised over the draft's tokens."""
+        """One step towards a larger sum(min(p, q)), the share of tokens that is accepted.
+
+        Where q is next to nothing its slope is, too, so part of the divergence of q from p is added,
+        with p renormalised over the draft's tokens.
+        """
         logq_NV, slots_NK, p_NK = self.log_q(texts)
         p_NK = p_NK * (slots_NK >= 0)
+        logq_NK = logq_NV.gather(1, slots_NK.clamp(min=0))
+        missed = 1 - torch.minimum(p_NK, logq_NK.exp()).sum() / len(p_NK)
         sum_N1 = p_NK.sum(-1, keepdim=True)
         # Where the draft has next to none of what is expected, there is nothing to learn.
         p_NK = torch.where(sum_N1 > 0.1, p_NK / sum_N1.clamp(min=0.1), 0.0)
-        logq_NK = logq_NV.gather(1, slots_NK.clamp(min=0))
-        loss = (p_NK * (p_NK.clamp(min=1e-9).log() - logq_NK)).sum() / len(p_NK)
+        divergence = (p_NK * (p_NK.clamp(min=1e-9).log() - logq_NK)).sum() / len(p_NK)
+        loss = missed + DIVERGENCE * divergence
         loss.backward()
         nn.utils.clip_grad_norm_(self.weights.values(), 1.0)
         for group in self.adam.param_groups:
