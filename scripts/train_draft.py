@@ -137,8 +137,8 @@ class Distiller:
     def learn(self, texts: list[Text], rate: float) -> float:
         """One step towards a larger sum(min(p, q)), the share of tokens that is accepted.
 
-        Where q is next to nothing its slope is, too, so part of the divergence of q from p is added,
-        with p renormalised over the draft's tokens.
+        Where q is next to nothing its slope is, too, so a part of the divergence of q from p is
+        added, with p renormalised over the draft's tokens.
         """
         logq_NV, slots_NK, p_NK = self.log_q(texts)
         p_NK = p_NK * (slots_NK >= 0)
