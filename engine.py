@@ -47,6 +47,7 @@ FREE_SHARE = 0.8
 # So many times a pass holds what it reads, and the scores of all words, at once: measured in
 # float32.
 READ_COPIES, SCORE_COPIES = 4, 8
+KEPT_CHAINS = 2  # a round's, whose probabilities are kept but under `shared`, and the next one's
 
 
 @dataclass
@@ -137,15 +138,16 @@ class Model:
             return trunk
         return SHORTEST_TRUNK << ((trunk - 1) // SHORTEST_TRUNK).bit_length()
 
-    def row_bytes(self, trunk: int, k: int, branches: int) -> int:
+    def row_bytes(self, trunk: int, k: int, branches: int, kept: int = 0) -> int:
         """Bytes that a row of so many tokens takes, about: its keys and values, and the numbers of
-        the largest pass, which reads a chunk of its prompt or scores all words.
+        the largest pass, which reads a chunk of its prompt or scores all words. kept: times that
+        the probabilities of all chains are held.
         """
         c = self.config
         slots = self.room(trunk) + branches * k + 1  # the trunk, the scratch, the dead slot
         kv = 2 * c.num_layers * c.num_kv_heads * c.head_dim * self.dtype.itemsize * slots
         wide = c.hidden_size + c.intermediate_size + trunk * c.num_heads // c.num_kv_heads
-        scores = SCORE_COPIES * max(k + 1, branches) * c.vocab_size
+        scores = (SCORE_COPIES * max(k + 1, branches) + kept * k * branches) * c.vocab_size
         return kv + 4 * max(READ_COPIES * PREFILL_CHUNKS[-1] * wide, scores)
 
     def numbers(self) -> dict[str, str]:
@@ -260,14 +262,19 @@ def check_pair(target: Model, draft: Model) -> None:
 
 
 def fit_memory(
-    models: list[tuple[str, Model, int]], rows: list[Row], batch: int | None, k: int, tell
+    models: list[tuple[str, Model, int]],
+    rows: list[Row],
+    batch: int | None,
+    k: int,
+    kept: int,
+    tell,
 ) -> tuple[int, int]:
     """How many rows are decoded at once, and the tokens of the longest: `batch` rows, or fewer
     where memory does not hold so many; by default all that it holds.
 
     A row that does not fit by itself is refused, before anything is allocated. Raises ValueError
-    where none is left. models: roles, models, numbers of branches. tell: is told what is
-    taken.
+    where none is left. models: roles, models, numbers of branches. kept: as of row_bytes. tell: is
+    told what is taken.
     """
     free = {model.device: available_bytes(model.device) for _, model, _ in models}
     free = {device: found for device, found in free.items() if found is not None}
@@ -281,7 +288,7 @@ def fit_memory(
         trunk, row_bytes = in_whole_blocks(longest.limit + k + 1), dict.fromkeys(free, 0)
         for _, model, branches in models:
             if model.device in free:
-                row_bytes[model.device] += model.row_bytes(trunk, k, branches)
+                row_bytes[model.device] += model.row_bytes(trunk, k, branches, kept)
         fits = {device: free[device] / row_bytes[device] for device in free}
         most = min(fits.values(), default=math.inf)
         if most >= 1:
@@ -384,7 +391,8 @@ class Engine:
         models = [("target", self.target, 0)] + [("draft", draft, max(ms)) for draft in drafts]
         if not keep:
             self.previous = {}, [], 0  # its memory is free for this run
-        batch, trunk = fit_memory(models, rows, settings.batch, k, self.tell)
+        kept = KEPT_CHAINS if settings.coupling != "shared" else 0
+        batch, trunk = fit_memory(models, rows, settings.batch, k, kept, self.tell)
         old = self.reuse(rows[0], len(models)) if keep and len(rows) == 1 else {}
         self.previous = {}, [], 0  # this run may overwrite it, and perhaps it never ends
         for row in rows:

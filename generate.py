@@ -192,7 +192,7 @@ class Answers:
 
     def checked(self, at: int, line: bytes) -> int:
         """The number of the prompt that a line answers, from 0."""
-        with suppress(ValueError, KeyError, TypeError, IndexError):
+        with suppress(ValueError, KeyError, TypeError, IndexError, RecursionError):
             told = json.loads(line)
             number, known = told["number"] - 1, (told["prompt"], told["settings"])
             self.made_with.add((told["dtype"], told["quantize"]))
@@ -221,7 +221,6 @@ class Answers:
         """Add the rows that have ended since the last call. rows: of `left`, in that order."""
         for number, row in zip(self.left, rows):
             if row.finish and not row.refused and number not in self.known:
-                self.known.add(number)
                 line = {
                     "number": number + 1,
                     "prompt": self.prompts[number],
@@ -231,7 +230,9 @@ class Answers:
                     **self.numbers,
                     "settings": self.settings,
                 }
-                self.file.write(json.dumps(line).encode() + b"\n")
+                line = json.dumps(line).encode() + b"\n"
+                self.known.add(number)
+                self.file.write(line)
                 self.file.flush()
 
 
@@ -367,16 +368,15 @@ def complete(engine, prompts: list, settings: dict, quiet=False, keep=False, ope
                 print(piece, end="", flush=True)
     except (KeyboardInterrupt, ValueError, RuntimeError) as raised:
         ended = raised.with_traceback(None)  # which would keep all that is here alive
-    result = engine.finish(decoding)
     bar.close()
     if out is not None:
         out.write(decoding.all_rows)
     if not quiet and len(prompts) > 1:
-        for number, text in enumerate(result.text, 1):
-            print(f"--- {number} ---\n{text}")
+        for number, row in enumerate(decoding.all_rows, 1):
+            print(f"--- {number} ---\n{row.text}", flush=True)
     elif not quiet:
         print(decoding.rows[0].text[decoding.rows[0].told :], flush=True)
-    return result, decoding, ended
+    return engine.finish(decoding), decoding, ended
 
 
 def compare_modes(engine, prompts: list[str], args) -> int:

@@ -136,10 +136,14 @@ class Settings:
     )
 
     def __post_init__(self):
-        texts = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-        object.__setattr__(self, "stop", texts)
+        texts = (self.stop,) if isinstance(self.stop, str) else self.stop
+        if not isinstance(texts, (list, tuple)):
+            raise ValueError(f"stop is {texts!r}, wanted a text or a list of them")
+        object.__setattr__(self, "stop", tuple(texts))
         for asked in fields(self):
             value, wanted = getattr(self, asked.name), asked.metadata["wanted"]
+            if isinstance(asked.default, bool) and not isinstance(value, bool):
+                raise ValueError(f"{asked.name} is {value!r}, wanted True or False")
             if value is asked.default or wanted is None:
                 continue
             if isinstance(wanted, Range):

@@ -34,6 +34,7 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 SWITCH_S = 2e-5
 # How long a draft may take to answer: this, or so many times its slowest job so far.
 PATIENCE_S, PATIENCE_TIMES = 2.0, 20
+FIRST_PATIENCE_S = 30.0  # nobody knows yet how long such work takes here
 HANGS_S = 5.0  # a draft that is still busy with a run that ended so long ago is left behind
 # So much of a step must be likely to be done in time for it to be begun: the target waits for the
 # rest, which costs less than a longer proposal gives.
@@ -114,8 +115,9 @@ class Work(Future):
     until work of the same name has run a few times.
     """
 
-    def __init__(self):
+    def __init__(self, name: str):
         super().__init__()
+        self.name = name
         self.begin, self.end, self.due = 0.0, 0.0, float("inf")
 
 
@@ -133,6 +135,7 @@ class Lane:
         self.spans: list[tuple[str, float, float]] = []
         self.recent = defaultdict(lambda: deque(maxlen=9))  # seconds that work of a name took
         self.stream = None
+        self._threads: list[threading.Thread] = []  # the last, and those that were left
         self._open()
         atexit.register(self.close)
 
@@ -142,7 +145,7 @@ class Lane:
 
     def start(self, work: Callable, *args) -> Work:
         """Queue work(*args) after what is already there. Returns its future at once."""
-        self._last = future = Work()
+        self._last = future = Work(work.__name__.strip("_"))
         self._queue.put((future, work, args))
         return future
 
@@ -174,7 +177,9 @@ class Lane:
 
     def patience(self) -> float:
         """How long to wait for an answer, in seconds: work that is queued before it counts."""
-        return max(PATIENCE_S, (PATIENCE_TIMES + self._queue.qsize()) * self.slowest_s)
+        known = self._last.done() or self._last.name in self.names
+        least = PATIENCE_S if known else FIRST_PATIENCE_S
+        return max(least, (PATIENCE_TIMES + self._queue.qsize()) * self.slowest_s)
 
     def has_time(self, verdict: Work) -> bool:
         """Whether STEP_SHARE of one more step like the last is likely to be done before `verdict`
@@ -189,7 +194,8 @@ class Lane:
         """Record a part of the work. Called on this lane's thread."""
         begin = time.perf_counter()
         yield
-        self._note(name, begin, time.perf_counter())
+        if threading.current_thread() is self._thread:  # else it was left behind
+            self._note(name, begin, time.perf_counter())
 
     def settle(self, limit_s: float | None) -> None:
         """Wait for the work of a run that has ended. What hangs after limit_s is left behind."""
@@ -198,17 +204,19 @@ class Lane:
         except NotInTime:
             self.leave()
         self.error, self.slowest_s = None, 0.0
+        self.names.clear()
         self.spans.clear()
 
     def leave(self) -> None:
         """Leave the work in hand to its thread, and go on with a new one."""
-        self.close(0.0)
+        self._queue.put(None)
         self._open()
 
     def close(self, limit_s: float = 10.0) -> None:
         """Let the work in hand finish: a thread that is killed inside torch aborts the program."""
         self._queue.put(None)
-        self._thread.join(limit_s)
+        for thread in self._threads:
+            thread.join(limit_s)
 
     def _open(self) -> None:
         before = self.stream
@@ -217,13 +225,15 @@ class Lane:
             self.stream.wait_stream(before)
         self.error: BaseException | None = None
         self.slowest_s = self.last_s = 0.0  # of whole works; of the last span
+        self.names: set[str] = set()  # of works that are done
         self._queue = queue.SimpleQueue()
-        self._last = Work()
+        self._last = Work("")
         self._last.set_result(None)
         self._thread = threading.Thread(
             target=self._serve, args=(self._queue, self.stream), name=self.name, daemon=True
         )
         self._thread.start()
+        self._threads.append(self._thread)
 
     def _late(self, limit_s: float) -> None:
         self.leave()
@@ -247,9 +257,8 @@ class Lane:
                 del job  # the tensors of finished work are not kept until the next
 
     def _run(self, work_queue, future: Work, work: Callable, args: tuple) -> None:
-        name = work.__name__.strip("_")
         future.begin = time.perf_counter()
-        if len(known := self.recent[name]) > 2:
+        if len(known := self.recent[future.name]) > 2:
             future.due = future.begin + median(known)
         value = error = None
         try:
@@ -258,7 +267,8 @@ class Lane:
             error = raised
         future.end = time.perf_counter()
         if work_queue is self._queue:  # else this thread was left behind
-            self._note(name, future.begin, future.end)
+            self._note(future.name, future.begin, future.end)
+            self.names.add(future.name)
             self.slowest_s = max(self.slowest_s, future.end - future.begin)
             self.error = self.error or error
         if error is None:

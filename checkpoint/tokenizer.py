@@ -126,7 +126,7 @@ def _bpe(
     merge = tiktoken.Encoding(
         "ssd", pat_str=r"[\s\S]+", mergeable_ranks=ranks, special_tokens={}
     ).encode_ordinary
-    steps = [pattern and regex.compile(pattern) for pattern in patterns]
+    steps = [None if pattern is None else regex.compile(pattern) for pattern in patterns]
 
     def split(step: "regex.Pattern | None", text: str) -> list[str]:
         if step is None:  # ByteLevel's add_prefix_space

@@ -96,6 +96,12 @@ def read_prompts(args, tokenizer, vocab: int, asked=()) -> tuple[list[Prompt], l
     tokenizer, random ids.
     """
     rng = random.Random(args.seed)
+    names = ["made", "asked", *(path.stem for path in args.prompts)]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(
+            f"two files of --prompts are called {twice[0]}, or one has the name of prompts that "
+            "are made up here: rename it, since prompts go by the names of their files"
+        )
     if tokenizer is None:
         kinds = {"random": [[rng.randrange(vocab), rng.randrange(vocab)] for _ in range(600)]}
     else:
@@ -114,13 +120,21 @@ def read_prompts(args, tokenizer, vocab: int, asked=()) -> tuple[list[Prompt], l
 
 
 def read_rows(path: Path) -> list[dict]:
-    text = path.read_text(encoding="utf-8")
+    text = path.read_text(encoding="utf-8-sig")
     if path.suffix != ".jsonl":
         return [{"prompt": text}]
-    rows = [json.loads(line) for line in text.splitlines() if line.strip()]
-    bad = next((n for n, row in enumerate(rows, 1) if not {"prompt", "turns"} & row.keys()), 0)
-    if bad:
-        raise ValueError(f'{path}, line {bad}: got no "prompt" and no "turns", wanted one: add it')
+    rows = []
+    for number, line in enumerate(text.split("\n"), 1):  # not splitlines: JSON may hold U+2028
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{path}, line {number} is not JSON: correct it") from error
+            if not isinstance(row, dict) or not {"prompt", "turns"} & row.keys():
+                raise ValueError(
+                    f'{path}, line {number}: got no "prompt" and no "turns", wanted one: add it'
+                )
+            rows.append(row)
     return rows
 
 

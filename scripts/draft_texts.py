@@ -59,12 +59,9 @@ def sample(target, prompts: list[Prompt], heats: list[float], new: int, eos, rng
         count_B = torch.tensor(live, device=device).long()
         place = cache.place(start_B, count_B, 1, int(start_B.max()) + 1, True)
         logits_BV = target(last_B1, place, cache)[:, -1].float()
-        logp_BK, ids_BK = (
-            x.cpu() for x in logits_BV.log_softmax(-1).topk(min(TOP, target.config.vocab_size))
-        )
-        next_B = torch.where(heat_B1 > 0, draw(logits_BV, heat_B1, rng), ids_BK[:, :1])[
-            :, 0
-        ].tolist()
+        logp_BK, ids_BK = logits_BV.log_softmax(-1).topk(min(TOP, target.config.vocab_size))
+        next_B1 = torch.where(heat_B1 > 0, draw(logits_BV, heat_B1, rng), ids_BK[:, :1])
+        next_B, logp_BK, ids_BK = next_B1[:, 0].tolist(), logp_BK.cpu(), ids_BK.cpu()
         for n, row in enumerate(rows):
             if live[n]:
                 tokens[row].append(next_B[n])

@@ -32,6 +32,11 @@ def inflate(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists and is not an empty folder: give the name of a new one")
     folder = resolve(source)
+    if folder.is_file():
+        raise ValueError(
+            f"{source} is one file, whose tokenizer cannot be copied to a folder: give a folder, "
+            f"or use it at once, as --target inflate:{shape}:{source}"
+        )
     raw, config, fill = grown(shape, folder, device, dtype, Transformer, seed)
     parent = next(path for path in out.absolute().parents if path.exists())
     needed, free = weight_bytes(config, dtype), shutil.disk_usage(parent).free

@@ -214,6 +214,8 @@ def raw_config(config: Config, draft_of: dict) -> dict:
     """config.json of a draft, in Hugging Face's terms and two of ours: head_tokens, draft_of."""
     rope = {"rope_type": config.rope["type"], "rope_theta": config.rope_theta}
     rope |= {key: value for key, value in config.rope.items() if key != "type"}
+    if rope["rope_type"] == "factors":  # a list of them, as our config.json calls it
+        rope["factors"] = rope.pop("factor")
     raw = {
         "model_type": config.model_type,
         "vocab_size": config.vocab_size,
@@ -237,6 +239,8 @@ def raw_config(config: Config, draft_of: dict) -> dict:
     if window := max(config.windows):
         kinds = ["sliding_attention" if size else "full_attention" for size in config.windows]
         raw |= {"sliding_window": window, "use_sliding_window": True, "layer_types": kinds}
+    elif config.model_type == "mistral":  # where nothing is said, a window is meant
+        raw["sliding_window"] = None
     return raw
 
 
@@ -361,7 +365,8 @@ def read_arguments(argv=None):
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help=many)
     add("--seed", type=int, default=1)
     args = parser.parse_args(argv)
-    for name in ("tokens", "new_tokens", "prompt_tokens", "rows", "vocab", "epochs", "batch"):
+    counts = "tokens new_tokens prompt_tokens rows vocab epochs batch every"
+    for name in counts.split():
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}, wanted 1 or more")
     return args
@@ -371,13 +376,17 @@ def run(args) -> None:
     claim(args)
     folder, work = resolve(args.target), args.work_dir
     tokenizer = load_tokenizer(folder)
+    if tokenizer is None and (args.prompts or args.text):
+        raise ValueError(
+            f"{args.target} has no tokenizer files, which --prompts and --text need: leave them out"
+        )
     eos = set(tokenizer.eos_ids if tokenizer else read_eos_ids(folder))
     if args.stage in ("all", "texts"):
-        # As the engine would run it, in the few bits of its file where the CPU is quick with those.
-        # A cache of bfloat16 would be made floats at every step.
+        # In floats on a CPU: what the engine would choose there hangs on the moment, and texts that
+        # are gone on with must not. Not compiled, since shapes change at every step.
         device = torch.device(args.device)
         numbers = "float32" if device.type == "cpu" else args.dtype
-        writer = Model.load(args.target, device, numbers).transformer
+        writer = Model.load(args.target, device, numbers, compile=False).transformer
         writer.set_positions(args.prompt_tokens + args.new_tokens + PIECE)
         asked = ask(writer, tokenizer, eos, args) if tokenizer and args.asked else []
         learn, held = read_prompts(args, tokenizer, writer.config.vocab_size, asked)

@@ -151,6 +151,21 @@ def test_rows_of_one_length_are_refused_at_once(pair, monkeypatch):  # noqa: F81
     assert len(asked) <= 2
 
 
+@pytest.mark.parametrize("coupling", ["shared", "maximal", "independent"])
+def test_probabilities_that_chains_keep_are_counted(pair, monkeypatch, coupling):  # noqa: F811
+    """Two rounds' chains: K steps of M branches that keep a number for each of 50 tokens."""
+    import engine as module
+
+    asked, real = [], module.Model.row_bytes
+    counted = lambda *given: asked.append(given[1:]) or real(*given)  # noqa: E731
+    monkeypatch.setattr(module.Model, "row_bytes", counted)
+    how = {"mode": "ssd", "k": 3, "fan_out": 49, "coupling": coupling, "max_new_tokens": 2}
+    pair.generate([[1, 2]], **how)
+    *shape, kept = asked[-1]
+    more = real(pair.draft, *shape, kept) - real(pair.draft, *shape)
+    assert more == (0 if coupling == "shared" else 4 * 2 * 3 * 49 * 50)
+
+
 def test_static_steps_are_not_compiled_again_by_rows_that_join(eager_backend):  # noqa: F811
     from torch._dynamo.utils import counters
 
@@ -320,6 +335,7 @@ def test_a_long_chunk_of_a_row_that_joins_does_not_lose_the_draft(monkeypatch, m
     if mode == "sd":
         own.devices = Devices("cpu", "cpu")
     monkeypatch.setattr("runtime.PATIENCE_S", 0.3)
+    monkeypatch.setattr("runtime.FIRST_PATIENCE_S", 0.3)
     monkeypatch.setattr("ssd.PREFILL_PATIENCE_S", 0.5)
 
     def slow(runner, ids, start):

@@ -119,6 +119,7 @@ def bench(monkeypatch, models, truth):
 
 def impatient(monkeypatch):
     monkeypatch.setattr(runtime, "PATIENCE_S", 0.4)
+    monkeypatch.setattr(runtime, "FIRST_PATIENCE_S", 0.4)
     monkeypatch.setattr(ssd, "PREFILL_PATIENCE_S", 0.4)
     for module in (runtime, ssd):
         monkeypatch.setattr(module, "PATIENCE_TIMES", 0)

@@ -1034,13 +1034,13 @@ def test_a_real_run_and_a_real_mistake(root):
 
 def test_ctrl_c_of_a_real_run(root):
     run = start(root, "--ssd", "--ignore-eos", "--prompt", "x")
+    first = run.stdout.read(1)
+    run.send_signal(signal.SIGINT)
     loading = start(root)
     deadline, maps = time.monotonic() + 60, Path(f"/proc/{loading.pid}/maps")
     while maps.exists() and "libtorch" not in maps.read_text() and time.monotonic() < deadline:
         time.sleep(0.02)
     loading.send_signal(signal.SIGINT)  # while torch is imported
-    first = run.stdout.read(1)
-    run.send_signal(signal.SIGINT)
     out, err = run.communicate(timeout=100)
     assert run.returncode == 130 and b"Traceback" not in err, err
     whole = (
@@ -1147,7 +1147,31 @@ def test_weights_of_other_numbers_do_not_write_to_the_same_file(program, tmp_pat
     assert program(*flags)[0] == 0
 
 
-HELD = (b'{"traceEvents": []}', b"my notes", b'{"prompt": "a"}')
+HELD = (b'{"traceEvents": []}', b"my notes", b'{"prompt": "a"}', b"[" * 100_000 + b"\n")
+
+
+def test_ctrl_c_while_a_line_is_made_loses_no_row(program, tmp_path, monkeypatch):
+    dumps, hit = json.dumps, []
+
+    def interrupted(told, **how):
+        if "finish_reason" in told and not hit:
+            hit.append(told)
+            raise KeyboardInterrupt
+        return dumps(told, **how)
+
+    monkeypatch.setattr(json, "dumps", interrupted)
+    out = tmp_path / "out.jsonl"
+    assert program("--prompt", "a", "b", "--max-new-tokens", 3, "--out", out)[0] == 130 and hit
+    assert sorted(json.loads(line)["number"] for line in out.read_text().splitlines()) == [1, 2]
+
+
+def test_ctrl_c_while_figures_are_made_loses_no_text(program, monkeypatch):
+    def interrupted(self, decoding):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine.Engine, "finish", interrupted)
+    code, out, _ = program("--prompt", "a", "b", "--max-new-tokens", 3)
+    assert code == 130 and "--- 1 ---" in out and "--- 2 ---" in out
 
 
 @pytest.mark.parametrize("held", HELD)

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from rows import LONGEST_NGRAM, Row
+from rows import LONGEST_NGRAM, Row, Settings
 
 
 def row(ids):
@@ -63,3 +63,17 @@ def test_room_leaves_the_last_place_to_the_target():
         4,
     ]
     assert Row(0, [1, 2], 9, 5, frozenset(), None, ()).room(4) == 2, "the context ends first"
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"ignore_eos": "false"}, "ignore_eos is 'false', wanted True or False"),
+        ({"cut": 0}, "cut is 0, wanted True or False"),
+        ({"stop": None}, "stop is None, wanted a text or a list of them"),
+        ({"stop": 5}, "stop is 5, wanted a text or a list of them"),
+    ],
+)
+def test_a_setting_of_another_type_is_one_sentence(given, said):
+    with pytest.raises(ValueError, match=said):
+        Settings(**given)

@@ -48,6 +48,7 @@ def lane():
 @pytest.fixture
 def impatient(monkeypatch):
     monkeypatch.setattr(runtime, "PATIENCE_S", 0.05)
+    monkeypatch.setattr(runtime, "FIRST_PATIENCE_S", 0.05)
     monkeypatch.setattr(runtime, "PATIENCE_TIMES", 0)
 
 
@@ -184,6 +185,42 @@ def test_patience_grows_with_the_slowest_work_and_an_answer_may_have_more(lane, 
     assert lane.answer(lane.start(lambda: time.sleep(0.2) or 7), limit_s=10) == 7
 
 
+def test_work_that_was_never_done_has_the_time_of_a_first_one(lane, monkeypatch):
+    """Of a draft's first long job nobody knows how long it takes: a short one says little."""
+
+    def long():
+        time.sleep(0.2)
+        return 7
+
+    monkeypatch.setattr(runtime, "PATIENCE_S", 0.01)
+    monkeypatch.setattr(runtime, "PATIENCE_TIMES", 0)
+    lane.start(time.sleep, 0.001).result()
+    assert lane.answer(lane.start(long)) == 7
+    with pytest.raises(DraftLost, match="within 0.01 s"):
+        lane.answer(lane.start(long))
+    assert lane.answer(lane.start(long)) == 7, "a lane that was left knows nothing yet"
+    lane.settle(10.0)
+    assert lane.answer(lane.start(long)) == 7, "nor does the next run"
+
+
+def test_what_was_left_behind_is_waited_for_at_the_end(lane, impatient):
+    """A thread that is killed inside torch aborts the program. Its spans are nobody's."""
+    gate = threading.Event()
+
+    def stuck():
+        gate.wait()
+        with lane.span("step"):
+            pass
+        return threading.current_thread()
+
+    work = lane.start(stuck)
+    with pytest.raises(DraftLost):
+        lane.answer(work)
+    threading.Timer(0.2, gate.set).start()
+    lane.close()
+    assert not work.result().is_alive() and lane.spans == []
+
+
 def test_settle_waits_for_what_is_in_hand_and_leaves_what_hangs(lane):
     gate, done = threading.Event(), []
     lane.start(lambda: (time.sleep(0.05), done.append(1)))
@@ -209,7 +246,7 @@ def test_a_run_begins_on_a_lane_that_answers(monkeypatch):
 
 def test_there_is_time_for_a_step_while_the_verdict_is_far(lane, monkeypatch):
     """Due at 13, and a step takes 2 seconds, of which STEP_SHARE must fit."""
-    verdict, lane.last_s = Work(), 2.0
+    verdict, lane.last_s = Work(""), 2.0
     for now, has_time in ((10.0, True), (11.9, True), (12.1, False), (14.0, False)):
         monkeypatch.setattr(runtime.time, "perf_counter", lambda now=now: now)
         verdict.due = 13.0
@@ -320,6 +357,7 @@ def test_compiled_steps_equal_eager_ones_and_never_recompile():
 def test_an_eager_draft_on_a_gpu_has_time_to_compile_in_its_rounds(monkeypatch, late):
     """Its Triton kernels compile when a text gets long enough; another draft is lost by then."""
     monkeypatch.setattr(runtime, "PATIENCE_S", 0.3)
+    monkeypatch.setattr(runtime, "FIRST_PATIENCE_S", 0.3)
     monkeypatch.setattr(runtime, "PATIENCE_TIMES", 20 if late else 0)
     said, target, calls, extend = [], tiny.transformer(), [], Runner.extend
     pair = tiny.engine(target, tiny.transformer(1, base=target, noise=0.02), warn=said.append)
@@ -566,6 +604,7 @@ def test_a_draft_that_hangs_in_a_static_step_costs_the_next_run_little(
     eager_backend, monkeypatch, mode
 ):
     monkeypatch.setattr(runtime, "PATIENCE_S", 0.3)
+    monkeypatch.setattr(runtime, "FIRST_PATIENCE_S", 0.3)
     monkeypatch.setattr(runtime, "HANGS_S", 0.3)
     said, held = [], threading.Event()
     static, eager = static_pair(said, num_hidden_layers=1)

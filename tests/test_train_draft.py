@@ -4,6 +4,7 @@ import argparse
 import json
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from tiny import SHAPE, transformer
 
+from checkpoint.config import Config
 from checkpoint.weights import load_model
 from model import Transformer
 from scripts.save import save_model
@@ -213,11 +215,58 @@ def test_prompts_of_files(prompts, tmp_path):
         ValueError, match='some.jsonl, line 1: got no "prompt" and no "turns", wanted'
     ):
         prompts.read_rows(path)
+    path.write_text('{"prompt": "a\u2028b"}\n', encoding="utf-8-sig")
+    assert prompts.read_rows(path) == [{"prompt": "a\u2028b"}]
+    for line, said in (("[1]", 'got no "prompt"'), ("{", "is not JSON"), ("[" * 9**5, "not JSON")):
+        path.write_text(f'{{"prompt": "x"}}\n{line}\n')
+        with pytest.raises(ValueError, match=f"some.jsonl, line 2.*{said}"):
+            prompts.read_rows(path)
+
+
+@pytest.mark.parametrize("names", [("a/q.jsonl", "b/q.jsonl"), ("made.jsonl",), ("asked.txt",)])
+def test_files_of_one_name_are_refused(prompts, names):
+    """The second would take the place of the first."""
+    args = argparse.Namespace(seed=1, prompts=[Path(name) for name in names])
+    with pytest.raises(ValueError, match="two files of --prompts are called"):
+        prompts.read_prompts(args, None, 50, [])
+
+
+@pytest.mark.parametrize("kind", ["factors", "mistral", "windows"])
+def test_a_draft_has_the_positions_and_windows_of_its_target(script, kind):
+    """What is written to config.json is read as it was."""
+    raw = SHAPE | {"vocab_size": 64, "max_position_embeddings": 256}
+    config = Config.from_dict({key: value for key, value in raw.items() if key != "vocab"})
+    if kind == "factors":
+        factors = tuple(1.0 + n for n in range(config.head_dim // 2))
+        config = replace(config, rope={"type": "factors", "factor": factors})
+    else:
+        windows = (0, 8 * (kind == "windows"))
+        config = replace(config, model_type="mistral", num_layers=2, windows=windows)
+    draft = script.draft_config(config, [1], 40)
+    written = json.loads(json.dumps(script.raw_config(draft, {"target": "x"})))
+    read = Config.from_dict(written)
+    assert (read.rope, read.windows) == (draft.rope, draft.windows)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_texts_are_written_in_fixed_numbers_and_not_compiled(script, target, tmp_path, device):
+    """What the engine chooses hangs on the moment, and each step has another shape."""
+    asked = []
+
+    def load(name, device, dtype, compile):
+        asked.append((dtype, compile))
+        raise ValueError("seen")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(script.Model, "load", load)
+        assert call(script, target, tmp_path, "--stage", "texts", "--device", device) == 2
+    assert asked == [("float32", False)]
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        (("--stage", "texts", "--text", "x"), "has no tokenizer files, which --prompts and --text"),
         (("--layers", "9"), "--layers is 9, wanted 1 to 3"),
         (("--layers", "0,7"), "--layers is 0,7, wanted some of 0 to 2"),
         (("--stage", "train", "--work-dir", "{empty}"), "holds no texts, wanted some"),
