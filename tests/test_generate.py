@@ -1034,13 +1034,13 @@ def test_a_real_run_and_a_real_mistake(root):
 
 def test_ctrl_c_of_a_real_run(root):
     run = start(root, "--ssd", "--ignore-eos", "--prompt", "x")
-    first = run.stdout.read(1)
-    run.send_signal(signal.SIGINT)
     loading = start(root)
     deadline, maps = time.monotonic() + 60, Path(f"/proc/{loading.pid}/maps")
     while maps.exists() and "libtorch" not in maps.read_text() and time.monotonic() < deadline:
         time.sleep(0.02)
     loading.send_signal(signal.SIGINT)  # while torch is imported
+    first = run.stdout.read(1)
+    run.send_signal(signal.SIGINT)
     out, err = run.communicate(timeout=100)
     assert run.returncode == 130 and b"Traceback" not in err, err
     whole = (
