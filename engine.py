@@ -47,7 +47,7 @@ FREE_SHARE = 0.8
 # So many times a pass holds what it reads, and the scores of all words, at once: measured in
 # float32.
 READ_COPIES, SCORE_COPIES = 4, 8
-KEPT_CHAINS = 2  # a round's, whose probabilities are kept but under `shared`, and the next one's
+KEPT_CHAINS = 2  # this round's and the next one's: except under `shared` they keep probabilities
 
 
 @dataclass

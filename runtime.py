@@ -34,7 +34,7 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 SWITCH_S = 2e-5
 # How long a draft may take to answer: this, or so many times its slowest job so far.
 PATIENCE_S, PATIENCE_TIMES = 2.0, 20
-FIRST_PATIENCE_S = 30.0  # nobody knows yet how long such work takes here
+FIRST_PATIENCE_S = 30.0  # for the first work of a name in a run: how long it takes is unknown
 HANGS_S = 5.0  # a draft that is still busy with a run that ended so long ago is left behind
 # So much of a step must be likely to be done in time for it to be begun: the target waits for the
 # rest, which costs less than a longer proposal gives.

@@ -233,7 +233,8 @@ def read_lines(folder: str, name: str) -> list[dict]:
     try:
         return [
             json.loads(line)
-            for line in (Path(folder) / name).read_text(encoding="utf-8").splitlines()
+            for line in (Path(folder) / name).read_text(encoding="utf-8").split("\n")
+            if line.strip()  # not splitlines: JSON may hold U+2028
         ]
     except (OSError, ValueError) as error:
         wanted = "wanted a folder with humaneval_prompts.jsonl and spec_bench.jsonl"

@@ -339,6 +339,15 @@ def test_the_demo_pair_grows(folder):
     assert resolve(f"inflate:60m:{folder}") == folder, "the tokenizer is the small model's"
 
 
+def test_one_file_is_not_written_to_a_folder(tmp_path):
+    """Its tokenizer lies within it, and would be missing."""
+    (tmp_path / "x.gguf").write_bytes(b"GGUF")
+    command = [sys.executable, ROOT / "scripts/inflate.py", "x.gguf", "layers=3", "out"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2 and "x.gguf is one file, whose tokenizer" in done.stderr
+    assert "Traceback" not in done.stderr and not (tmp_path / "out").exists()
+
+
 def test_noise_does_not_matter(small):
     """Proof by brute force that the random parts are never read: whatever they hold, the logits
     stay.

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import re
 import sys
 from dataclasses import replace
@@ -90,6 +91,26 @@ def test_texts_are_gone_on_with_as_they_were_begun(script, target, trained, flag
     """A shard's number stands for its prompts."""
     assert call(script, target, trained, "--stage", "texts", *flags) == 2
     assert f"holds work with {flags[0].strip('-')}" in capsys.readouterr().err
+
+
+def test_the_loss_is_what_is_not_accepted_and_a_part_of_the_divergence(
+    script, texts, target, trained
+):
+    """Token by token, in plain numbers: 1 - sum(min(p, q)), and .2 KL(p | q) over its tokens."""
+    flags = f"--target {target} --out x --work-dir {trained} {TINY}".split()
+    model = load_model(target, "cpu", torch.float32, Transformer).requires_grad_(False)
+    model.set_positions(300)
+    args, learnt = script.read_arguments(flags), texts.all_texts(trained / "texts")
+    draft, loss, count = script.Distiller(model, learnt, {3}, args), 0.0, 0
+    assert len(draft.token_ids_V) < 64, "some tokens are not the draft's"
+    for logq_V, slots_K, p_K in zip(*(x.tolist() for x in draft.log_q(learnt[:3]))):
+        pairs = [(p, logq_V[slot]) for p, slot in zip(p_K, slots_K) if slot >= 0]
+        mass = sum(p for p, _ in pairs)
+        loss += 1 - sum(min(p, math.exp(logq)) for p, logq in pairs)
+        if mass > 0.1:
+            loss += 0.2 * sum(p / mass * (math.log(p / mass) - logq) for p, logq in pairs if p > 0)
+        count += 1
+    assert math.isclose(draft.learn(learnt[:3], 0.0), loss / count, rel_tol=1e-3)
 
 
 def test_acceptance_rises(trained):
@@ -261,6 +282,12 @@ def test_texts_are_written_in_fixed_numbers_and_not_compiled(script, target, tmp
         patch.setattr(script.Model, "load", load)
         assert call(script, target, tmp_path, "--stage", "texts", "--device", device) == 2
     assert asked == [("float32", False)]
+
+
+def test_a_count_of_nothing_is_one_sentence(script, target, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        call(script, target, tmp_path, "--every", "0")
+    assert "--every is 0, wanted 1 or more" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
