@@ -398,9 +398,10 @@ def speeds() -> dict[str, float]:
 
     A format that this CPU or this PyTorch cannot compute is missing. Measured once, on one thread,
     in 0.5 s, after few_bits.cpp was compiled. The weights come from memory, as a model's do: what
-    is read in between takes their place in the cache. From there, bits would count for little.
+    is read in between takes their place in the cache. From there, bits would count for little. The
+    formats take turns, so that what else runs on the machine slows down all of them.
     """
-    found = {}
+    layers, best = {}, {}
     with one_thread():
         linear = nn.Linear(2048, 4096, bias=False).requires_grad_(False)
         in_between = torch.zeros(CACHE_BYTES // 4)
@@ -411,13 +412,15 @@ def speeds() -> dict[str, float]:
             "int4": lambda: finisher("int4", pack=True)(linear),
         }
         for name, make in makers.items():
-            try:
-                layer = make()
-                best = [min(_seconds(layer, rows, in_between) for _ in range(4)) for rows in ROWS]
-                found[name] = 1e3 * sum(best)
-            except (RuntimeError, AttributeError):  # not for this CPU, or not in this PyTorch
-                continue
-    return found
+            with contextlib.suppress(RuntimeError, AttributeError):  # not for this CPU or PyTorch
+                layers[name] = make()
+                _seconds(layers[name], 1, in_between)
+        for _ in range(4):
+            for name, layer in layers.items():
+                for rows in ROWS:
+                    took = _seconds(layer, rows, in_between)
+                    best[name, rows] = min(took, best.get((name, rows), took))
+    return {name: 1e3 * sum(best[name, rows] for rows in ROWS) for name in layers}
 
 
 def _seconds(layer: nn.Module, rows: int, in_between: torch.Tensor) -> float:

@@ -16,6 +16,7 @@ Does not know: models, devices, tensors. Read next: chat.py.
 
 import base64
 import codecs
+import math
 import re
 import unicodedata
 from collections.abc import Callable, Iterable
@@ -27,6 +28,9 @@ from checkpoint.config import CheckpointError, read_file, read_json, shorten
 
 MAX_FILE_BYTES = 64 << 20  # the largest tokenizer.json in use (Gemma's) has 33 MB
 MAX_TOKEN_ID = 1 << 24  # no loop here gets longer because a file made up an id
+# A pattern's repetitions are written out when it is compiled. Published ones have {1,3}.
+MAX_PATTERN, MAX_REPEATED = 1 << 13, 1 << 10
+SPLIT_SECONDS = 60  # of one pattern on one text; published ones take a second for 2 to 5 MB
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # Llama 3's tokenizer.model holds ranks only; how it splits text and its special tokens were
 # published as code. The special tokens are Llama 3.1's; in 3.0 finetune_right_pad_id, eom_id and
@@ -131,8 +135,13 @@ def _bpe(
     def split(step: "regex.Pattern | None", text: str) -> list[str]:
         if step is None:  # ByteLevel's add_prefix_space
             return [text if text.startswith(" ") else " " + text]
-        cuts = {0, len(text), *(end for match in step.finditer(text) for end in match.span())}
-        ends = sorted(cuts)
+        found = step.finditer(text, timeout=SPLIT_SECONDS)
+        try:
+            ends = sorted({0, len(text), *(end for match in found for end in match.span())})
+        except TimeoutError as error:
+            raise _unsupported(
+                "pattern", step.pattern, f"one that splits a text in {SPLIT_SECONDS} s"
+            ) from error
         return [text[start:end] for start, end in zip(ends, ends[1:])]
 
     def encode(text: str, first: bool) -> list[int]:
@@ -201,9 +210,12 @@ def _patterns(splitters: list[dict]) -> list[str | None]:
     for node in splitters:
         match node:
             case {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}:
-                patterns.append(
-                    pattern["Regex"] if "Regex" in pattern else re.escape(pattern["String"])
-                )
+                found = pattern["Regex"] if "Regex" in pattern else re.escape(pattern["String"])
+                counts = re.findall(r"\d+", " ".join(re.findall(r"\{[\d,]+\}", found)))
+                repeated = math.prod(max(1, int(count)) for count in counts)
+                if len(found) > MAX_PATTERN or repeated > MAX_REPEATED:
+                    raise _unsupported("pattern", found, "one with few repetitions, as {1,3}")
+                patterns.append(found)
             case {"type": "Digits", "individual_digits": single}:
                 patterns.append(r"\p{N}" if single else r"\p{N}+")
             case {"type": "ByteLevel", "add_prefix_space": space}:

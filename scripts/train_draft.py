@@ -9,8 +9,9 @@ how a trained draft is loaded (checkpoint/weights.py). Read next: run().
 The draft is a few of the target's own layers and its final norm, trained. It shares the target's
 embedding, and its head is the target's rows for the tokens that the target uses most: neither is in
 the file. The target samples the texts, greedily and hot, and with every token its 32 most probable
-ones are kept: training needs no pass of the target. Prompts are those of files, some made up here,
-and --asked ones that the target makes up. Each sixth prompt of a kind is held out.
+ones are kept: training needs no pass of the target, but for one over held-out texts. Prompts are
+those of files, some made up here, and --asked ones that the target makes up. Each sixth prompt of
+a kind is held out.
 A shard of texts depends on (seed, number) alone, a batch on (seed, epoch, texts) alone, so a run
 that was stopped goes on to the same weights.
 
@@ -46,6 +47,7 @@ from model import Transformer  # noqa: E402
 
 STAGES = ("texts", "train", "export")
 DIVERGENCE = 0.2  # its weight beside the share of tokens that is not accepted
+Held = tuple[Text, torch.Tensor | None]  # of Distiller.expected
 
 
 def most_used(texts: list[Text], vocab: int, count: int, eos) -> torch.Tensor:
@@ -162,7 +164,22 @@ class Distiller:
         return loss.item()
 
     @torch.no_grad()
-    def acceptance(self, held: list[Text]) -> dict[str, float]:
+    def expected(self, target: Transformer, texts: list[Text]) -> list[Held]:
+        """Held-out texts, the short ones first, with p (N, V) over the draft's tokens for those
+        that were drawn: beyond a text's K tokens the target expects a tenth of what it draws.
+        """
+        found = []
+        for text in sorted(texts, key=lambda text: len(text.tokens)):
+            p_NV = None
+            if text.heat:
+                tokens_1T = text.tokens[None, :-1].long().to(self.slot_V.device)
+                logits_NV = target(tokens_1T)[0, text.first - 1 :].float()
+                p_NV = logits_NV.softmax(-1)[:, self.token_ids_V].half()
+            found.append((text, p_NV))
+        return found
+
+    @torch.no_grad()
+    def acceptance(self, held: list[Held]) -> dict[str, float]:
         """Kind and temperature of held-out texts -> share of tokens accepted, by the running mean.
 
         At temperature 0 the draft's best token must be the text's; at 1 it is sum(min(p, q)), what
@@ -170,18 +187,17 @@ class Distiller:
         """
         now = {name: p.detach().clone() for name, p in self.weights.items()}
         self.put(self.mean)
-        found, held = {}, sorted(held, key=lambda text: len(text.tokens))
+        found = {}
         for some in (held[first : first + 8] for first in range(0, len(held), 8)):
-            logq_NV, slots_NK, p_NK = self.log_q(some)
-            q_NK = logq_NV.exp().gather(1, slots_NK.clamp(min=0)) * (slots_NK >= 0)
-            true_N = torch.cat([text.tokens[text.first :] for text in some]).long().to(p_NK.device)
-            best_N = (logq_NV.argmax(-1) == self.slot_V[true_N]).float()
-            overlap_N = torch.minimum(q_NK, p_NK).sum(-1)
-            sizes = [len(text.ids_NK) for text in some]
-            for text, best, overlap in zip(some, best_N.split(sizes), overlap_N.split(sizes)):
+            sizes = [len(text.ids_NK) for text, _ in some]
+            each = self.log_q([text for text, _ in some])[0].split(sizes)
+            for (text, p_NV), logq_NV in zip(some, each):
+                true_N = text.tokens[text.first :].long().to(self.slot_V.device)
+                share_N = (logq_NV.argmax(-1) == self.slot_V[true_N]).float()
+                if p_NV is not None:
+                    share_N = torch.minimum(p_NV, logq_NV.exp()).sum(-1)
                 for kind in (text.kind, "all"):
-                    share = overlap if text.heat else best
-                    found.setdefault(f"{kind}@{text.heat:g}", []).append(share)
+                    found.setdefault(f"{kind}@{text.heat:g}", []).append(share_N)
         self.put(now)
         return {name: torch.cat(parts).mean().item() for name, parts in sorted(found.items())}
 
@@ -266,7 +282,7 @@ def export(run: Distiller, target: Transformer, out: Path, figures: dict) -> Non
     (out / "config.json").write_text(json.dumps(raw_config(run.config, about), indent=2) + "\n")
 
 
-def train(run: Distiller, target: Transformer, held: list[Text], args) -> None:
+def train(run: Distiller, target: Transformer, held: list[Held], args) -> None:
     """Train for --epochs, or --minutes in all; the rate falls to nothing over the last third."""
     clock = stored = time.perf_counter()
     batches, shown, done = run.batches(), None, 0.0
@@ -300,7 +316,7 @@ def train(run: Distiller, target: Transformer, held: list[Text], args) -> None:
     export(run, target, args.out, report(run, held, args, " at the end"))
 
 
-def report(run: Distiller, held: list[Text], args, what: str) -> dict[str, float]:
+def report(run: Distiller, held: list[Held], args, what: str) -> dict[str, float]:
     """Held-out acceptance, printed above the progress bar and kept in the work folder's log."""
     figures = run.acceptance(held)
     shares = " ".join(f"{name} {share:.3f}" for name, share in figures.items())
@@ -400,7 +416,8 @@ def run(args) -> None:
     texts = all_texts(work / "texts")
     if not texts:
         raise ValueError(f"{work} holds no texts, wanted some: run --stage texts first")
-    distiller, held = Distiller(target, texts, eos, args), fetch(work / "held.pt")
+    distiller = Distiller(target, texts, eos, args)
+    held = distiller.expected(target, fetch(work / "held.pt"))
     if args.stage == "export":
         export(distiller, target, args.out, distiller.acceptance(held))
     else:

@@ -454,6 +454,22 @@ def test_formats_are_compared_out_of_cache_and_only_where_one_is_chosen(demo, mo
     engine_module.load(str(demo / "target"), "ngram", "cpu", dtype="float32")
 
 
+@pytest.mark.parametrize("begin", range(0, 30, 3))
+def test_a_disturbance_slows_down_all_formats(monkeypatch, begin):
+    """One by one, the format that was measured meanwhile would have lost."""
+    calls = []
+
+    def seconds(layer, rows, in_between):
+        calls.append(layer)
+        busy = begin <= len(calls) < begin + 12
+        return (4.0 if isinstance(layer, linear.PackedLinear) else 1.0) * (1 + 9 * busy)
+
+    monkeypatch.setattr(linear, "_seconds", seconds)
+    monkeypatch.setattr(linear, "finisher", lambda *_, **__: lambda layer: layer)
+    found = linear.speeds.__wrapped__()
+    assert set(found.values()) == {2e3, 8e3}
+
+
 def test_a_draft_gets_few_bits_where_they_are_fastest(monkeypatch):
     """Unless the user has chosen. Those of a target's file stay as they are."""
     ms = {"float32": 10, "int8": 5, "int4": 3}

@@ -875,6 +875,37 @@ def test_what_is_not_supported_is_named(llama3, tmp_path, part, value, says):
     assert "\n" not in str(error.value) and len(str(error.value)) < 500
 
 
+def split_by(llama3, folder, pattern):
+    """A tokenizer that splits by a pattern of its own."""
+    spec = json.loads((llama3[2] / "tokenizer.json").read_text())
+    node = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
+    spec["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [node, level]}
+    (folder / "tokenizer.json").write_text(json.dumps(spec))
+    return load_tokenizer(folder)
+
+
+@pytest.mark.parametrize(
+    "pattern", ["a{1000000}", "(?:(?:a{99}){0,99}){1,99}", "a{0}(?:b{,99999})", "a|" * 9999 + "b"]
+)
+def test_a_pattern_that_would_take_all_memory_is_refused(llama3, tmp_path, pattern):
+    with pytest.raises(ValueError, match="wanted one with few repetitions"):
+        split_by(llama3, tmp_path, pattern)
+
+
+def test_a_pattern_that_does_not_end(llama3, tmp_path, monkeypatch):
+    monkeypatch.setattr(engine, "SPLIT_SECONDS", 0.2)
+    tokenizer = split_by(llama3, tmp_path, "(?:a|aa)+$")
+    assert tokenizer.decode(tokenizer.encode("aaa")) == "aaa"
+    with pytest.raises(ValueError, match="splits a text in"):
+        tokenizer.encode("a" * 60 + "b")
+
+
+def test_an_empty_pattern_puts_no_space_before_the_text(llama3, tmp_path):
+    tokenizer = split_by(llama3, tmp_path, "")
+    assert tokenizer.decode(tokenizer.encode("a b\n")) == "a b\n"
+
+
 def test_text_that_is_not_utf8(qwen):
     with pytest.raises(ValueError, match="not UTF-8"):
         qwen[0].encode(b"abc\xff".decode("utf-8", "surrogateescape"))

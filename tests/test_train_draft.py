@@ -113,6 +113,28 @@ def test_the_loss_is_what_is_not_accepted_and_a_part_of_the_divergence(
     assert math.isclose(draft.learn(learnt[:3], 0.0), loss / count, rel_tol=1e-3)
 
 
+def test_held_out_acceptance_counts_every_token_of_the_target(script, texts, target, trained):
+    """By both models' own logits. What is kept with a text, here 2 tokens, is a part of p only."""
+    flags = f"--target {target} --out x --work-dir {trained} {TINY}".split()
+    model = load_model(target, "cpu", torch.float32, Transformer).requires_grad_(False)
+    draft = load_model(trained / "out", "cpu", torch.float32, Transformer, model)
+    for each in (model, draft):
+        each.set_positions(300)
+    args, held = script.read_arguments(flags), texts.fetch(trained / "held.pt")
+    held = [replace(t, ids_NK=t.ids_NK[:, :2], logp_NK=t.logp_NK[:, :2]) for t in held]
+    run, found = script.Distiller(model, texts.all_texts(trained / "texts"), {3}, args), {}
+    for text in held:
+        tokens = text.tokens[None, :-1].long()
+        p, q = (each(tokens)[0, text.first - 1 :].float() for each in (model, draft))
+        p, place = p.softmax(-1)[:, draft.token_ids_V], draft.token_ids_V[q.argmax(-1)]
+        greedy = (place == text.tokens[text.first :]).float()
+        hot = torch.minimum(p, q.softmax(-1)).sum(-1)
+        found.setdefault(text.heat, []).append(hot if text.heat else greedy)
+    told = run.acceptance(run.expected(model, held))
+    for heat, shares in found.items():
+        assert told[f"all@{heat:g}"] == pytest.approx(torch.cat(shares).mean().item(), abs=0.005)
+
+
 def test_acceptance_rises(trained):
     lines = figures(trained)
     assert lines[-1]["all@0"] > lines[0]["all@0"] + 0.05, lines
