@@ -343,7 +343,7 @@ def chat_ids(engine, args, said: str, earlier: list[dict] = ()) -> list[int]:
     """
     if engine.tokenizer is None:
         raise ValueError("the checkpoint has no tokenizer files, which a chat needs: use another")
-    first = [{"role": "system", "content": args.system}] if args.system else []
+    first = [] if args.system is None else [{"role": "system", "content": args.system}]
     messages = [*first, *earlier, {"role": "user", "content": said}]
     return engine.tokenizer.encode_chat(messages, thinking=args.thinking)
 

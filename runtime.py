@@ -253,10 +253,10 @@ class Lane:
             torch.set_num_threads(self.threads)
         with torch.inference_mode(), torch.cuda.stream(stream) if stream else nullcontext():
             while (job := work_queue.get()) is not None:
-                self._run(work_queue, *job)
+                self._run(*job)
                 del job  # the tensors of finished work are not kept until the next
 
-    def _run(self, work_queue, future: Work, work: Callable, args: tuple) -> None:
+    def _run(self, future: Work, work: Callable, args: tuple) -> None:
         future.begin = time.perf_counter()
         if len(known := self.recent[future.name]) > 2:
             future.due = future.begin + median(known)
@@ -266,7 +266,7 @@ class Lane:
         except BaseException as raised:  # handed to whoever asks for the result
             error = raised
         future.end = time.perf_counter()
-        if work_queue is self._queue:  # else this thread was left behind
+        if threading.current_thread() is self._thread:  # else it was left behind
             self._note(future.name, future.begin, future.end)
             self.names.add(future.name)
             self.slowest_s = max(self.slowest_s, future.end - future.begin)

@@ -138,10 +138,9 @@ def _bpe(
         found = step.finditer(text, timeout=SPLIT_SECONDS)
         try:
             ends = sorted({0, len(text), *(end for match in found for end in match.span())})
-        except TimeoutError as error:
-            raise _unsupported(
-                "pattern", step.pattern, f"one that splits a text in {SPLIT_SECONDS} s"
-            ) from error
+        except TimeoutError:
+            wanted = f"one that splits a text in {SPLIT_SECONDS} s"
+            raise _unsupported("pattern", step.pattern, wanted) from None
         return [text[start:end] for start, end in zip(ends, ends[1:])]
 
     def encode(text: str, first: bool) -> list[int]:
@@ -211,9 +210,8 @@ def _patterns(splitters: list[dict]) -> list[str | None]:
         match node:
             case {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}:
                 found = pattern["Regex"] if "Regex" in pattern else re.escape(pattern["String"])
-                counts = re.findall(r"\d+", " ".join(re.findall(r"\{[\d,]+\}", found)))
-                repeated = math.prod(max(1, int(count)) for count in counts)
-                if len(found) > MAX_PATTERN or repeated > MAX_REPEATED:
+                counts = map(int, re.findall(r"(?<=[{,])\d+(?=[,}])", found[:MAX_PATTERN]))
+                if found[MAX_PATTERN:] or math.prod(filter(None, counts)) > MAX_REPEATED:
                     raise _unsupported("pattern", found, "one with few repetitions, as {1,3}")
                 patterns.append(found)
             case {"type": "Digits", "individual_digits": single}:

@@ -254,6 +254,7 @@ def parser() -> argparse.ArgumentParser:
     add = p.add_argument
     add("--only", metavar="NAME[,NAME]", help=f"some of {names}")
     add("--quick", action="store_true", help="a fifth of everything")
+    add("--temperature", type=float, metavar="T", nargs="+", help="some of a comparison's own")
     add(
         "--out",
         metavar="FILE",
@@ -293,8 +294,16 @@ def chosen(args) -> list[Comparison]:
     if wrong := [name for name in wanted if name not in names]:
         raise ValueError(f"--only names {wrong[0]!r}, wanted some of {', '.join(names)}")
     check_out(args.out)
-    table = [quick(c) for c in TABLE] if args.quick else TABLE
-    return [c for c in table if c.name in wanted]
+    table = [quick(c) if args.quick else c for c in TABLE if c.name in wanted]
+    if args.temperature is None:
+        return table
+    for n, c in enumerate(table):
+        heats = tuple(heat for heat in c.temperatures if heat in args.temperature)
+        if not heats:
+            known = ", ".join(f"{heat:g}" for heat in c.temperatures)
+            raise ValueError(f"--temperature has none of {c.name}'s, wanted some of {known}")
+        table[n] = replace(c, temperatures=heats)
+    return table
 
 
 def measure(runner: Runner, c: Comparison) -> dict:

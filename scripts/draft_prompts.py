@@ -11,7 +11,7 @@ import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
-HELD = 96  # prompts held out, at most; each is continued greedily and at temperature 1
+HELD = 96  # prompts held out, or one of each kind; continued greedily and at temperature 1
 TOPICS = """photosynthesis|black holes|the French Revolution|climate change|machine learning
 the water cycle|volcanoes|ancient Egypt|the Roman Empire|DNA|gravity|electricity|the human heart
 vaccines|the stock market|inflation|democracy|the Renaissance|Shakespeare|jazz music|chess
@@ -113,7 +113,7 @@ def read_prompts(args, tokenizer, vocab: int, asked=()) -> tuple[list[Prompt], l
     learn, held = [], []
     for kind, prompts in kinds.items():
         fit = [Prompt(ids, kind) for ids in prompts if 0 < len(ids) <= args.prompt_tokens]
-        held += fit[5::6][: HELD // len(kinds)]
+        held += fit[5::6][: max(1, HELD // len(kinds))]
         learn += [prompt for n, prompt in enumerate(fit) if n % 6 != 5]
     rng.shuffle(learn)
     return learn, held

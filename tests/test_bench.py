@@ -167,6 +167,12 @@ def test_the_table_is_whole():
         assert small.repeats * small.tokens < c.repeats * c.tokens and small.ways
 
 
+def test_some_of_the_temperatures():
+    flags = ["--only", "accept,steady", "--temperature", "1", "0"]
+    accept, steady = bench.chosen(bench.parser().parse_args(flags))
+    assert accept.temperatures == (0.0, 1.0) and steady.temperatures == (0.0,)
+
+
 def test_prompts_of_three_kinds(tmp_path):
     tasks = ("qa", "mt_bench", "rag")
     questions = [{"task": task, "turns": [f"Question {n}?"]} for n, task in enumerate(tasks)]
@@ -189,6 +195,7 @@ def test_prompts_of_three_kinds(tmp_path):
     (("--out", "/nowhere/x.json"), ("/nowhere/x.json", "create it")),
     (("--prompts", "/nowhere"), ("/nowhere", "spec_bench.jsonl")),
     (("--target", "/nowhere"), ("/nowhere",)),
+    (("--only", "modes", "--temperature", ".7"), ("none of modes's", "some of 0")),
 ])  # fmt: skip
 def test_mistakes_are_one_sentence(flags, words, capsys, monkeypatch):
     monkeypatch.setattr(runner, "Worker", Here)

@@ -809,6 +809,8 @@ def test_the_system_prompt_and_thinking_reach_the_template(program, monkeypatch,
         assert asked[-1] == ([first, {"role": "user", "content": "hi"}], thinking)
     assert program(*flags, "--system", "Be brief.", "--no-thinking")[0] == 0
     assert asked[-1] == ([first, {"role": "user", "content": generate.QUESTION}], False)
+    assert program(*flags, "--system", "")[0] == 0  # not the model's own, which none would mean
+    assert asked[-1][0][0] == {"role": "system", "content": ""}
 
 
 def test_a_prompt_is_completed_as_it_is_and_a_question_is_asked(figures, demo):

@@ -241,14 +241,17 @@ def test_a_text_of_no_tokens_is_none(texts, tmp_path):
     assert texts.fetch(tmp_path / "empty.pt") == []
 
 
+class Letters:
+    """An id a letter; a chat is put in brackets."""
+
+    def encode(self, text, bos=True):
+        return [1] * bos + [ord(letter) for letter in text]
+
+    def encode_chat(self, messages):
+        return self.encode("<" + messages[0]["content"] + ">", False)
+
+
 def test_prompts_of_files(prompts, tmp_path):
-    class Letters:  # an id a letter; a chat is put in brackets
-        def encode(self, text, bos=True):
-            return [1] * bos + [ord(letter) for letter in text]
-
-        def encode_chat(self, messages):
-            return self.encode("<" + messages[0]["content"] + ">", False)
-
     path = tmp_path / "some.jsonl"
     path.write_text('{"turns": ["Hi", "no"]}\n\n{"prompt": "x"}\n')
     rows = prompts.read_rows(path)
@@ -272,6 +275,18 @@ def test_files_of_one_name_are_refused(prompts, names):
     args = argparse.Namespace(seed=1, prompts=[Path(name) for name in names])
     with pytest.raises(ValueError, match="two files of --prompts are called"):
         prompts.read_prompts(args, None, 50, [])
+
+
+def test_of_many_files_something_is_held_out(prompts, tmp_path, monkeypatch):
+    """Files that shared 96 prompts out would have none each beyond 96."""
+    monkeypatch.setattr(prompts, "HELD", 2)
+    monkeypatch.setattr(prompts, "made_prompts", lambda seed: [])
+    files = [tmp_path / f"{name}.jsonl" for name in "abc"]
+    for path in files:
+        path.write_text('{"prompt": "x"}\n' * 12)
+    args = argparse.Namespace(seed=1, prompts=files, prompt_tokens=9)
+    learn, held = prompts.read_prompts(args, Letters(), 128)
+    assert [prompt.kind for prompt in held] == ["a", "b", "c"] and len(learn) == 30
 
 
 @pytest.mark.parametrize("kind", ["factors", "mistral", "windows"])
