@@ -25,13 +25,14 @@ import time
 import torch
 
 from kernels import trunk_mask
-from model import Placement
+from model import Location
 
-# A query's result must not depend on the queries beside it, not even in its last bit: rounded to
-# 8 bits before the next product, a last bit becomes a hundredth. A CPU adds slots up in blocks:
-# it always gets whole ones. The slots that a query does not see then add zeros, and nothing else.
-# PyTorch's attention takes 512 slots at a time. Of those, MKL adds up to 192 in one go, up to 384
-# in two halves, and more in parts of 192: so a half is always one of 192 (AMD Zen 4; LOG.md).
+# A query's result must not depend on the queries beside it, not even in its last bit: where
+# activations are then rounded to 8 bits, such a difference can grow to a hundredth. A CPU sums
+# slots in blocks, so passes over the trunk get whole ones, where slots that a query does not see
+# add zeros. (Chain steps need not: they only propose.) PyTorch's attention takes 512 slots at a
+# time. Of those, MKL sums at most 192 in one go, at most 384 in two halves, and more in parts of
+# 192: so a half is always one of 192 (AMD Zen 4; LOG.md).
 SLOT_BLOCK, SPLIT, IN_ONE_GO = 16, 512, 192
 
 
@@ -75,7 +76,7 @@ class KVCache:
         view.layers = list(zip(view.k_LBGSD.unbind(), view.v_LBGSD.unbind()))
         return view
 
-    def place(self, start_B, count_B, T: int, extent: int, tight: bool = False) -> Placement:
+    def locate(self, start_B, count_B, T: int, extent: int, tight: bool = False) -> Location:
         """Where T tokens a row sit on the trunk, from position start_B on.
 
         The first count_B of them are real. Padding goes to the dead slot; a row with count 0 takes
@@ -92,11 +93,11 @@ class KVCache:
             if tight:
                 extent = in_whole_blocks(extent)
             mask = self._mask(limit_BT, extent)
-        return Placement(positions_BT, slots_BT, limit_BT, extent, tight, None, mask)
+        return Location(positions_BT, slots_BT, limit_BT, extent, tight, None, mask)
 
-    def place_chain(
+    def locate_chain(
         self, known_B, depth_BM, step_B, live_B, extent: int, tight: bool = False, steps=None
-    ) -> Placement:
+    ) -> Location:
         """Where step `step_B` of M chains sits. Chain m begins at position known_B + depth_BM.
 
         known_B (B,) counts a row's tokens, the pending one included. `steps`, a bound on
@@ -108,10 +109,10 @@ class KVCache:
         chain = (self.trunk, self.steps if steps is None else steps, step_B)
         mask = None if limit_BM.is_cuda else self._mask(limit_BM, extent)
         positions_BM = limit_BM + step_B[:, None]
-        return Placement(positions_BM, slots_BM, limit_BM, extent, tight, chain, mask)
+        return Location(positions_BM, slots_BM, limit_BM, extent, tight, chain, mask)
 
     def _mask(self, limit_BT, extent: int):
-        """Placement.mask."""
+        """Location.mask."""
         dtype = torch.promote_types(self.k_LBGSD.dtype, torch.float32)
         return trunk_mask(limit_BT, None, extent, self.heads_per_kv, dtype)
 
@@ -128,7 +129,7 @@ class SpeculationCache:
     def __init__(self, lane):
         self.lane, self.work = lane, None
         self.branch_of: dict[tuple[int, int, int], int] = {}
-        self.chance: list[float] = []  # [B], that one of a row's branches is the outcome
+        self.chance: list[float] = []  # [B]
         self.steps: list[tuple[list[list[int]], object]] = []  # (tokens [B][M], their LogQ or None)
         self.begun: tuple | None = None  # a step whose tokens are still to come
         self.moments: list[float] = []  # when the fork and each step were done
@@ -143,17 +144,20 @@ class SpeculationCache:
     def fork(
         self, tokens_BM: list[list[int]], depths_BM: list[list[int]], chance_B: list[float]
     ) -> None:
-        for row, (depths, tokens) in enumerate(zip(depths_BM, tokens_BM)):
+        """Record the outcomes that are prepared for, by place, likeliest first: the bonus tokens,
+        and after how many accepted ones. chance_B: that one of a row's branches is the outcome.
+        """
+        for place, (depths, tokens) in enumerate(zip(depths_BM, tokens_BM)):
             if tokens is not None:  # the row took part in this round
                 for branch, outcome in enumerate(zip(depths, tokens)):
-                    self.branch_of[(row, *outcome)] = branch
+                    self.branch_of[(place, *outcome)] = branch
         self.chance = chance_B
         self.moments.append(time.perf_counter())
         self.forked.set()
 
     def append(self, tokens_BM, logq) -> None:
-        """A step that was begun. It counts when its tokens are there: lists are, and others are
-        when the next step was begun.
+        """Record a step that was begun. Lists of tokens are on the host, so that it counts at once.
+        What is still on a GPU (steps.Drawn) counts at the next append() or settle().
         """
         self.settle()
         self.begun = tokens_BM, logq
@@ -169,18 +173,18 @@ class SpeculationCache:
             self.begun = None
 
     def look_up(
-        self, rows: list[int], accepted: list[int], bonus: list[int]
+        self, places: list[int], accepted: list[int], bonus: list[int]
     ) -> dict[int, tuple[list[int], list]]:
-        """Row -> the chain prepared for what happened, for the rows that hit. A chain is tokens and
+        """Place -> the chain prepared for what happened, where the row hit. A chain is tokens and
         their LogQ.
 
-        accepted and bonus are by row, as `verify` returns them. If any row hit, this waits until
+        accepted and bonus are by place, as `verify` returns them. If any row hit, this waits until
         the chains are done. Raises DraftLost.
         """
-        if self.work is None or not rows:
+        if self.work is None or not places:
             return {}
         self.lane.wait_for(self.forked)
-        outcomes = {b: (b, accepted[b], bonus[b]) for b in rows}
+        outcomes = {b: (b, accepted[b], bonus[b]) for b in places}
         hits = {b: self.branch_of[key] for b, key in outcomes.items() if key in self.branch_of}
         if hits:
             self.lane.answer(self.work)

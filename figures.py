@@ -66,8 +66,8 @@ class Round:
 
     kind, length and accepted have an entry for each place of the batch; live, hit and missed are
     the places whose rows played, hit and missed.
-    chain_steps is how many of them the look-up found, prepare_s the seconds of extend and
-    fork, step_s those of a chain step. drafted: what the draft did while the target waited.
+    chain_steps is how many chain steps were there at the look-up, prepare_s the seconds of extend
+    and fork, step_s those of a chain step. drafted: what the draft did while the target waited.
     """
 
     plan: object

@@ -22,15 +22,15 @@ from parallel import ALONE
 Pair = tuple[torch.Tensor, torch.Tensor]  # cos and sin, or keys and values
 
 
-class Placement(NamedTuple):
+class Location(NamedTuple):
     """Where the tokens of one forward pass sit, and what each of them may see.
 
-    Made by KVCache.place and place_chain. Tensors are int64 on the model's device, mask's apart.
+    Made by KVCache.locate and locate_chain. Tensors are int64 on the model's device, mask's apart.
 
     positions_BT  for RoPE
     slots_BT      where keys and values are written
     limit_BT      the trunk slots that are seen, [0, limit)
-    extent        no limit is above it, as the host knows
+    extent        a bound on all limits that the host knows: no slot from there on is read
     tight         as in kernels.tree_attention: below extent all slots hold finite numbers
     chain         as in kernels.tree_attention, None for trunk tokens
     mask          as there, made once for all layers; None where nobody reads it
@@ -46,8 +46,8 @@ class Placement(NamedTuple):
 
 
 def before_layers(tokens_BT, positions_BT, embed: nn.Module, rope: Pair):
-    """What the layers begin with: the residual stream, no change to it, and each token's rows of
-    the RoPE tables, (B, T, 1, D) each.
+    """What the layers begin with: the residual stream, a change to it that is zero yet, and each
+    token's rows of the RoPE tables, (B, T, 1, D) each.
     """
     x_BTE = embed(tokens_BT).to(rope[0].dtype)  # beside weights of few bits it is in bfloat16
     return x_BTE, torch.zeros_like(x_BTE), tuple(table[positions_BT][:, :, None] for table in rope)
@@ -59,7 +59,7 @@ def after_layers(x_BTE, change_BTE, norm: nn.Module, head: nn.Module) -> torch.T
 
 
 class Transformer(nn.Module):
-    """tokens_BT at a Placement -> logits (B, T, V) in the weights' dtype.
+    """tokens_BT at a Location -> logits (B, T, V) in the weights' dtype.
 
     Keys and values are written into `cache`. Without a cache (training) the tokens are whole texts
     from position 0 on. A draft may have a head for fewer tokens than it reads: token_ids_V then
@@ -83,12 +83,12 @@ class Transformer(nn.Module):
             self.head.weight = self.embed.weight
         self.register_buffer("token_ids_V", None, persistent=False)
 
-    def forward(self, tokens_BT, place: Placement | None = None, cache=None, logits: bool = True):
+    def forward(self, tokens_BT, where: Location | None = None, cache=None, logits: bool = True):
         """Logits, or None without `logits`. cache is a KVCache."""
-        at_BT = torch.arange(tokens_BT.shape[1])[None] if place is None else place.positions_BT
+        at_BT = torch.arange(tokens_BT.shape[1])[None] if where is None else where.positions_BT
         kv = None if cache is None else cache.layers
         with torch.jit.optimized_execution(False):  # a script gains nothing; it would take seconds
-            stream = self.layers(*self.before(tokens_BT, at_BT, self.embed, self.rope), place, kv)
+            stream = self.layers(*self.before(tokens_BT, at_BT, self.embed, self.rope), where, kv)
         return self.after(*stream, self.norm, self.head) if logits else None
 
     def script(self) -> None:
@@ -119,12 +119,10 @@ class Layers(nn.ModuleList):
     kv: each layer's keys and values, (B, G, S, D), which are written as well as read.
     """
 
-    def forward(
-        self, x_BTE, change_BTE, rope: Pair, place: Placement | None, kv: list[Pair] | None
-    ):
+    def forward(self, x_BTE, change_BTE, rope: Pair, where: Location | None, kv: list[Pair] | None):
         for layer, block in enumerate(self):
             kv_BGSD = None if kv is None else kv[layer]
-            x_BTE, change_BTE = block(x_BTE, change_BTE, rope, place, kv_BGSD)
+            x_BTE, change_BTE = block(x_BTE, change_BTE, rope, where, kv_BGSD)
         return x_BTE, change_BTE
 
 
@@ -141,9 +139,9 @@ class Block(nn.Module):
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x_BTE, change_BTE, rope: Pair, place: Placement | None, kv_BGSD: Pair | None):
+    def forward(self, x_BTE, change_BTE, rope: Pair, where: Location | None, kv_BGSD: Pair | None):
         x_BTE = x_BTE + change_BTE
-        x_BTE = x_BTE + self.attention(self.attention_norm(x_BTE), rope, place, kv_BGSD)
+        x_BTE = x_BTE + self.attention(self.attention_norm(x_BTE), rope, where, kv_BGSD)
         return x_BTE, self.mlp(self.mlp_norm(x_BTE))
 
 
@@ -159,7 +157,7 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(D, config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(D, config.norm_eps) if config.qk_norm else None
 
-    def forward(self, x_BTE, rope: Pair, place: Placement | None, kv_BGSD: Pair | None):
+    def forward(self, x_BTE, rope: Pair, where: Location | None, kv_BGSD: Pair | None):
         H, G, D = self.heads, self.kv_heads, self.head_dim
         qkv = self.qkv(x_BTE).unflatten(-1, (H + 2 * G, D))
         qk_BTHD, value_BTGD = qkv.split((H + G, G), 2)
@@ -167,7 +165,7 @@ class Attention(nn.Module):
             query, key = qk_BTHD.split((H, G), 2)
             qk_BTHD = torch.cat((self.q_norm(query), self.k_norm(key)), 2)
         query_BTHD, key_BTGD = rotate(qk_BTHD, rope[0], rope[1]).split((H, G), 2)
-        if place is None or kv_BGSD is None:  # whole texts, for training: plain causal attention
+        if where is None or kv_BGSD is None:  # whole texts, for training: plain causal attention
             mixed_BHTD = F.scaled_dot_product_attention(
                 query_BTHD.transpose(1, 2),
                 key_BTGD.transpose(1, 2),
@@ -177,21 +175,21 @@ class Attention(nn.Module):
             )
             return self.out(mixed_BHTD.transpose(1, 2).flatten(2))
         k_BGSD, v_BGSD = kv_BGSD
-        write(k_BGSD, v_BGSD, place.slots_BT, key_BTGD, value_BTGD)
+        write(k_BGSD, v_BGSD, where.slots_BT, key_BTGD, value_BTGD)
         # A window counts positions; on the trunk a token's slot is its position.
-        first_BT = (place.positions_BT + 1 - self.window).clamp(min=0) if self.window else None
+        first_BT = (where.positions_BT + 1 - self.window).clamp(min=0) if self.window else None
         mixed_BTHD = tree_attention(
             query_BTHD,
             k_BGSD,
             v_BGSD,
-            place.limit_BT,
+            where.limit_BT,
             first_BT,
             scale=D**-0.5,
-            extent=place.extent,
-            tight=place.tight,
-            chain=place.chain,
+            extent=where.extent,
+            tight=where.tight,
+            chain=where.chain,
             window=self.window,
-            mask=None if self.window else place.mask,
+            mask=None if self.window else where.mask,
         )
         return self.out(mixed_BTHD.flatten(2))
 
@@ -255,7 +253,7 @@ def write(
 
 
 def rope_tables(config: Config, positions: int) -> Pair:
-    """cos and signed sin, (P, D) float64: rotate(x) is x * cos + swap_halves(x) * sin."""
+    """cos and signed sin, (P, D) float64: rotate(x) is x * cos + x.roll(D // 2) * sin."""
     frequency, amplitude = rope_frequencies(config)
     angle_PD = torch.outer(torch.arange(positions, dtype=torch.float64), frequency).repeat(1, 2)
     sign_D = torch.ones(config.head_dim, dtype=torch.float64)

@@ -113,12 +113,14 @@ class Settings:
         AUTO, "SD, SSD: most draft tokens a round (auto)", Range("K", int, 1, 64, auto=True)
     )
     fan_out: int | str = setting(
-        AUTO, "SSD: outcomes prepared a round (auto)", Range("M", int, 1, 1024, auto=True)
+        AUTO,
+        "SSD: outcomes prepared for each row in a round (auto)",
+        Range("M", int, 1, 1024, auto=True),
     )
     cut: bool = setting(
         True,
-        "SSD: end chains when the verdict is in (where K or M is auto, make all of them whole if "
-        "that pays), or make all of them whole",
+        "SSD: begin no step of the chains that would not be half done when the verdict comes "
+        "(where K or M is auto, make all K where that is quicker), or always make all K",
     )
     fallback: str = setting(
         AUTO,

@@ -229,8 +229,8 @@ def noisy(warped_BTV, params: Params, positions_BT, words_V) -> torch.Tensor:
     return warped_BTV + gumbel(params, positions_BT, TOKEN, words_V, warped_BTV.dtype)
 
 
-def positions_of(x_BTV: torch.Tensor, which_BN: torch.Tensor) -> torch.Tensor:
-    """Some positions of each row, (B, N, V): x[b, which[b, n]].
+def pick(x_BTV: torch.Tensor, which_BN: torch.Tensor) -> torch.Tensor:
+    """Some entries of each row along T, (B, N, V): x[b, which[b, n]].
 
     take_along_dim would build and check an index for each of the V numbers.
     """
@@ -410,10 +410,10 @@ def accept_exact(warped_BTV, logq_BKV, tokens_BK, length_B, kind_B, params: Para
     accepted_B = ((u_BK < ratio_BK) & valid_BK).cumprod(1).sum(1)
 
     rejected_B1 = (accepted_B < length_B)[:, None]
-    logp_BV = positions_of(logp_BTV, accepted_B[:, None])[:, 0]
+    logp_BV = pick(logp_BTV, accepted_B[:, None])[:, 0]
     p_BV = logp_BV.exp()
     at_B1 = accepted_B.clamp(max=K - 1)[:, None]
-    q_BV = positions_of(logq_BKV, at_B1)[:, 0].exp()
+    q_BV = pick(logq_BKV, at_B1)[:, 0].exp()
     without_BV = p_BV.scatter(1, safe_BK.gather(1, at_B1), 0.0)  # p, but not the rejected token
     left_BV = torch.where(is_chain_B1, (p_BV - q_BV).clamp_(min=0), without_BV)
     left_BV = torch.where(left_BV.sum(-1, keepdim=True) > 0, left_BV, p_BV)

@@ -13,7 +13,8 @@ method is Decoding.play, propose and prepare. Read next: engine.py.
 r, the pending token, is the last token of the text; the target has not read it yet. d_1 .. d_L,
 L <= K, is the proposal. The outcome of a round is (j, r'): j draft tokens are accepted, and the
 target's own next token r', the bonus token, follows them (elsewhere called the correction
-where j < L). A round emits d_1 .. d_j and r', so 1 to K + 1 tokens, and r' is the next r.
+where j < L). A round emits d_1 .. d_j and r', so 1 to K + 1 tokens, and r' is the next r. The
+verdict is the target's answer: the outcomes of all rows.
 
 The coupling says when a draft token is accepted. `shared`: if the target draws the same token with
 the same noise, a known function of seed, row, position and token. Then every token of the text is
@@ -44,7 +45,8 @@ from steps import PREFILL_CHUNKS, Feed, Fork, Runner
 # How long the target waits for the draft's first passes, in seconds: those may still load weights
 # from disk, or compile. Later the limit grows with the slowest work so far.
 PREFILL_PATIENCE_S, WARM_UP_PATIENCE_S = 10.0, 600.0
-# Compiling that takes longer is reported; so long may a kernel take to compile.
+# A warm-up of more than NOTICED_S seconds is reported. COMPILES_S: what a kernel may take that is
+# compiled in the middle of a round; the patience with the draft begins with that.
 NOTICED_S, COMPILES_S = 0.5, 3.0
 # Draft tokens, and for each the LogQ that it was drawn from (under `shared` None).
 Chain = tuple[list[int], list]
@@ -61,7 +63,8 @@ class Plan:
     With m = 0 "auto" therefore drafts in every round: that is SD. halves: while half of the rows
     are being verified, the draft works for the other half (halves.py reads it).
 
-    cut: chains may stop before K tokens, so that the verdict need not wait for them. The draft
+    cut: chains may stop before K tokens, so that the next round need not wait for them once the
+    verdict is in. The draft
     always makes the first step. It begins another one only if at least half of it should be done
     before the verdict, going by the time that such work has taken so far, and if no other work is
     queued (Lane.has_time). If a row hit, the look-up waits for the step that was begun last;
@@ -99,9 +102,9 @@ class Proposal:
     as in sampling.py), and their LogQ.
     """
 
-    def __init__(self, rows: int):
-        self.tokens: list[list[int]] = [[] for _ in range(rows)]
-        self.kind, self.logq = [NONE] * rows, [None] * rows
+    def __init__(self, places: int):
+        self.tokens: list[list[int]] = [[] for _ in range(places)]
+        self.kind, self.logq = [NONE] * places, [None] * places
 
     def put(self, place: int, kind: int, tokens: list[int], logq: list | None = None) -> None:
         if tokens:
@@ -115,8 +118,10 @@ class Decoding:
     To draft differently, write a subclass in a file of your own and hand it to Engine.generate as
     `decoding=`, like those in examples/. No engine file needs to change. Override
 
-        prepare    what the draft does while the target verifies: chains.fork, then once a step
-                   chains.append(tokens, logq), where tokens[place][branch] is an id
+        prepare    what the draft does while the target verifies: draft.prefill(*skipped) and
+                   draft.extend(feed) if it is a Runner, chains.fork(tokens, depths, chance), then
+                   once a step chains.append(tokens, logq), where tokens[place][branch] is an id,
+                   and chains.settle() at the end
         decode     what the draft does while the target waits: for the rows that missed, a list of
                    `most` pairs (tokens by place, LogQ)
         predict    which outcomes are prepared for
@@ -185,8 +190,8 @@ class Decoding:
                 proposal = self.go_on_alone(lost)
         return proposal
 
-    def propose(self, chains, accepted, bonus, plan: Plan, played: Round) -> Proposal:
-        """The next proposal: a row that hit gets its chain, others are drafted for or guessed.
+    def propose(self, chains, accepted, bonus, ahead: Plan, played: Round) -> Proposal:
+        """What the round `ahead` tries: a row that hit gets its chain; others, see Plan.fallback.
 
         The key of `chains` is (place, accepted, bonus); a look-up gives the Chain drafted for it.
         """
@@ -194,10 +199,10 @@ class Decoding:
         hits = chains.look_up(live, accepted, bonus)  # if a row hit, waits for the last step begun
         missed = [b for b in live if b not in hits]
         self.learn(played, chains, hits, missed)
-        jit = plan.fallback == "jit" or (plan.fallback == "auto" and not hits)
-        chain_of = hits | (self.draft_now(missed, plan, played) if missed and jit else {})
+        jit = ahead.fallback == "jit" or (ahead.fallback == "auto" and not hits)
+        chain_of = hits | (self.draft_now(missed, ahead, played) if missed and jit else {})
         for b in live:
-            room = self.rows[b].room(plan.k)  # at most k, less at the end of a text
+            room = self.rows[b].room(ahead.k)  # at most k, less at the end of a text
             if b in chain_of:
                 proposal.put(b, CHAIN, *self.checked(*chain_of[b], room))
             else:
@@ -210,7 +215,7 @@ class Decoding:
         draft.prefill(*skipped)  # usually nothing: see take_skipped
         with lane.span("extend"):  # read the proposal into the KV cache, score what may follow
             scores = draft.extend(feed)
-        with lane.span("fork"):  # pick the likeliest r', and the j that each follows, its depth
+        with lane.span("fork"):  # the M likeliest outcomes: r' (tokens) and j (depths)
             tokens, depths, chance = self.predict(scores, feed, plan)
             chains.fork(tokens, depths, chance)
         for step in range(plan.k):
@@ -255,7 +260,9 @@ class Decoding:
         return self.live(places)
 
     def feed(self, live: list[int], proposal: Proposal) -> Feed:
-        """[r, d_1 .. d_L] of each live row, padded to a length that there is a step for."""
+        """[r, d_1 .. d_L] of each live row, padded to the longest, or to the next length that both
+        models are compiled for.
+        """
         fed, start = [[] for _ in self.rows], [0 for _ in self.rows]
         for b in live:
             ids = self.rows[b].ids
@@ -268,8 +275,8 @@ class Decoding:
 
     def take_skipped(self, feed: Feed) -> tuple[list[list[int]], list[int]]:
         """The ids that the draft has skipped and must read before `feed`, and the position of the
-        first, by row. It marks both, and `feed`, as read: call it once for each feed that the draft
-        reads.
+        first, by place. It marks both, and `feed`, as read: call it once for each feed that the
+        draft reads.
 
         Where a proposal that was drafted while the target waited is accepted whole, its last token
         was drawn and never fed. A draft that was left out of some rounds has skipped all of theirs.
@@ -302,15 +309,17 @@ class Decoding:
         """The outcomes to prepare for, on the draft's lane: those that it finds likeliest."""
         return self.draft.fork(scores, feed, plan.m, self.foresight)
 
-    def draft_now(self, missed: list[int], plan: Plan, played: Round) -> dict[int, Chain]:
-        """A Chain for each row that missed, drafted token by token while the target waits."""
-        if self.draft is None or (most := max(self.rows[b].room(plan.k) for b in missed)) == 0:
+    def draft_now(self, missed: list[int], ahead: Plan, played: Round) -> dict[int, Chain]:
+        """A Chain for each row that missed, for the round `ahead`: drafted token by token while the
+        target waits.
+        """
+        if self.draft is None or (most := max(self.rows[b].room(ahead.k) for b in missed)) == 0:
             return {}
         feed = self.feed(missed, Proposal(len(self.rows)))  # the pending tokens alone
         skipped = self.take_skipped(feed)
         for b in missed:
             self.rows[b].draft_read += most - 1  # the last token that it drafts is never fed
-        job = self.decode, feed, skipped, most, saguaro_top(plan)
+        job = self.decode, feed, skipped, most, saguaro_top(ahead)
         work = self.draft_lane.start(*job)
         steps = self.draft_lane.answer(work)
         played.drafted = Drafting(work.begin, work.end, most)
@@ -390,8 +399,8 @@ class Decoding:
         took = time.perf_counter() - began
         if fresh and took > NOTICED_S:
             self.warn(f"compiled in {took:.1f} s; the same shapes will not compile again")
-        # Compile time does not predict later work. But an eager draft on a GPU compiles in its
-        # rounds.
+        # Compile time does not predict later work. But the Triton kernels of an eager draft compile
+        # when texts grow, in the middle of rounds.
         late = self.draft is not None and self.draft.policy.compiles_late
         self.draft_lane.slowest_s = COMPILES_S if late else 0.0
 

@@ -7,10 +7,16 @@ Positions: a row of N tokens has its pending token at position N - 1. A pass tha
 [r, d_1 .. d_L] from `start` = N - 1 on predicts positions N .. N + L, and the noise of a draw is
 always that of the position it fills.
 
-A draft may know fewer tokens than the target, or have a head for the most frequent ones alone. It
-works in its own vocabulary throughout. Only token ids go in and out, and those are the target's.
+A draft may know fewer tokens than the target, or have a head for the most frequent ones alone. The
+token ids that go in and out are the target's. Scores and log q are indexed by the model's own
+tokens, V of them: ids_V[i] is the target's id of index i.
 
-Shape letters: B rows, T positions fed, K draft tokens, M branches, V the model's own vocabulary.
+A target may be split over several processes, its ranks (parallel.py): each holds the logits of a
+part of the vocabulary. A static model runs passes of fixed shapes that were compiled before the
+first round, on CUDA as graphs; otherwise it is eager (runtime.Policy).
+
+Shape letters: T positions fed, K draft tokens, M branches; B of a list: the places of the batch, of
+a tensor: those of the part that a pass runs on.
 """
 
 import functools
@@ -37,7 +43,7 @@ from sampling import (
     log_probs,
     noisy,
     outcomes,
-    positions_of,
+    pick,
     saguaro,
     share_out,
     warp,
@@ -78,10 +84,11 @@ class Fork(NamedTuple):
 
 
 class Runner:
-    """A model, its KV cache and B places for rows, on one lane. Methods run on that lane's thread,
-    and take and return lists with an entry for every place. A pass runs on a part of the batch, the
-    places from the first that is fed to the last, on views of the cache; for other places its lists
-    hold None.
+    """A model, its KV cache and B places for rows, on one lane. Methods run on that lane's thread.
+
+    Lists that they take and return have an entry for every place. A pass runs on a part of the
+    batch, the places from the first that is fed to the last (part_of), on views of the cache. Lists
+    that it returns hold None for other places, and tensors have the part's rows alone.
 
     role names the model in errors. k is the most draft tokens of a round, branches the most
     branches (0 for a model that only verifies), vocab the size of the target's vocabulary.
@@ -126,7 +133,7 @@ class Runner:
 
         by_draws: a draft token is accepted if it is the target's own draw. Of several ranks each
         draws among its own tokens (apart), or rank 0 gathers the logits of all, where a draw needs
-        them (gathers). On one device both are False.
+        them (gathers). With one rank both are False.
         """
         several = self.group.ranks > 1
         self.by_draws = coupling == "shared" or (several and params.greedy)
@@ -162,8 +169,8 @@ class Runner:
         """Compile and capture all static steps. Returns whether any was new.
 
         It runs on rows that write to the dead slot only (cache.py). lengths: the tokens that a
-        verification or extend may be fed, the fewest first; budgets: how many branches there may
-        be; parts: the places that rounds are played with.
+        verification or extend may be fed, the fewest first; budgets: the values of M; parts: the
+        places that rounds are played with.
         """
         self.lengths, shapes = lengths, (lengths, budgets, parts)
         self.parts = sorted(parts, key=len)
@@ -232,7 +239,7 @@ class Runner:
             self._pass(self._prefill, feed, tokens=tokens)
 
     def _prefill(self, x, *, extent):
-        self._forward(x, trunk_place, extent, logits=False)
+        self._forward(x, locate_trunk, extent, logits=False)
         return ()
 
     # ---- target
@@ -255,13 +262,14 @@ class Runner:
         return [row and row[0] for row in rows], [row and row[1] for row in rows]
 
     def _verify(self, x, logq_BKV=None, *, extent):
-        logits_BTV = self._logits(x, trunk_place, extent)
+        logits_BTV = self._logits(x, locate_trunk, extent)
         return (self.policy.fuse(decide)(logits_BTV, logq_BKV, x),)
 
     # ---- draft
 
     def extend(self, feed: Feed) -> torch.Tensor:
-        """The scores (B, T, V) to fork by: one causal pass over [r, d_1 .. d_L] on the trunk.
+        """The scores (B, T, V) to fork by: one causal pass over [r, d_1 .. d_L] on the trunk. Index
+        b is the b-th place of part_of(feed).
 
         It overwrites whatever keys and values the last round left there.
         """
@@ -290,11 +298,12 @@ class Runner:
         return Fork(tokens, depths, [row and _float_of(row[-1]) for row in rows])
 
     def chain_step(self, feed: Feed, tokens, depths, step: int, top: int):
-        """The next token of every branch, [B][M], and their LogQ of (B, M, V) or None.
+        """The next token of every branch, [B][M], and their LogQ, (M, V) by place; None under
+        `shared`.
 
         tokens are what the branches are fed, and feed is the round's. Branch i sees the trunk up to
         the depths[b][i]-th draft token, its own r' and its own chain; the keys of these last two
-        lie in the scratch, the slots after the trunk (KVCache.place_chain).
+        lie in the scratch, the slots after the trunk (KVCache.locate_chain).
         top: how many of the likeliest tokens Saguaro makes less likely.
         """
         B, known, part = self.batch, [s + 1 for s in feed.start], self.part_of(feed)
@@ -315,7 +324,7 @@ class Runner:
         return self._drawn(packed, logq, feed, tokens)
 
     def decode(self, feed: Feed, top: int):
-        """The next token of each row, [B][1], and their LogQ of (B, 1, V), or None: an ordinary
+        """The next token of each row, [B][1], and their LogQ, (1, V) by place, or None: an ordinary
         step. feed.tokens may be what the step before has returned.
         """
         fed_BT = self._on_device(feed.tokens, self.part_of(feed))
@@ -323,7 +332,7 @@ class Runner:
         return self._drawn(packed, logq, feed, feed.tokens)
 
     def _extend(self, x, *, extent):
-        return (self.policy.fuse(score)(self._logits(x, trunk_place, extent), x),)
+        return (self.policy.fuse(score)(self._logits(x, locate_trunk, extent), x),)
 
     def _fork(self, x, scores_BTV, *, m):
         x.spread, x.hold = x.spread.view(torch.float64), x.hold.view(torch.float64)
@@ -331,30 +340,30 @@ class Runner:
 
     def _chain_step(self, x, fed_BM, *, extent, steps, positions):
         x.tokens = fed_BM
-        logits_BMV = self._logits(x, chain_place, extent, steps)
+        logits_BMV = self._logits(x, locate_chains, extent, steps)
         return self.policy.fuse(draw_chain)(logits_BMV, x, positions)
 
     def _decode(self, x, fed_BT, *, extent):
         x.tokens = fed_BT
-        return self.policy.fuse(draw_next)(self._logits(x, trunk_place, extent), x)
+        return self.policy.fuse(draw_next)(self._logits(x, locate_trunk, extent), x)
 
     # ---- helpers
 
-    def _logits(self, x, where, *limits):
+    def _logits(self, x, locate, *limits):
         """The logits after x.tokens, over this model's own tokens, or all where rank 0 gathers."""
-        logits = self._forward(x, where, *limits)[..., : len(self.own_V)]
+        logits = self._forward(x, locate, *limits)[..., : len(self.own_V)]
         return self.group.whole(logits, self.vocab) if self.gathers else logits
 
-    def _forward(self, x, where, *limits, logits: bool = True):
-        """What the model returns for x.tokens. `where` finds the slots for their keys and values.
+    def _forward(self, x, locate, *limits, logits: bool = True):
+        """What the model returns for x.tokens. `locate` finds the slots of their keys and values.
 
         A token that the draft's embedding does not have becomes its last one.
         """
-        place = self.policy.fuse(where)(x, *limits)
+        where = self.policy.fuse(locate)(x, *limits)
         tokens_BT, most = x.tokens, self.model.config.vocab_size
         if most < self.vocab:
             tokens_BT = tokens_BT.clamp(max=most - 1)
-        return self.model(tokens_BT, place, x.cache, logits)
+        return self.model(tokens_BT, where, x.cache, logits)
 
     def _read(self, fetched: tuple, feed: Feed) -> list[list[int] | None]:
         """The columns that _join packed, in one list for each row, None outside the feed's part."""
@@ -456,16 +465,18 @@ class Runner:
 
 
 # ---- what runs before and after a model's layers: on a GPU each of these is a few kernels
+# x is the namespace that _views makes of a step: its columns, int64 (B,) or (B, width), and what
+# Runner._besides lists.
 
 
-def trunk_place(x, extent: int):
+def locate_trunk(x, extent: int):
     """Where the tokens of x sit on the trunk."""
-    return x.cache.place(x.start, x.count, x.tokens.shape[1], extent, x.tight)
+    return x.cache.locate(x.start, x.count, x.tokens.shape[1], extent, x.tight)
 
 
-def chain_place(x, extent: int, steps: int):
+def locate_chains(x, extent: int, steps: int):
     """Where the tokens of a chain step sit."""
-    return x.cache.place_chain(x.known, x.depths, x.step, x.count > 0, extent, x.tight, steps)
+    return x.cache.locate_chain(x.known, x.depths, x.step, x.count > 0, extent, x.tight, steps)
 
 
 def decide(logits_BTV, logq_BKV, x) -> torch.Tensor:
@@ -524,7 +535,7 @@ def draw_chain(logits_BMV, x, positions: int) -> tuple:
 
 def draw_next(logits_BTV, x) -> tuple:
     """The token after the last one of each row."""
-    logits_B1V = positions_of(logits_BTV, (x.count - 1).clamp(min=0)[:, None])
+    logits_B1V = pick(logits_BTV, (x.count - 1).clamp(min=0)[:, None])
     return draw(logits_B1V, x, (x.start + x.count)[:, None], None)
 
 
@@ -544,7 +555,7 @@ def draw(logits_BTV, x, at_BP, which_BT) -> tuple:
     if not x.params.greedy:
         noise_BTV = gumbel(x.params, at_BP, TOKEN, x.words_V, scores_BTV.dtype)
         if which_BT is not None:
-            noise_BTV = positions_of(noise_BTV, which_BT)
+            noise_BTV = pick(noise_BTV, which_BT)
         scores_BTV = scores_BTV + noise_BTV
     best_BT, drawn_BT = highest(scores_BTV)
     # A greedy row's best log q is 0 even if its logits are NaN: it is the logits that are checked.
@@ -569,8 +580,8 @@ class Drawn:
     def __init__(self, on_device: torch.Tensor, read: Callable[[], list]):
         self.on_device, self.read = on_device, functools.cache(read)
 
-    def __getitem__(self, row):
-        return self.read()[row]
+    def __getitem__(self, place):
+        return self.read()[place]
 
 
 class LogQ(NamedTuple):
@@ -579,9 +590,9 @@ class LogQ(NamedTuple):
     ids_V: torch.Tensor
     logq: torch.Tensor | dict[int, torch.Tensor]  # (V,) of one draw; or by place, (draws, V)
 
-    def of(self, row: int, draw: int) -> "LogQ":
+    def of(self, place: int, draw: int) -> "LogQ":
         """One draw of many."""
-        return LogQ(self.ids_V, self.logq[row][draw])
+        return LogQ(self.ids_V, self.logq[place][draw])
 
 
 # All numbers of a step travel in one int64 tensor with a row for each row of the batch: one copy to

@@ -104,8 +104,8 @@ class Pair:
             cache = KVCache(model.config, 1, len(ids), device="cpu", dtype=weight.dtype)
             start, ids_1T = torch.zeros(1, dtype=torch.long), torch.tensor([ids])
             with torch.inference_mode():
-                place = cache.place(start, start + len(ids), len(ids), len(ids), True)
-                logp_TV = model(ids_1T, place, cache)[0, :-1].float().log_softmax(-1)
+                where = cache.locate(start, start + len(ids), len(ids), len(ids), True)
+                logp_TV = model(ids_1T, where, cache)[0, :-1].float().log_softmax(-1)
             total -= float(logp_TV.gather(1, ids_1T[0, 1:, None]).double().sum())
             count += len(ids) - 1
         return total, count

@@ -57,8 +57,8 @@ def sample(target, prompts: list[Prompt], heats: list[float], new: int, eos, rng
         last_B1 = torch.tensor([tokens[row][-1:] for row in rows], device=device)
         heat_B1 = torch.tensor([heats[row] for row in rows], device=device)[:, None]
         count_B = torch.tensor(live, device=device).long()
-        place = cache.place(start_B, count_B, 1, int(start_B.max()) + 1, True)
-        logits_BV = target(last_B1, place, cache)[:, -1].float()
+        where = cache.locate(start_B, count_B, 1, int(start_B.max()) + 1, True)
+        logits_BV = target(last_B1, where, cache)[:, -1].float()
         logp_BK, ids_BK = logits_BV.log_softmax(-1).topk(min(TOP, target.config.vocab_size))
         next_B1 = torch.where(heat_B1 > 0, draw(logits_BV, heat_B1, rng), ids_BK[:, :1])
         next_B, logp_BK, ids_BK = next_B1[:, 0].tolist(), logp_BK.cpu(), ids_BK.cpu()
@@ -95,9 +95,9 @@ def prefill(target, cache: KVCache, row: int, prompts: list[list[int]]) -> None:
             kv[:, row, :, :shared] = kv[:, alike.index(shared), :, :shared]
     if rest := len(ids) - shared:
         start_B = torch.tensor([shared], device=device)
-        place = cache.place(start_B, start_B + rest, rest, len(ids), True)
+        where = cache.locate(start_B, start_B + rest, rest, len(ids), True)
         tokens_1T = torch.tensor([ids[shared:]], device=device)
-        target(tokens_1T, place, cache.narrow(range(row, row + 1)), logits=False)
+        target(tokens_1T, where, cache.narrow(range(row, row + 1)), logits=False)
 
 
 def shrunk(cache: KVCache, config: Config, keep: list[int]) -> KVCache:

@@ -83,9 +83,9 @@ def gap(lane: Lane, model: Model, ids: list[int], row: int, temperature: float, 
         cache = KVCache(model.config, 1, n, device=device, dtype=model.dtype)
         model.transformer.set_positions(n)
         at_B1, start_B = torch.tensor([[n]], device=device), torch.zeros(1, device=device).long()
-        place = cache.place(start_B, at_B1[0], n, n)
+        where = cache.locate(start_B, at_B1[0], n, n)
         with torch.compiler.set_stance("force_eager"):  # a length that nobody needs again
-            logits = model.transformer(torch.tensor([ids], device=device), place, cache)[:, -1:]
+            logits = model.transformer(torch.tensor([ids], device=device), where, cache)[:, -1:]
         params = Params.make([temperature], [0], [1.0], [seed], [row], device)
         scores = noisy(warp(logits, params), params, at_B1, logits.shape[-1])
         best, second = scores.flatten().topk(2).values.tolist()

@@ -203,8 +203,8 @@ def feed(
     tokens_BT = torch.tensor([row + [0] * (width - len(row)) for row in rows])
     counts_B = torch.tensor([len(row) for row in rows])
     extent = extent or max(at + len(row) for at, row in zip(start, rows, strict=True))
-    place = cache.place(torch.tensor(start), counts_B, width, max(extent, 1), tight)
-    return model(tokens_BT, place, cache)
+    where = cache.locate(torch.tensor(start), counts_B, width, max(extent, 1), tight)
+    return model(tokens_BT, where, cache)
 
 
 def whole(model, text: list[int]) -> torch.Tensor:

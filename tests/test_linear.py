@@ -504,8 +504,8 @@ def test_every_slot_is_read_in_a_whole_block(trunk):
     cache = KVCache(config, 1, trunk, device="cpu", dtype=torch.float32)
     one_B = torch.ones(1, dtype=torch.long)
     for position in range(trunk):
-        place = cache.place(one_B * position, one_B, 1, position + 1, tight=True)
-        assert place.extent % SLOT_BLOCK == 0 and position < place.extent <= cache.trunk
+        where = cache.locate(one_B * position, one_B, 1, position + 1, tight=True)
+        assert where.extent % SLOT_BLOCK == 0 and position < where.extent <= cache.trunk
 
 
 @pytest.mark.skipif(
@@ -533,8 +533,8 @@ def test_a_verification_computes_what_plain_steps_do_bit_for_bit(bits, heads):
         out, start = [], 0
         for size in sizes:
             start_B, count_B = torch.tensor([start]), torch.tensor([size])
-            place = cache.place(start_B, count_B, size, start + size, tight=True)
-            out.append(model(ids_1T[:, start : start + size], place, cache)[0])
+            where = cache.locate(start_B, count_B, size, start + size, tight=True)
+            out.append(model(ids_1T[:, start : start + size], where, cache)[0])
             start += size
         return torch.cat(out)
 

@@ -28,7 +28,7 @@ import engine
 from checkpoint.config import Config, rope_frequencies
 from checkpoint.weights import load_config, load_model
 from linear import finish_all, finisher
-from model import Block, Pair, Placement, Transformer
+from model import Block, Location, Pair, Transformer
 
 # transformers rounds RMSNorm and RoPE's angles to float32 even in float64 models.
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-5}
@@ -356,7 +356,7 @@ def test_each_branch_equals_the_branch_run_alone(model, batch, tight, poisoned):
             used = range(cache.trunk, cache.trunk + step * M)
             poison(cache, [len(text) for text in texts], used, tight)
         tokens_BM = torch.tensor([[chain[step] for chain in row] for row in chains])
-        place = cache.place_chain(
+        where = cache.locate_chain(
             start_B,
             depth_BM,
             torch.full((batch,), step),
@@ -365,7 +365,7 @@ def test_each_branch_equals_the_branch_run_alone(model, batch, tight, poisoned):
             tight=tight,
             steps=step + 1 if tight else None,
         )
-        got = model(tokens_BM, place, cache)
+        got = model(tokens_BM, where, cache)
         for b in range(batch):
             for m, depth in enumerate(depths[b]):
                 alone = rows[b] + drafts[b][:depth] + chains[b][m][: step + 1]
@@ -384,10 +384,10 @@ def test_rows_at_different_chain_steps_and_ended_rows(model):
     before = cache.k_LBGSD[:, 2, :, :-1].clone()
     for step_B in ((0, 0, 0), (1, 1, 1), (2, 1, 2)):  # row 1 feeds its step 1 twice
         tokens_BM = torch.tensor([[chains[b][m][step_B[b]] for m in range(M)] for b in range(3)])
-        place = cache.place_chain(
+        where = cache.locate_chain(
             start_B, depth_BM, torch.tensor(step_B), torch.tensor([True, True, False]), 20
         )
-        got = model(tokens_BM, place, cache)
+        got = model(tokens_BM, where, cache)
         for b in range(2):
             for m in range(M):
                 same(got[b, m], whole(model, rows[b] + chains[b][m][: step_B[b] + 1])[-1])
@@ -425,15 +425,15 @@ def test_packed_blocks_in_float32_are_the_written_ones_in_float64(kind):
     for model in (exact, quick):
         cache = new_cache(model, 3, 64, 5, 3)
         cache.k_LBGSD[..., :64, :] = cache.v_LBGSD[..., :64, :] = 300.0  # seen by nobody
-        out = [model(tokens, cache.place(start * 0, start, 20, 20, True), cache)[:, :9]]
+        out = [model(tokens, cache.locate(start * 0, start, 20, 20, True), cache)[:, :9]]
         for T in (1, 4):
-            place = cache.place(torch.where(live, start, 0), live * T, T, 20 + T, True)
-            out.append(model(tokens[:, :T], place, cache)[live])
+            where = cache.locate(torch.where(live, start, 0), live * T, T, 20 + T, True)
+            out.append(model(tokens[:, :T], where, cache)[live])
         for step in range(3):
-            place = cache.place_chain(
+            where = cache.locate_chain(
                 start + 1, depth, torch.full((3,), step), live, 24, True, step + 1
             )
-            out.append(model(tokens[:, :5], place, cache)[live])
+            out.append(model(tokens[:, :5], where, cache)[live])
         logits.append(torch.cat([x.flatten() for x in out]).double())
     assert logits[0].isfinite().all()
     torch.testing.assert_close(*logits, rtol=0, atol=2e-4)
@@ -450,10 +450,10 @@ def test_the_block_on_show_is_the_one_that_runs(monkeypatch):
         return whole(ready(loaded), prompt), tiny.engine(model()).generate([prompt]).token_ids
 
     def edited(
-        self, x_BTE, change_BTE, rope: Pair, place: Optional[Placement], kv_BGSD: Optional[Pair]
+        self, x_BTE, change_BTE, rope: Pair, where: Optional[Location], kv_BGSD: Optional[Pair]
     ):
         x_BTE = x_BTE + change_BTE
-        return x_BTE, self.attention(self.attention_norm(x_BTE), rope, place, kv_BGSD)
+        return x_BTE, self.attention(self.attention_norm(x_BTE), rope, where, kv_BGSD)
 
     before = run()
     monkeypatch.setattr(Block, "forward", edited)

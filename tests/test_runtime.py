@@ -526,7 +526,7 @@ def test_what_is_fused_is_one_graph_each_and_gives_the_same_text(
     monkeypatch.setattr(Policy, "fuse", fuse)
     got = static.generate([[1, 2, 3], [4]], temperature=[1.0, 0.0], **options)
     assert got.token_ids == truth.token_ids
-    wanted = "trunk_place chain_place decide score likeliest draw_chain draw_next"
+    wanted = "locate_trunk locate_chains decide score likeliest draw_chain draw_next"
     assert traced == set(wanted.split())
 
 
