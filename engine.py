@@ -477,7 +477,8 @@ class Engine:
             if decoding.draft is not None:
                 runners["draft"] = decoding.draft
             self.previous = runners, list(rows[0].ids), rows[0].draft_read
-        peak = peak_memory_gb(decoding.target_lane.device)  # without what is measured next
+        # Before the bandwidth is measured, which takes memory of its own.
+        peak = peak_memory_gb(decoding.target_lane.device)
         lost = self.target.transformer.group.lost  # then the lane may wait for ever
         bandwidth = None if lost else self.devices.bandwidth(decoding.target_lane)
         models = {"target": self.target.name, "draft": NGRAM, "draft_quantize": None}
@@ -515,12 +516,13 @@ def load(
 
     target None: the default model and the draft that was trained for it. draft "ngram": not a
     model; mode "sd" proposes what followed the same n-gram earlier in the text. device,
-    draft_device: "cpu", "cpu:0-1", "cuda:1"; by default what measures best for the mode on this
-    machine. dtype: "float32", "bfloat16", "float16", "float64"; by default bfloat16 on CUDA, and
-    on a CPU what is faster there, float32 or bfloat16. compile: by default only on CUDA. quantize,
-    draft_quantize: "none", "int8", "int4"; by default a GGUF file's few bits stay as they are where
-    a CPU is fast with them, and a draft has what is fastest there. Raises ValueError with one
-    sentence for anything that the user can set right.
+    draft_device: "cpu", "cpu:0-1", "cuda:1"; by default what suits the mode: on a CPU all cores, in
+    SSD the last one for the draft. dtype: "float32", "bfloat16", "float16", "float64"; by default
+    bfloat16 on CUDA, and on a CPU what is faster there, float32 or bfloat16. compile: by default
+    only on CUDA. quantize, draft_quantize: "none", "int8", "int4"; by default, without dtype and
+    compile, a GGUF file's few bits stay as they are where a CPU is fast with them, and a draft has
+    what is fastest there. Raises ValueError with one sentence for anything that the user can set
+    right.
     """
     for name, bits in (("quantize", quantize), ("draft_quantize", draft_quantize)):
         if bits is not None and bits not in FORMATS:

@@ -152,7 +152,7 @@ class Figures:
         """The figures of a run, by the names that --json prints.
 
         spans: what ran on the draft's lane, (name, begin, end). The first round belongs to the
-        prefill, and so it is left out of rates and medians.
+        prefill, and so it is left out of speeds and medians.
         """
         new = [len(row.new_ids) for row in self.rows]
         rounds = self.rounds
@@ -168,7 +168,7 @@ class Figures:
         out = {
             "prompt_tokens": [row.prompt for row in self.rows],
             "new_tokens": new,
-            "prefill_s": first_token - self.begin,
+            "prefill_s": first_token - (self.begin or first_token),
             "decode_s": decode_s,
             "tokens_per_s": after_first / decode_s,
             "rounds": len(rounds[1:]),

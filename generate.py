@@ -45,8 +45,9 @@ def parser() -> argparse.ArgumentParser:
     p = Parser(
         prog="generate.py",
         description="Complete text with a Llama-family model, and let a draft model speed it up.",
-        epilog="Text goes to stdout, figures to stderr. Exit codes: 0 done, 1 a device failed, 2 a "
-        "mistake in what was given, 130 Ctrl-C. A text that begins with a dash is given as "
+        epilog="Text goes to stdout, figures to stderr. Exit codes: 0 done, 1 a device failed or "
+        "some of several prompts were refused, 2 a mistake in what was given, 130 Ctrl-C, 141 "
+        "nobody reads the output any more. A text that begins with a dash is given as "
         "--prompt=-TEXT.",
         allow_abbrev=False,
     )
@@ -86,7 +87,7 @@ def add_models(add) -> None:
         "faster with it, else float32)")  # fmt: skip
     bits = {"metavar": "none|int8|int4"}
     add("--quantize", **bits, help="bits of the target's weights (a GGUF file's own where this CPU "
-        "is fast with few bits, else none)")  # fmt: skip
+        "is fast with few bits, without --dtype and --compile; else none)")  # fmt: skip
     add("--draft-quantize", **bits, help="of the draft's: fewer cost hits, never exactness (on a "
         "CPU what is fastest there)")  # fmt: skip
     add("--compile", action=SWITCH, default=None, help="torch.compile (on CUDA only)")
@@ -173,8 +174,7 @@ class Answers:
                 "use --prompt or --prompt-file"
             )
         self.path, self.prompts, self.made_with = Path(args.out), prompts, set()
-        named = "target dtype quantize max_new_tokens temperature top_k top_p seed stop ignore_eos "
-        named += "coupling"
+        named = "target max_new_tokens temperature top_k top_p seed stop ignore_eos coupling"
         asked = json.dumps([getattr(args, name) for name in named.split()])
         self.settings = hashlib.sha256(asked.encode()).hexdigest()[:12]  # the texts hang on these
         self.file = self.path.open("a+b")
@@ -211,10 +211,11 @@ class Answers:
         the file has texts of others, which the same flags may give on another machine.
         """
         self.numbers = numbers
-        if self.made_with - {tuple(numbers.values())}:
+        for other in self.made_with - {tuple(numbers.values())}:
             raise ValueError(
-                f"{self.path} holds texts of other weights than {' and '.join(numbers.values())}: "
-                "give the --dtype and --quantize of the first run, or name another file"
+                f"{self.path} holds texts of weights in {' and '.join(other)}, but these are in "
+                f"{' and '.join(numbers.values())}: give --dtype and --quantize so that they are "
+                "the same, or name another file"
             )
 
     def write(self, rows: list) -> None:
@@ -320,8 +321,10 @@ def check_output(flag: str, name: str) -> None:
 def note_idle_flags(args, mode: str, rows: int) -> None:
     """Say which flags were given and do nothing here; nothing is dropped in silence."""
     idle = UNUSED[mode] + (SAMPLING_FLAGS if args.temperature == 0 else ())
-    idle += ("draft_device", "draft_quantize") if args.draft == "ngram" else ()
-    idle += ("batch", "batch_halves") if rows < 2 else ()
+    if args.draft == "ngram":
+        idle += ("draft_device", "draft_quantize", "batch_halves", "saguaro_c")
+    idle += ("batch",) if rows < 2 else ()
+    idle += ("batch_halves",) if min(rows, args.batch or rows) < 2 else ()
     usual = vars(parser().parse_args([]))
     given = [
         "--" + name.replace("_", "-")

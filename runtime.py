@@ -278,7 +278,7 @@ class Lane:
 
 
 class Devices:
-    """Where target and draft run: as given by the user, or what measures best for a mode here."""
+    """Where target and draft run: as given by the user, or what suits a mode (choose)."""
 
     def __init__(self, device: str | None = None, draft_device: str | None = None):
         self.given = (device, draft_device or device)

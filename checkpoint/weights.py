@@ -545,8 +545,8 @@ def embedding_dtype(
 ) -> torch.dtype:
     """bfloat16 on a CPU that computes in float32, where the weights beside it get few bits.
 
-    Of Qwen2.5-1.5B's memory an embedding in float32 would be nearly half. One that a file has in
-    floats while its other weights have few bits stays as it is.
+    Of Qwen2.5-1.5B's memory an embedding in float32 would be nearly half. Where a GGUF file's bits
+    are kept, one that it has in floats stays as it is.
     """
     few = bits in ("int8", "int4") or bits == "stored" and has_few_bits(tensors.get(EMBED[1]))
     return torch.bfloat16 if few and (device.type, dtype) == ("cpu", torch.float32) else dtype

@@ -7,11 +7,11 @@ there, or how long a kernel takes. Read next: runtime.py, whose graphs are looke
     NULLGPU/run PYTHON scripts/check_graphs.py                            the table, some minutes
     NULLGPU/run PYTHON scripts/check_graphs.py --gpu-check --only decode  parts of gpu_check.py
 
-PYTHON has a CUDA build of torch. NULLGPU is the folder of the null GPU (shared/tools/nullgpu, whose
-README says how to make such an environment): a library that answers for the CUDA runtime and
-cuBLAS. Dynamo, Inductor, Triton, streams, captures and replays are the real ones; kernels are
-counted and not launched, and what CUDA forbids in a capture fails there too. A graph's replay lasts
-so long for each of its kernels that a verification takes a few milliseconds.
+PYTHON has a CUDA build of torch. NULLGPU is the folder of the null GPU, which is not part of this
+repository: a library that answers for the CUDA runtime and cuBLAS. Dynamo, Inductor, Triton,
+streams, captures and replays are the real ones; kernels are counted and not launched, and what CUDA
+forbids in a capture fails there too. A graph's replay lasts so long for each of its kernels that a
+verification takes a few milliseconds.
 
 The table has a column for each run. Its first rows are kernels of each captured graph; then the
 calls that a capture forbids and the allocations of device or pinned memory in a round after the

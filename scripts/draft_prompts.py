@@ -97,11 +97,12 @@ def read_prompts(args, tokenizer, vocab: int, asked=()) -> tuple[list[Prompt], l
     """
     rng = random.Random(args.seed)
     names = ["made", "asked", *(path.stem for path in args.prompts)]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise ValueError(
-            f"two files of --prompts are called {twice[0]}, or one has the name of prompts that "
-            "are made up here: rename it, since prompts go by the names of their files"
-        )
+    for flag, some in (("--prompts", names), ("--text", [path.stem for path in args.text])):
+        if twice := [name for name in some if some.count(name) > 1]:
+            raise ValueError(
+                f"two files of {flag} are called {twice[0]}, or one has the name of prompts that "
+                "are made up here: rename it, since what is in them goes by their names"
+            )
     if tokenizer is None:
         kinds = {"random": [[rng.randrange(vocab), rng.randrange(vocab)] for _ in range(600)]}
     else:
@@ -115,6 +116,10 @@ def read_prompts(args, tokenizer, vocab: int, asked=()) -> tuple[list[Prompt], l
         fit = [Prompt(ids, kind) for ids in prompts if 0 < len(ids) <= args.prompt_tokens]
         held += fit[5::6][: max(1, HELD // len(kinds))]
         learn += [prompt for n, prompt in enumerate(fit) if n % 6 != 5]
+    if not learn:
+        raise ValueError(
+            f"no prompt has 1 to {args.prompt_tokens} tokens, wanted some: raise --prompt-tokens"
+        )
     rng.shuffle(learn)
     return learn, held
 

@@ -100,7 +100,7 @@ def main(argv: list[str] | None = None) -> int:
         differ = sum(a != b for a, b in zip(texts[mode], texts["ar"]))
         result[mode] = {"passed": sum(passed), "texts_that_differ_from_ar": differ}
         print(f"{name} {mode}: {sum(passed)} of {len(chosen)} pass, {differ} texts differ from AR")
-        if args.out:  # a mode takes an hour: what is done is kept
+        if args.out:  # a mode takes many minutes: what is done is kept
             keep(args.out, name, result)
     return 0
 

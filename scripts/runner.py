@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 import traceback
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from math import comb
@@ -108,10 +109,14 @@ def check_out(file: str | None) -> None:
         raise ValueError(f"{file} does not hold results in JSON, and is kept: name another file")
 
 
-def keep(file: str, name: str, result) -> None:
-    """Write one entry of a JSON file of results; the others stay."""
+def keep(file: str, name: str, result: dict, groups: bool = False) -> None:
+    """Write one entry of a JSON file of results; the others stay. With `groups` only the entry's
+    own groups are replaced.
+    """
     path = Path(file)
     kept = json.loads(path.read_text()) if path.exists() else {}
+    if groups and name in kept:
+        result = result | {"groups": kept[name]["groups"] | result["groups"]}
     path.write_text(json.dumps(kept | {name: result}, indent=1) + "\n")
 
 
@@ -346,7 +351,8 @@ class Worker:
         return answer
 
     def close(self) -> None:
-        self.pipe.send(None)
+        with suppress(OSError):  # it has ended by itself, or Ctrl-C reached it as well
+            self.pipe.send(None)
         self.process.join(30)
 
 

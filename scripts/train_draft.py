@@ -41,7 +41,7 @@ from draft_texts import PIECE, Text, all_texts, ask, fetch, store, write_texts  
 
 from checkpoint.config import Config  # noqa: E402
 from checkpoint.tokenizer import load_tokenizer, read_eos_ids  # noqa: E402
-from checkpoint.weights import load_model, pieces, resolve  # noqa: E402
+from checkpoint.weights import load_config, load_model, pieces, resolve  # noqa: E402
 from engine import Model  # noqa: E402
 from model import Transformer  # noqa: E402
 
@@ -88,7 +88,7 @@ class Distiller:
         for mine, layer in zip(self.model.layers, first):  # float32, whatever --dtype is
             mine.load_state_dict(layer.state_dict())
         self.model.norm.load_state_dict((begin or target).norm.state_dict())
-        self.model.set_positions(args.prompt_tokens + args.new_tokens + PIECE)
+        self.model.set_positions(target.rope[0].shape[0])
         every = self.model.named_parameters()
         self.weights = {name: p.requires_grad_() for name, p in every if "embed" not in name}
         self.mean = {name: p.detach().clone() for name, p in self.weights.items()}
@@ -213,9 +213,9 @@ def chosen_layers(wanted: str, count: int) -> list[int]:
         if not all(0 <= layer < count for layer in layers):
             raise ValueError(f"--layers is {wanted}, wanted some of 0 to {count - 1}")
         return layers
-    some = int(wanted)
+    some = int(wanted) if wanted.isdecimal() else 0
     if not 1 <= some <= count:
-        raise ValueError(f"--layers is {some}, wanted 1 to {count}, as many as the target has")
+        raise ValueError(f"--layers is {wanted}, wanted 1 to {count}, as many as the target has")
     return [*range((some + 1) // 2), *range(count - some // 2, count)]
 
 
@@ -329,7 +329,8 @@ def report(run: Distiller, held: list[Held], args, what: str) -> dict[str, float
 
 def claim(args) -> None:
     """Note in the work folder what it is for. ValueError if it is for something else: texts and
-    weights in it would be taken for those of this target and these numbers.
+    weights in it would be taken for those of this target and these numbers. ValueError for
+    --layers that the target does not have.
     """
     path = args.work_dir / "about.json"
     there = Path(args.target).exists()
@@ -344,6 +345,7 @@ def claim(args) -> None:
             f"{args.work_dir} holds work with {wrong[0].replace('_', '-')} {known[wrong[0]]}, "
             f"wanted {about[wrong[0]]}: give what it was begun with, or name another --work-dir"
         )
+    chosen_layers(args.layers, load_config(args.target).num_layers)  # now, not after hours of work
     about = known | about
     path.write_text(json.dumps(about) + "\n")
 
@@ -385,6 +387,12 @@ def read_arguments(argv=None):
     for name in counts.split():
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}, wanted 1 or more")
+    if args.minutes < 0:
+        parser.error(f"--minutes is {args.minutes:g}, wanted 0 or more")
+    try:
+        torch.device(args.device)
+    except RuntimeError:
+        parser.error(f"--device is {args.device}, wanted cpu or cuda:0")
     return args
 
 
@@ -412,12 +420,13 @@ def run(args) -> None:
         return
     dtype = getattr(torch, args.dtype)
     target = load_model(args.target, args.device, dtype, Transformer).requires_grad_(False)
-    target.set_positions(args.prompt_tokens + args.new_tokens + PIECE)
     texts = all_texts(work / "texts")
     if not texts:
         raise ValueError(f"{work} holds no texts, wanted some: run --stage texts first")
+    held = fetch(work / "held.pt")
+    target.set_positions(max(len(text.tokens) for text in texts + held))
     distiller = Distiller(target, texts, eos, args)
-    held = distiller.expected(target, fetch(work / "held.pt"))
+    held = distiller.expected(target, held)
     if args.stage == "export":
         export(distiller, target, args.out, distiller.acceptance(held))
     else:

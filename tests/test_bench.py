@@ -167,6 +167,17 @@ def test_the_table_is_whole():
         assert small.repeats * small.tokens < c.repeats * c.tokens and small.ways
 
 
+def test_groups_that_were_not_measured_are_kept(tmp_path):
+    out = str(tmp_path / "out.json")
+    runner.keep(out, "modes", {"commit": "a", "groups": {"T=0": 1, "T=1": 2}})
+    runner.keep(out, "modes", {"commit": "b", "groups": {"T=1": 3}}, groups=True)
+    runner.keep(out, "auto", {"groups": {}}, groups=True)
+    found = json.loads(Path(out).read_text())
+    assert found["modes"] == {"commit": "b", "groups": {"T=0": 1, "T=1": 3}} and "auto" in found
+    runner.keep(out, "modes", {"groups": {"T=1": 4}})
+    assert json.loads(Path(out).read_text())["modes"] == {"groups": {"T=1": 4}}
+
+
 def test_some_of_the_temperatures():
     flags = ["--only", "accept,steady", "--temperature", "1", "0"]
     accept, steady = bench.chosen(bench.parser().parse_args(flags))
@@ -256,6 +267,7 @@ def test_a_process_answers_and_reports_mistakes(demo):
         worker.close()
     with pytest.raises(RuntimeError, match="ended by itself"):
         worker.ask("encode")
+    worker.close()  # as where Ctrl-C has ended both
 
 
 @pytest.mark.skipif(os.name != "posix", reason="the programs are shell scripts")

@@ -507,6 +507,11 @@ def test_flags_that_do_nothing_are_named(program):
     _, _, err = program("--sd", "--draft", "ngram", *flags, "--max-new-tokens", 2)
     idle = "--coupling, --draft-quantize, --batch-halves"
     assert f"note: in mode sd at temperature 0, {idle} changes nothing" in err
+    flags = ("--batch-halves", "on", "--max-new-tokens", 2)
+    for more in (("--draft", "ngram"), ("--batch", 1)):
+        _, _, err = program("--sd", "--prompt", "a", "b", *more, *flags)
+        assert "--batch-halves changes nothing" in err
+    assert "--batch-halves" not in program("--sd", "--prompt", "a", "b", *flags)[2]
 
 
 # ---- texts
@@ -1126,7 +1131,7 @@ def test_texts_go_to_a_file_and_what_is_there_is_not_made_again(mode, program, t
     assert sorted(out.read_text().splitlines()) == sorted("".join(lines).splitlines())
     code, _, err = program(*flags, "--out", out, "--json", tmp_path / "x.json")
     assert code == 0 and "nothing is left to do, so there are no figures" in err
-    check_mistake(program(*flags, "--out", out, "--quantize", "int8"), "line 1 of")
+    check_mistake(program(*flags, "--out", out, "--max-new-tokens", 3), "line 1 of")
     check_mistake(program(*flags, "--out", out, "--seed", 1), "line 1 of")
     check_mistake(program("--prompt", "x", "--out", out), "line 1 of")
 
@@ -1140,13 +1145,11 @@ def test_weights_of_other_numbers_do_not_write_to_the_same_file(program, tmp_pat
     first = out.read_text().splitlines(keepends=True)[0]
     out.write_text(first.replace('"dtype": "float32"', '"dtype": "bfloat16"'))
     code, _, err = program(*flags)
-    assert (
-        code == 2
-        and "error:" in err
-        and "holds texts of other weights than float32 and none" in err
-    )
+    assert code == 2 and "error:" in err
+    assert "holds texts of weights in bfloat16 and none, but these are in float32 and none" in err
+    assert program(*flags, "--dtype", "float64")[0] == 2
     out.write_text(first)
-    assert program(*flags)[0] == 0
+    assert program(*flags, "--dtype", "float32")[0] == 0, "the same, said and not chosen"
 
 
 HELD = (b'{"traceEvents": []}', b"my notes", b'{"prompt": "a"}', b"[" * 100_000 + b"\n")

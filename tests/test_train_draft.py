@@ -272,9 +272,17 @@ def test_prompts_of_files(prompts, tmp_path):
 @pytest.mark.parametrize("names", [("a/q.jsonl", "b/q.jsonl"), ("made.jsonl",), ("asked.txt",)])
 def test_files_of_one_name_are_refused(prompts, names):
     """The second would take the place of the first."""
-    args = argparse.Namespace(seed=1, prompts=[Path(name) for name in names])
-    with pytest.raises(ValueError, match="two files of --prompts are called"):
-        prompts.read_prompts(args, None, 50, [])
+    for flag, some in ("--prompts", names), ("--text", names * 2):
+        files = {"prompts": [], "text": []} | {flag[2:]: [Path(name) for name in some]}
+        args = argparse.Namespace(seed=1, **files)
+        with pytest.raises(ValueError, match=f"two files of {flag} are called"):
+            prompts.read_prompts(args, None, 50, [])
+
+
+def test_prompts_that_are_all_too_long(prompts):
+    args = argparse.Namespace(seed=1, prompts=[], text=[], prompt_tokens=1)
+    with pytest.raises(ValueError, match="no prompt has 1 to 1 tokens"):
+        prompts.read_prompts(args, None, 50)
 
 
 def test_of_many_files_something_is_held_out(prompts, tmp_path, monkeypatch):
@@ -284,7 +292,7 @@ def test_of_many_files_something_is_held_out(prompts, tmp_path, monkeypatch):
     files = [tmp_path / f"{name}.jsonl" for name in "abc"]
     for path in files:
         path.write_text('{"prompt": "x"}\n' * 12)
-    args = argparse.Namespace(seed=1, prompts=files, prompt_tokens=9)
+    args = argparse.Namespace(seed=1, prompts=files, text=[], prompt_tokens=9)
     learn, held = prompts.read_prompts(args, Letters(), 128)
     assert [prompt.kind for prompt in held] == ["a", "b", "c"] and len(learn) == 30
 
@@ -321,10 +329,35 @@ def test_texts_are_written_in_fixed_numbers_and_not_compiled(script, target, tmp
     assert asked == [("float32", False)]
 
 
-def test_a_count_of_nothing_is_one_sentence(script, target, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--every", "0"), "--every is 0, wanted 1 or more"),
+        (("--minutes", "-1"), "--minutes is -1, wanted 0 or more"),
+        (("--device", "cpu:0-1"), "--device is cpu:0-1, wanted cpu or cuda:0"),
+    ],
+)
+def test_a_wrong_flag_is_one_sentence(script, target, tmp_path, capsys, flags, message):
     with pytest.raises(SystemExit):
-        call(script, target, tmp_path, "--every", "0")
-    assert "--every is 0, wanted 1 or more" in capsys.readouterr().err
+        call(script, target, tmp_path, *flags)
+    assert message in capsys.readouterr().err
+
+
+def test_wrong_layers_are_found_before_the_texts(script, target, tmp_path):
+    """Texts take hours, and the folder would have been for these layers."""
+    assert call(script, target, tmp_path, "--layers", "9") == 2
+    assert not (tmp_path / "texts").exists() and not (tmp_path / "about.json").exists()
+
+
+def test_texts_are_learnt_however_long_they_are(script, target, tmp_path):
+    """What the texts were written with need not be said again where they are only read."""
+    flags = ("--prompt-tokens", "1", "--new-tokens", "24")
+    long = ("--tokens", "300", "--stage", "texts", "--new-tokens", "24")
+    (tmp_path / "work").mkdir()
+    assert call(script, target, tmp_path / "work", *long) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(script, "PIECE", 0)
+        assert call(script, target, tmp_path / "work", "--stage", "export", *flags) == 0
 
 
 @pytest.mark.parametrize(
@@ -341,6 +374,7 @@ def test_mistakes_end_in_a_sentence(script, target, trained, tmp_path, capsys, f
     (tmp_path / "texts").mkdir()
     for path in [] if "{empty}" in flags else (trained / "texts").iterdir():
         (tmp_path / "texts" / path.name).symlink_to(path)
+    (tmp_path / "held.pt").symlink_to(trained / "held.pt")
     flags = [flag.format(empty=tmp_path, target=target) for flag in flags]
     assert call(script, target, tmp_path, "--stage", "train", *flags) == 2
     assert message in capsys.readouterr().err
