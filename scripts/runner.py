@@ -110,8 +110,8 @@ def check_out(file: str | None) -> None:
 
 
 def keep(file: str, name: str, result: dict, groups: bool = False) -> None:
-    """Write one entry of a JSON file of results; the others stay. With `groups` only the entry's
-    own groups are replaced.
+    """Write one entry of a JSON file of results; the others stay. With `groups` the groups
+    that were not measured stay, under the environment of those that were.
     """
     path = Path(file)
     kept = json.loads(path.read_text()) if path.exists() else {}

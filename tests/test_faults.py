@@ -408,6 +408,13 @@ def test_the_usual_plan_has_the_usual_sizes_however_chains_end():
     assert figures.usual_plan() == Plan(4, 6)
 
 
+def test_a_run_that_ends_before_its_prefill_took_no_time_for_it():
+    """The clock begins when compiling is done; it would count from when the machine started."""
+    figures = Figures([])
+    figures.end = 5000.0
+    assert figures.report([])["prefill_s"] == 0
+
+
 def test_a_begun_step_counts_when_its_tokens_are_there():
     """Tokens on a device are there when the next step was begun; lists are there at once."""
     chains = SpeculationCache(None)
