@@ -379,7 +379,10 @@ def complete(engine, prompts: list, settings: dict, quiet=False, keep=False, ope
             print(f"--- {number} ---\n{row.text}", flush=True)
     elif not quiet:
         print(decoding.rows[0].text[decoding.rows[0].told :], flush=True)
-    return engine.finish(decoding), decoding, ended
+    try:
+        return engine.finish(decoding), decoding, ended
+    except KeyboardInterrupt as raised:  # the file of --json is written all the same
+        return engine.finish(decoding), decoding, raised
 
 
 def compare_modes(engine, prompts: list[str], args) -> int:

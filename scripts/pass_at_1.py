@@ -25,7 +25,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
-from runner import check_out, keep  # noqa: E402
+from runner import check_out, environment, keep  # noqa: E402
 
 from ssd import load  # noqa: E402
 
@@ -91,7 +91,8 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"pass_at_1.py: {error}", file=sys.stderr)
         return 2
-    name, result, texts = Path(engine.target.name).name, {"tasks": len(chosen)}, {}
+    name, texts = Path(engine.target.name).name, {}
+    result = {"environment": environment(), "tasks": len(chosen)}
     prompts = [task["prompt"].rstrip() + "\n" for task in chosen]
     how = {"max_new_tokens": args.new_tokens, "stop": list(ENDS), "batch": args.batch}
     for mode in MODES:

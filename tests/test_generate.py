@@ -1179,6 +1179,23 @@ def test_ctrl_c_while_figures_are_made_loses_no_text(program, monkeypatch):
     assert code == 130 and "--- 1 ---" in out and "--- 2 ---" in out
 
 
+def test_ctrl_c_while_figures_are_made_loses_no_figure(program, monkeypatch, tmp_path):
+    """Once: what is pressed again ends the program."""
+    finish, times = engine.Engine.finish, []
+
+    def interrupted(self, decoding):
+        times.append(1)
+        result = finish(self, decoding)
+        if len(times) == 1:
+            raise KeyboardInterrupt
+        return result
+
+    monkeypatch.setattr(engine.Engine, "finish", interrupted)
+    file = tmp_path / "x.json"
+    assert program("--prompt", "a", "--max-new-tokens", 3, "--json", file)[0] == 130
+    assert json.loads(file.read_text())["new_tokens"] == [3]
+
+
 @pytest.mark.parametrize("held", HELD)
 def test_a_file_of_something_else_is_left_as_it_is(held, program, tmp_path):
     """It has no newline, and so looks like the part of a line that a killed program leaves."""
