@@ -223,15 +223,16 @@ class Lane:
         self.stream = torch.cuda.Stream(self.device, self.priority) if self.on_gpu else None
         if before is not None:  # a target on this lane has work there that it builds upon
             self.stream.wait_stream(before)
-        self.error: BaseException | None = None
-        self.slowest_s = self.last_s = 0.0  # of whole works; of the last span
-        self.names: set[str] = set()  # of works that are done
         self._queue = queue.SimpleQueue()
         self._last = Work("")
         self._last.set_result(None)
         self._thread = threading.Thread(
             target=self._serve, args=(self._queue, self.stream), name=self.name, daemon=True
         )
+        # From here on the thread before notes nothing: what it would have noted is not ours.
+        self.error: BaseException | None = None
+        self.slowest_s = self.last_s = 0.0  # of whole works; of the last span
+        self.names: set[str] = set()  # of works that are done
         self._thread.start()
         self._threads.append(self._thread)
 
