@@ -18,6 +18,7 @@ import tiny
 import torch
 
 import auto
+import linear
 import runtime
 from engine import Engine, Model
 from model import Block
@@ -325,10 +326,12 @@ def eager_backend(monkeypatch):
         yield
 
 
-def static_pair(said, **shape) -> tuple[Engine, Engine]:
+def static_pair(said, bits="none", **shape) -> tuple[Engine, Engine]:
     """The same random pair with static and with eager steps."""
     target = tiny.transformer(dtype=torch.float32, **shape)
     draft = tiny.transformer(1, base=target, noise=0.02, dtype=torch.float32)
+    for model in (target, draft):
+        linear.finish_all(model, linear.finisher(bits, pack=False))
     eager = tiny.engine(copy.deepcopy(target), copy.deepcopy(draft))
     models = Model.of(target, "target", compile=True), Model.of(draft, "draft", compile=True)
     return Engine(*models, tiny.DEVICES, said.append), eager
@@ -351,6 +354,19 @@ def test_compiled_steps_equal_eager_ones_and_never_recompile():
             before = graphs
             assert got.token_ids == eager.generate(rows, **options).token_ids
     assert said and all("compiled in" in text for text in said)
+
+
+@pytest.mark.parametrize("bits", ["int8", "int4"])
+def test_static_steps_with_weights_of_few_bits(bits, eager_backend):
+    """Without a break: the operators know what shapes they give."""
+    compiled, eager = static_pair([], bits, num_hidden_layers=1)
+    kinds = {type(layer) for layer in compiled.target.transformer.modules()}
+    assert linear.Int8Linear in kinds, "a row of 48 is not whole groups"
+    assert linear.few_bits_problem() or linear.GroupLinear in kinds
+    options = {"mode": "ssd", "k": 2, "fan_out": 6, "max_new_tokens": 12, "ignore_eos": True}
+    prompts = [[1, 2, 3], [4, 5, 6, 7, 8, 9]]
+    want = eager.generate(prompts, **options).token_ids
+    assert compiled.generate(prompts, **options).token_ids == want
 
 
 @pytest.mark.parametrize("late", [True, False])
