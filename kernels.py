@@ -1,4 +1,5 @@
-"""Attention for speculation trees: what every query of the engine runs through.
+"""Attention for speculation trees: what every query of the engine runs through. And a GPU's product
+of few rows with weights of 8 bits.
 
 Knows: tensors of queries, keys and values, and which slots each query may see. Does not know:
 models, lengths of texts, branches as tokens. cache.py decides the slots and limits,
@@ -15,7 +16,7 @@ the Triton kernel `_attend`, with `_merge` for long contexts, computes the same 
 
 Shape letters: B batch, T tokens fed per row, H query heads, G key/value heads (H is a multiple of
 G), R = H / G, Q = T * R query rows that share a key/value head, S cache slots, D head size, M
-branches, C chain steps.
+branches, C chain steps. In the product: M rows of x, K inputs, N outputs.
 """
 
 import functools
@@ -236,6 +237,10 @@ _TILES = {
 _SPLIT_SLOTS = 64
 _MOST_SPLITS = 64  # _merge holds one row's partial results of all splits in registers
 _REGISTERS = 1 << 16  # of one processor
+# The same for _multiply: inputs of a tile, and its stages by rows of x.
+_DEPTH, _STAGES = 256, {16: 5, 32: 4, 64: 3}
+# Of x. With more, to cast all weights costs less than to read them for every 64 rows.
+FEW_ROWS = 0 if triton is None else 192
 
 
 class _Card(NamedTuple):
@@ -600,3 +605,74 @@ def _check(query_BTHD, k_BGSD, v_BGSD, limit_BT, first_BT, step_B, extent, base,
             assert x.device == device, f"{name} is on {x.device}, wanted {device}"
     end = base + steps * T
     assert step_B is None or end <= S, f"chains end at slot {end}, the cache at {S}"
+
+
+# ---- a product with weights of 8 bits
+
+
+@_jit("M")
+def _multiply(
+    x_MK, codes_NK, scale_N, out_MN, M,
+    N: constexpr, K: constexpr, OUTPUTS: constexpr, ROWS: constexpr, DEPTH: constexpr,
+):  # fmt: skip
+    """One program: OUTPUTS outputs of ROWS rows.
+
+    The codes become x's dtype, which has them all, on their way to the matrix units. A row's sums
+    are in one order, however many rows there are.
+    """
+    n, m = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS), tl.program_id(1) * ROWS
+    m, deep = m + tl.arange(0, ROWS), tl.arange(0, DEPTH)
+    real_N, real_M = (n < N)[:, None], (m < M)[None, :]
+    codes_ND = codes_NK + n.to(tl.int64)[:, None] * K + deep[None, :]
+    x_DM = x_MK + m.to(tl.int64)[None, :] * K + deep[:, None]
+    total_NM = tl.zeros([OUTPUTS, ROWS], tl.float32)
+    for at in range(0, K, DEPTH):
+        if K % DEPTH == 0:
+            codes = tl.load(codes_ND + at, mask=real_N, other=0)
+            x = tl.load(x_DM + at, mask=real_M, other=0.0)
+        else:
+            left = deep < K - at
+            codes = tl.load(codes_ND + at, mask=real_N & left[None, :], other=0)
+            x = tl.load(x_DM + at, mask=real_M & left[:, None], other=0.0)
+        total_NM = tl.dot(codes.to(x.dtype), x, total_NM)
+    scale = tl.load(scale_N + n, mask=n < N, other=0.0).to(tl.float32)
+    out_NM = out_MN + m.to(tl.int64)[None, :] * N + n[:, None]
+    tl.store(out_NM, total_NM * scale[:, None], mask=real_N & real_M)
+
+
+def _product(x_MK, codes_NK, scale_N, out_MN, card: _Card) -> _Launch:
+    """The launch that writes a product to out_MN, planned for this card."""
+    (M, K), N = x_MK.shape, len(codes_NK)
+    rows = min(max(triton.next_power_of_2(M), 16), 64)
+    # Smaller programs where else some processors would have twice the work of others.
+    outputs = 32 if N >= 64 * card.processors else 16
+    options = {"N": N, "K": K, "OUTPUTS": outputs, "ROWS": rows, "DEPTH": _DEPTH}
+    options |= {"num_warps": 4, "num_stages": _STAGES[rows]}
+    grid = triton.cdiv(N, outputs), triton.cdiv(M, rows)
+    return _Launch(_multiply, grid, (x_MK, codes_NK, scale_N, out_MN, M), options, 1)
+
+
+@torch.library.custom_op("ssd::int8_linear", mutates_args=())
+def _int8_linear(x_MK: torch.Tensor, codes_NK: torch.Tensor, scale_N: torch.Tensor) -> torch.Tensor:
+    """x (codes * scale)^T, (M, N) in x's dtype of 2 bytes. codes_NK int8.
+
+    PyTorch has no operator for GPUs that reads the codes as they lie and is fast: in compiled code
+    a cast would write all weights in 2 bytes in every pass, and the product would read those.
+    """
+    assert x_MK.shape[1] == codes_NK.shape[1], (
+        f"x has {x_MK.shape[1]} columns, wanted the weights' {codes_NK.shape[1]}"
+    )
+    assert x_MK.itemsize == 2 and codes_NK.dtype == torch.int8, (
+        f"x is {x_MK.dtype} and codes {codes_NK.dtype}, wanted a float of 2 bytes and int8"
+    )
+    x_MK, codes_NK, scale_N = x_MK.contiguous(), codes_NK.contiguous(), scale_N.contiguous()
+    out = x_MK.new_empty(len(x_MK), len(codes_NK))
+    launch = _product(x_MK, codes_NK, scale_N, out, _card(out.device))
+    with torch.cuda.device_of(out):
+        launch.kernel[launch.grid](*launch.arguments, **launch.options)
+    return out
+
+
+@_int8_linear.register_fake
+def _(x_MK, codes_NK, scale_N):
+    return x_MK.new_empty(len(x_MK), len(codes_NK))

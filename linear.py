@@ -39,6 +39,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from checkpoint.gguf import GROUP, HALF, Groups
+from kernels import FEW_ROWS
 from parallel import ALONE, Group, is_summed
 from runtime import one_thread
 
@@ -105,7 +106,9 @@ class Int8Linear(nn.Module):
         rows = x.to(torch.bfloat16).reshape(-1, self.in_features)
         if self.fast:
             out = torch._weight_int8pack_mm(rows, self.codes_NK, self.scale_N)
-        else:  # compiled for a GPU the conversion is part of the product
+        elif rows.is_cuda and len(rows) <= FEW_ROWS:
+            out = torch.ops.ssd.int8_linear(rows, self.codes_NK, self.scale_N)
+        else:
             out = F.linear(rows, self.codes_NK.to(torch.bfloat16)) * self.scale_N
         if self.bias is not None:
             out = out + self.bias

@@ -50,6 +50,13 @@ WANTED = {
     "float16": {"1B": STEPS, "8B": STEPS, "size 256": STEPS},
     "float32": dict.fromkeys(("1B", "8B", "size 256"), ("verify", "chain")),
 }
+# Products with int8 weights. Model and layer -> outputs and inputs; rows of x are in the call.
+PRODUCTS = {
+    ("8B", "gate_up"): (28672, 4096),
+    ("8B", "down"): (4096, 14336),
+    ("135M", "gate_up"): (3072, 576),
+}
+WANTED["int8"] = {"8B": ("gate_up 1", "gate_up 64", "down 1", "down 24"), "135M": ("gate_up 8",)}
 EXTENT = 8192
 HEADER = (
     "card", "dtype", "call", "kernel", "rows", "slots", "splits", "warps", "stages",
@@ -107,9 +114,18 @@ class NamedDriver:
 
 def launches(case: Case) -> list[kernels._Launch]:
     """The launches of this call as the engine makes them, with tensors that have no memory."""
+    _, processors, kib = CARDS[case.card]
+    card = kernels._Card(processors, kib * 1024)
+    if case.dtype == "int8":
+        layer, rows = case.call.split()
+        shape = PRODUCTS[case.model, layer]
+        x, out = (
+            torch.empty(int(rows), n, dtype=torch.bfloat16, device="meta") for n in shape[::-1]
+        )
+        codes = torch.empty(shape, dtype=torch.int8, device="meta")
+        return [kernels._product(x, codes, out[0], out, card)]
     H, G, D = MODELS[case.model]
     T, steps, window = CALLS[case.call]
-    _, processors, kib = CARDS[case.card]
     base = EXTENT + 8
     dtype = getattr(torch, case.dtype)
     query = torch.empty(1, T, H, D, dtype=dtype, device="meta")
@@ -118,7 +134,7 @@ def launches(case: Case) -> list[kernels._Launch]:
     step = torch.empty(1, dtype=torch.long, device="meta") if steps else None
     return kernels._launches(
         query, cache, cache, limit, limit if window else None, step, query,
-        D**-0.5, EXTENT, base, steps, window, kernels._Card(processors, kib * 1024),
+        D**-0.5, EXTENT, base, steps, window, card,
     )  # fmt: skip
 
 
@@ -171,7 +187,9 @@ def check(task: Task) -> tuple[str, list[str]]:
     programs = found.programs(CARDS[case.card][2] * 1024)
     name, call = launch.kernel.__name__, f"{case.model} {case.call}"
     tile = (str(options.get(key, "")) for key in ("ROWS", "SLOTS"))
-    splits = str(launch.grid[1]) if name == "_attend" else str(launch.arguments[3])
+    splits = ""
+    if name != "_multiply":
+        splits = str(launch.grid[1]) if name == "_attend" else str(launch.arguments[3])
     stages, shared = options.get("num_stages", ""), f"{found.shared / 1024:.1f}"
     columns = (
         case.card, case.dtype, call, name, *tile, splits, found.warps, stages,
@@ -215,7 +233,8 @@ def parse(arguments: list[str] | None) -> list[Case]:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--card", choices=CARDS, nargs="+", default=list(CARDS))
     parser.add_argument("--dtype", choices=WANTED, nargs="+", default=list(WANTED))
-    parser.add_argument("--model", choices=MODELS, nargs="+", default=list(MODELS))
+    models = sorted({model for calls in WANTED.values() for model in calls})
+    parser.add_argument("--model", choices=models, nargs="+", default=models)
     asked = parser.parse_args(arguments)
     return [
         Case(card, dtype, model, call)

@@ -27,9 +27,11 @@ import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from gpu_pair import exactness, pairs, transformers_static, tuner  # noqa: E402
 from gpu_steps import decode, profile_part, wide  # noqa: E402
+from torch import nn  # noqa: E402
 
 import kernels  # noqa: E402
 from engine import Model  # noqa: E402
+from linear import Int4Linear, Int8Linear, to_groups  # noqa: E402
 from runtime import Lane, parse_device  # noqa: E402
 from sampling import TOKEN, Params, hash_words  # noqa: E402
 
@@ -290,6 +292,20 @@ def correct(check: Check) -> None:
         for of, device in ((hash_words, "cpu"), (words, check.device))
     )
     check.right("noise equal to the CPU's, bit for bit", torch.equal(here, there))
+    products(check)
+
+
+def products(check: Check) -> None:
+    """The product with int8 weights against float64, and few rows against the same among many."""
+    columns, out, dtype = *((64, 96) if check.tiny else (4096, 6144)), torch.bfloat16
+    layer = of_few_bits("int8", torch.randn(out, columns, device=check.device).to(dtype))
+    x = torch.randn(64, columns, device=check.device).to(dtype)
+    want = x.double() @ (layer.codes_NK.double() * layer.scale_N.double()[:, None]).T
+    got = layer(x)
+    share = float((got.double() - want).abs().max() / want.abs().max()) / ALLOWED[dtype]
+    check.right("int8 product against float64", share <= 1, of_allowed=round(share, 4))
+    same = all(torch.equal(layer(x[:rows]), got[:rows]) for rows in (1, 5, 24))
+    check.right("int8 product of few rows equal to that of many, bit for bit", same)
 
 
 def attention(check: Check) -> None:
@@ -352,15 +368,25 @@ TUNED = {
 }
 
 
+def of_few_bits(way: str, weight: torch.Tensor) -> nn.Module:
+    """The linear layer of int8 or int4 for a weight (outputs, inputs)."""
+    if way == "int4":
+        return Int4Linear(to_groups(weight, 4))
+    layer = nn.Linear(*weight.shape[::-1], bias=False, device="meta")
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    return Int8Linear(layer)
+
+
 def linear(check: Check) -> None:
-    """cuBLAS, inductor's generated loop and its templates, by shape and rows. The last shape is the
-    8B model's head.
+    """cuBLAS, inductor's generated loop and its templates, and layers of few bits, by shape and
+    rows. The last shape is the 8B model's head.
     """
     check.machine()
     shapes = (4096, 28672), (14336, 4096), (4096, 6144), (4096, 4096), (2048, 16384), (4096, 128256)
     for columns, out in ((64, 96),) if check.tiny else shapes:
         copies = 2 if check.tiny else max(2, 1 + (400 << 20) // (2 * columns * out))  # past the L2
         weights = [torch.randn(out, columns, device=check.device).bfloat16() for _ in range(copies)]
+        few = {way: [of_few_bits(way, w) for w in weights] for way in ("int8", "int4")}
         torch.compiler.reset()  # after 8 shapes of one function it would no longer compile
         for rows in (1, 8, 24):
             x = torch.randn(1, rows, columns, device=check.device).bfloat16()
@@ -372,6 +398,10 @@ def linear(check: Check) -> None:
                 works = [lambda m=multiply, w=w: m(x, w) for w in weights]
                 seconds = median(check.in_turn(works))
                 share = weights[0].nbytes / seconds / check.copy
+                check.result(f"linear {columns}x{out} rows={rows} {way}: of copy bandwidth", share)
+            for way, layers in few.items():
+                seconds = median(check.in_turn([lambda m=m: m(x) for m in layers]))
+                share = layers[0].weight_bytes / seconds / check.copy
                 check.result(f"linear {columns}x{out} rows={rows} {way}: of copy bandwidth", share)
 
 

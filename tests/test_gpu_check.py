@@ -77,6 +77,7 @@ def test_every_part_runs_and_is_told(here, demo, tmp_path, capsys):
         "decode step, wall", "target, int4, batch 1: verification / decode step",
         "tree attention M=4 context=128: SDPA time / tree attention time",
         "noise equal to the CPU's, bit for bit", "profile: draft: chain step M=4",
+        "int8 product against float64", "linear 64x96 rows=8 int8: of copy bandwidth",
         "verification of 4: beside the other model / alone", "SSD, auto / fixed",
         "draft the checkpoint as it is, T=1: SSD / SD",
         "draft the checkpoint as it is, no stream priority, T=0: SSD / AR",

@@ -1,4 +1,5 @@
-"""Attention for speculation trees: the PyTorch twin and the Triton kernel against plain loops.
+"""Attention for speculation trees: the PyTorch twin and the Triton kernel against plain loops. And
+the product with weights of 8 bits against float64.
 
 The loops are in float64. Everything that no query of a row may see holds NaN in these tests: in the
 trunk after the limits, before the windows, past the extent, and in the scratch of other steps.
@@ -364,6 +365,16 @@ def test_kernel_on_the_gpu(dtype):
         assert kernel_error(replace(case, seed=number), dtype, "cuda") <= 1, case
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: only interpreted")
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16))
+def test_products_on_the_gpu(dtype):
+    check_products(dtype, "cuda")
+    x, codes, scale = product(40, 96, 512, dtype, "cuda")
+    many = kernels._int8_linear(x, codes, scale)
+    for rows in (1, 5, 17):
+        assert torch.equal(kernels._int8_linear(x[:rows], codes, scale), many[:rows])
+
+
 A100, H100 = kernels._Card(108, 164 << 10), kernels._Card(132, 228 << 10)
 SMALL = kernels._Card(128, 100 << 10)  # a card for games
 needs_triton = pytest.mark.skipif(kernels.triton is None, reason="no Triton: nothing was planned")
@@ -566,6 +577,43 @@ def check_odd_inputs() -> None:
     assert torch.allclose(fused(query, k, v, limit, first, **options), twin, atol=1e-5)
 
 
+def product(M: int, N: int, K: int, dtype=torch.float16, device="cpu") -> tuple:
+    """x, codes and scales, the last in bfloat16 as the engine has them."""
+    rng = torch.Generator().manual_seed(M * N + K)
+    x = torch.randn(M, K, generator=rng).to(dtype)
+    codes = torch.randint(-127, 128, (N, K), generator=rng, dtype=torch.int8)
+    scale = torch.rand(N, generator=rng).bfloat16() / 100
+    return x.to(device), codes.to(device), scale.to(device)
+
+
+def check_products(dtype=torch.float16, device="cpu") -> None:
+    """Rows and outputs that fill no tile, inputs that do and do not, more rows than a program."""
+    for M, N, K in (1, 40, 64), (5, 33, 300), (17, 48, 512), (40, 20, 257), (70, 9, 80):
+        x, codes, scale = product(M, N, K, dtype, device)
+        want = x.double() @ (codes.double() * scale.double()[:, None]).T
+        got = kernels._int8_linear(x, codes, scale)
+        assert got.shape == (M, N) and got.dtype == dtype
+        error = ((got.double() - want).abs() / (want.abs() + 0.1)).max().item()
+        assert error < 1.1 * torch.finfo(dtype).eps / 2 + 1e-4, f"{(M, N, K)}: {error}"
+        x[-1] = math.nan
+        assert kernels._int8_linear(x, codes, scale)[-1].isnan().all(), "a NaN is not hidden"
+        other = kernels._int8_linear(x, codes, scale)[:-1]
+        assert torch.equal(other, got[:-1]), "rows do not know of each other"
+
+
+def check_product_registration() -> None:
+    x, codes, scale = product(5, 33, 300)
+    utils = ("test_schema", "test_faketensor")
+    torch.library.opcheck(kernels._int8_linear, (x, codes, scale), test_utils=utils)
+    for wrong, said in (
+        ((x.float(), codes, scale), "x is torch.float32"),
+        ((x, codes.int(), scale), "codes torch.int32"),
+        ((x[:, 1:], codes, scale), "x has 299 columns, wanted the weights' 300"),
+    ):
+        with pytest.raises(AssertionError, match=said):
+            kernels._int8_linear(*wrong)
+
+
 def main() -> None:
     torch.set_num_threads(1)
     # numpy's warnings are about 0/0 and log2(0) that nobody reads.
@@ -584,6 +632,8 @@ def main() -> None:
         check_programs_without_work_write_nothing,
         check_odd_inputs,
         check_registration,
+        check_products,
+        check_product_registration,
     ):
         began = time.process_time()
         check()
