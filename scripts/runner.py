@@ -110,13 +110,15 @@ def check_out(file: str | None) -> None:
 
 
 def keep(file: str, name: str, result: dict, groups: bool = False) -> None:
-    """Write one entry of a JSON file of results; the others stay. With `groups` the groups
-    that were not measured stay, under the environment of those that were.
+    """Write one entry of a JSON file of results; the others stay. With `groups` the groups that
+    were not measured stay, too, each with the environment that it was measured in.
     """
     path = Path(file)
     kept = json.loads(path.read_text()) if path.exists() else {}
     if groups and name in kept:
-        result = result | {"groups": kept[name]["groups"] | result["groups"]}
+        of = {"environment": kept[name].get("environment")}
+        old = {title: of | group for title, group in kept[name]["groups"].items()}
+        result = result | {"groups": old | result["groups"]}
     path.write_text(json.dumps(kept | {name: result}, indent=1) + "\n")
 
 

@@ -168,12 +168,20 @@ def test_the_table_is_whole():
 
 
 def test_groups_that_were_not_measured_are_kept(tmp_path):
+    """Each with the environment that it was measured in, however often others are measured."""
     out = str(tmp_path / "out.json")
-    runner.keep(out, "modes", {"commit": "a", "groups": {"T=0": 1, "T=1": 2}})
-    runner.keep(out, "modes", {"commit": "b", "groups": {"T=1": 3}}, groups=True)
+    for commit, titles, groups in (("a", "012", False), ("b", "1", True), ("c", "2", True)):
+        made = {f"T={title}": {"ways": commit} for title in titles}
+        result = {"environment": {"commit": commit}, "groups": made}
+        runner.keep(out, "modes", result, groups)
     runner.keep(out, "auto", {"groups": {}}, groups=True)
     found = json.loads(Path(out).read_text())
-    assert found["modes"] == {"commit": "b", "groups": {"T=0": 1, "T=1": 3}} and "auto" in found
+    assert found["modes"]["environment"] == {"commit": "c"} and "auto" in found
+    assert found["modes"]["groups"] == {
+        "T=0": {"ways": "a", "environment": {"commit": "a"}},
+        "T=1": {"ways": "b", "environment": {"commit": "b"}},
+        "T=2": {"ways": "c"},
+    }
     runner.keep(out, "modes", {"groups": {"T=1": 4}})
     assert json.loads(Path(out).read_text())["modes"] == {"groups": {"T=1": 4}}
 
