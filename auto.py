@@ -65,6 +65,8 @@ class Seen:
     """What the runs of one kind have shown."""
 
     rounds: int = 0
+    tried: int = 0  # times that another mode was tried
+    due: float = TRY_EVERY / 4  # the round from which it is to be tried next, in whichever run
     verify: Times = field(default_factory=Times)  # by tokens fed, the draft idle
     beside: Times = field(default_factory=Times)  # the same, the draft busy
     prepare: Times = field(default_factory=Times)  # by tokens fed
@@ -165,7 +167,6 @@ class Auto:
         drafts = any(p.fallback != "fast" for p in self.plans)
         self.kinds = (CHAIN,) if drafts else (CHAIN, FIXED)
         self.seen, self.batch, self.state = seen, batch, True
-        self.tried, self.due = 0, seen.rounds + TRY_EVERY // 4
         self.revise()
         # A run that knows nothing first plays a small and a middle plan, SURE times each. What
         # large ones take follows; to play one would cost most where the draft is slow.
@@ -186,7 +187,7 @@ class Auto:
             self.state = not any(done.rejected(b) for b in done.live)
         if self.seen.rounds % REVISE_EVERY == 0:
             self.revise()
-        if self.seen.rounds >= self.due and not self.trying:
+        if self.seen.rounds >= self.seen.due and not self.trying:
             self.try_another()
         self.now = self.trying.pop() if self.trying else self.best[self.state]
         return self.now
@@ -208,7 +209,7 @@ class Auto:
         """Some rounds of the best plan of another mode, each mode in its turn."""
         others = [plans for plans in self.modes.values() if plans is not self.mine]
         if others:
-            self.tried += 1
-            promise, plan = self.choose(others[self.tried % len(others)], True, False)
+            self.seen.tried += 1
+            promise, plan = self.choose(others[self.seen.tried % len(others)], True, False)
             self.trying = TRY * [plan]
-            self.due = self.seen.rounds + TRY_EVERY * self.promise / promise
+            self.seen.due = self.seen.rounds + TRY_EVERY * self.promise / promise

@@ -197,6 +197,18 @@ def test_a_run_begins_with_what_earlier_ones_learnt():
     assert {mode_of(p) for p in second.plans[:10]} == {SSD} and second.rate > first.rate
 
 
+@pytest.mark.parametrize("name", ["a device of its own", "a useless draft"])
+def test_short_runs_try_other_modes_as_rarely_as_a_long_one(name):
+    """Turns of a chat, of 30 rounds each: what is tried, and when, goes on from run to run."""
+    machine, mode = MACHINES[name]
+    seen, plans = Seen(), []
+    for turn in range(40):
+        plans += machine.play(planner(seen=seen), 32.0, turn).plans
+    late = [mode_of(p) == mode for p in plans[len(plans) // 4 :]]
+    assert sum(late) > 0.95 * len(late)
+    assert seen.tried > 4, "but they are tried"
+
+
 def test_what_is_given_by_hand_stays():
     for ks, ms in (((3,), (0, *auto.MS)), ((0, *auto.KS), (12,)), ((0, *auto.KS), (0,))):
         for fallback, cut in (("auto", True), ("fast", False), ("jit", True)):
