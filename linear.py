@@ -12,7 +12,8 @@ Does not know: models, files, devices' queues. Read next: runtime.py.
 
 Codes are whole numbers, scales and zeros bfloat16. few_bits.cpp rounds each group of 32 inputs to 8
 bits, as llama.cpp does; PyTorch's operators round inputs and results to bfloat16. The latter serve
-GPUs, and CPUs for which few_bits.cpp cannot be compiled. What lies between the layers keeps the
+CPUs for which few_bits.cpp cannot be compiled, and GPUs, where int8 of few rows is a kernel of
+kernels.py that rounds alike. What lies between the layers keeps the
 dtype that it came with: with SmolLM2, sums of layers rounded to bfloat16 cost four times the error
 of weights in four bits.
 

@@ -13,13 +13,15 @@ import pytest
 import tiny
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import engine as engine_module
 import linear
 from cache import SLOT_BLOCK, KVCache, in_whole_blocks
 from checkpoint.gguf import Groups
 from engine import Model
-from kernels import script
+from kernels import FEW_ROWS, script
 from linear import (
     GroupLinear,
     Int4Linear,
@@ -565,3 +567,28 @@ def test_slots_that_a_query_does_not_see_change_no_order_of_sums():
                 seen = key[:, :, :slots], value[:, :, :slots], mask[None, None].contiguous()
                 found.append(attend(query[:, :, :rows], *seen)[:, :, :4])
         assert all(torch.equal(one, found[0]) for one in found), limit
+
+
+@pytest.mark.skipif(FEW_ROWS == 0, reason="no Triton: a GPU casts all weights")
+@pytest.mark.parametrize("rows", [1, FEW_ROWS, FEW_ROWS + 1])
+def test_few_rows_on_a_gpu_cast_no_weights(rows):
+    """Which operators a GPU would get, without one: no numbers are computed."""
+    called = []
+
+    class Noted(TorchDispatchMode):
+        def __torch_dispatch__(self, operator, types, given=(), named=None):
+            called.append(operator)
+            return operator(*given, **(named or {}))
+
+    module = Int8Linear(layer(32, 64))
+    with FakeTensorMode():
+        module.fast = False
+        module.codes_NK = torch.empty(32, 64, dtype=torch.int8, device="cuda")
+        module.scale_N = torch.empty(32, dtype=torch.bfloat16, device="cuda")
+        module.bias = None
+        x = torch.empty(1, rows, 64, dtype=torch.bfloat16, device="cuda")
+        with Noted():
+            assert module(x).shape == (1, rows, 32)
+    few = rows <= FEW_ROWS
+    assert (torch.ops.ssd.int8_linear.default in called) == few
+    assert (torch.ops.aten._to_copy.default in called) == (not few)
