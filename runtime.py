@@ -25,7 +25,7 @@ from types import FunctionType
 import torch
 
 # PyTorch reads this when it first needs memory: tensors of 2 MB or more then lie on pages of 2 MB,
-# where Linux has such. A step that reads weights in floats takes a tenth less (LOG.md).
+# where Linux has such (LOG.md). So no module may make a tensor when it is imported (a test).
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 # A lane that wants the interpreter's lock asks for it after this many seconds. Python's default is

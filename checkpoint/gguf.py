@@ -15,6 +15,7 @@ import mmap
 import struct
 from collections.abc import Callable, Iterator
 from copy import copy
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -258,9 +259,11 @@ def nibbles(codes: torch.Tensor) -> torch.Tensor:
     return torch.stack((codes, codes >> 4), -2).bitwise_and_(15)
 
 
-# For each value of a byte, its eight bits, worth 16 each, as the bytes of one int64.
-FIFTH_BITS = (torch.arange(256)[:, None] >> torch.arange(8) & 1).mul(16).to(torch.uint8)
-FIFTH_BITS = FIFTH_BITS.view(torch.int64)[:, 0]
+@cache
+def fifth_bits() -> torch.Tensor:
+    """For each value of a byte, its eight bits, worth 16 each, as the bytes of one int64."""
+    bits = torch.arange(256)[:, None] >> torch.arange(8) & 1
+    return bits.mul(16).byte().view(torch.int64).flatten()
 
 
 def simple(least: bool, fifth: bool) -> Unpack:
@@ -272,7 +275,7 @@ def simple(least: bool, fifth: bool) -> Unpack:
         scale = halves(blocks, 0)
         codes = nibbles(part(blocks, end, end + 16)).flatten(1)
         if fifth:
-            codes |= FIFTH_BITS[part(blocks, at, end).int()].view(torch.uint8)
+            codes |= fifth_bits()[part(blocks, at, end).int()].view(torch.uint8)
         return codes, scale, halves(blocks, 2) if least else scale * (-16 if fifth else -8)
 
     return unpack

@@ -8,10 +8,13 @@ import logging
 import math
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 import warnings
 import weakref
+from pathlib import Path
 
 import pytest
 import tiny
@@ -662,3 +665,27 @@ def test_a_lane_that_goes_on_waits_for_what_its_old_stream_was_given(monkeypatch
     lane.leave()
     assert lane.stream is not before and lane.stream.waited == [before] and not before.waited
     lane.close()
+
+
+LARGE_PAGES = """
+import generate
+from ssd import load
+import torch
+weights = torch.ones(1 << 24)
+rolled = open("/proc/self/smaps_rollup").read()
+print(rolled.split("AnonHugePages:")[1].split()[0])
+"""
+
+
+def test_weights_in_floats_lie_on_large_pages():
+    """PyTorch asks once, when a process makes its first tensor: a table that a module makes when it
+    is imported may come before the setting."""
+    allowed = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if not allowed.exists() or "[never]" in allowed.read_text():
+        pytest.skip("this system has no pages of 2 MB")
+    root = Path(runtime.__file__).parent
+    command = [sys.executable, "-c", LARGE_PAGES]
+    plain = {k: v for k, v in os.environ.items() if k != "THP_MEM_ALLOC_ENABLE"}  # as users have it
+    done = subprocess.run(command, cwd=root, env=plain, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 1 << 15  # of 65,536 KB
