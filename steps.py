@@ -21,6 +21,7 @@ a tensor: those of the part that a pass runs on.
 
 import functools
 import struct
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -253,9 +254,14 @@ class Runner:
         if not self.by_draws and K:
             shape = len(part), K, self.vocab
             logq_BKV = torch.full(shape, float("-inf"), dtype=self.noise_dtype, device=self.device)
+            drawn = defaultdict(list)  # by the tokens that they are over: those of one model
             for at, b in enumerate(part):
                 for i, q in enumerate((logq[b] or ())[: feed.count[b] - 1]):
-                    logq_BKV[at, i, q.ids_V.to(self.device)] = q.logq.to(logq_BKV)
+                    drawn[q.ids_V].append((at, i, q.logq))
+            for ids_V, draws in drawn.items():  # one copy for all of them: a GPU has many rows
+                *at, logq_NV = zip(*draws)
+                indices = (*torch.tensor(at)[..., None], ids_V.to(self.device))
+                logq_BKV[indices] = torch.stack(logq_NV).to(logq_BKV)
             tensors = (logq_BKV,)
         (packed,) = self._pass(self._verify, feed, *tensors, tokens=feed.tokens, kind=kind)
         rows = self._read(self.policy.fetch(packed), feed)

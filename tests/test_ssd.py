@@ -11,10 +11,10 @@ import runtime
 from cache import SpeculationCache
 from engine import NGRAM, Model
 from rows import COUPLINGS, FALLBACKS
-from runtime import Devices, Lane, one_thread
+from runtime import Devices, Lane, Policy, one_thread
 from sampling import CHAIN, FIXED, TOKEN, Foresight, Params, gumbel
 from ssd import Decoding, Proposal
-from steps import Feed
+from steps import Feed, LogQ, Runner
 
 # Every row has its own way to sample, so one call with many rows tries very many cases at once.
 B = 240
@@ -440,6 +440,33 @@ def test_the_log_q_of_a_cut_head_is_that_of_its_own_tokens(models, coupling):
                 assert mine.ids_V.tolist() == SOME_IDS
                 truth_V = (truth[step] / 0.75).log_softmax(-1)
                 torch.testing.assert_close(mine.logq, truth_V, rtol=0, atol=1e-9)
+
+
+def test_each_log_q_lands_where_its_token_was_drawn(models):
+    """In the verification of rows whose chains two models drew, each over tokens of its own; -inf
+    elsewhere, also in the padding and in rows without a chain."""
+
+    class Given(Exception):
+        pass
+
+    def passes(step, feed, *tensors, **columns):
+        raise Given(*tensors)
+
+    V, drew = 50, [torch.tensor([4, 9, 40]), torch.arange(50)]
+    runner = Runner("target", models[0], 5, 64, 3, 0, Policy(torch.device("cpu"), False), V)
+    runner.by_draws, runner._pass = False, passes
+    by_row = {1: (0, 3), 2: (1, 2), 4: (0, 1)}  # the model, and how many tokens it drew
+    logq, truth = [None] * 5, torch.full((4, 3, V), -torch.inf, dtype=torch.float64)
+    for b, (who, tokens) in by_row.items():
+        rows = torch.randn(tokens, len(drew[who]), generator=torch.Generator().manual_seed(b))
+        logq[b] = [LogQ(drew[who], row) for row in rows]
+        for i, token in itertools.product(range(tokens), range(len(drew[who]))):
+            truth[b - 1, i, drew[who][token]] = rows[i, token]
+    logq[2].append(logq[2][0])  # past the end of what is fed
+    feed = Feed([[1] * 4] * 5, [3] * 5, [0, 4, 3, 1, 2])
+    with pytest.raises(Given) as given:
+        runner.verify(feed, [CHAIN] * 5, logq)
+    torch.testing.assert_close(given.value.args[0], truth, rtol=0, atol=0)
 
 
 # ---- drafts that are always right, useless, or malicious
