@@ -201,8 +201,10 @@ def in_parts(name: Path, count: int, bits: str) -> Transformer:
         return load_model(name, "cpu", torch.float32, Transformer, finish=finish, bits=bits)
 
 
-@pytest.mark.parametrize("compiler", ["c++", "missing"])
-@pytest.mark.parametrize("count,bits", [(2, "int8"), (2, "int4"), (4, "int8")])
+@pytest.mark.parametrize(
+    "count,bits,compiler",
+    [(2, "int8", "c++"), (2, "int8", "missing"), (2, "int4", "missing"), (4, "int4", "c++")],
+)
 def test_ranks_with_few_bits_print_what_one_process_does(
     tmp_path, count, bits, compiler, monkeypatch
 ):

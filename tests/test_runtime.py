@@ -345,7 +345,7 @@ def test_compiled_steps_equal_eager_ones_and_never_recompile():
     from torch._dynamo.utils import counters
 
     said, before = [], 0
-    compiled, eager = static_pair(said)
+    compiled, eager = static_pair(said, num_hidden_layers=1)
     prompts = [[1, 2, 3], [4, 5, 6, 7, 8, 9], [3]]
     fixed = {"mode": "ssd", "k": 2, "fan_out": 6}
     for mode, temperature in (({"mode": "ar"}, 0.0), (fixed, 1.0)):
