@@ -164,7 +164,7 @@ def test_ci_runs_what_the_readme_says():
     assert os.access(ROOT / ".ci" / "run", os.X_OK)
     assert subprocess.run(["bash", "-n", str(ROOT / ".ci" / "run")]).returncode == 0
     steps = [line.split(None, 2)[2] for line in CI.splitlines() if line.startswith("step ")]
-    steps += re.findall(r"^halves \d+ (\w+) ", CI, re.M)
+    steps += re.findall(r"^side_by_side \d+ (\w+) ", CI, re.M)
     for command in (line for line in COMMANDS if line.startswith("pip install")):
         assert all(part in steps for part in command.split(" && ")), command
     assert "ruff check" in steps
