@@ -6,6 +6,9 @@ know: what is compared with what (bench.py), how it is shown (render.py). Read n
 Our engine is used as anybody would use it: ssd.load, engine.generate, result.stats. Affinity,
 thread counts and OpenMP's teams belong to a process, so no two engines share one. A process waits
 asleep on its pipe while another is timed. Nothing may import torch before a process has its cores.
+How fast a process reads its weights is settled when it starts, by where they lie: so processes
+start anew after a few repeats, or an interval would be of one process's luck. They read the code
+that is there then: leave it alone.
 """
 
 import importlib.util
@@ -31,6 +34,7 @@ OURS = ("ar", "sd", "ssd")
 PLACES = {"one": "one core", "both": "both cores", "apart": "a core for each model"}
 SAME = 0.98  # of the fastest in a sweep: as good as it. The first such setting is taken
 WARM = 8  # tokens of the run before the first that counts
+ANEW = 3  # repeats until all processes start anew: see above
 UNWRITTEN = ("ids", "target", "draft")
 KEPT = (  # of our engine's stats
     "k", "fan_out", "cut", "rounds", "tokens_per_round", "acceptance_rate", "accepted_fraction",
@@ -369,7 +373,7 @@ class Runner:
         self.cores = available_cores()[:2]
         named = ("dtype", "quantize", "draft_quantize")
         self.numbers = {name: getattr(args, name) for name in named if getattr(args, name)}
-        self.commit = environment()["commit"]  # the workers keep the code that is here now
+        self.commit = environment()["commit"]
         self.devices = self.places()
         encoded = {kind: self.encode(kind, of_kind) for kind, of_kind in texts.items()}
         self.prompts = {kind: prompts for kind, prompts in encoded.items() if prompts}
@@ -522,6 +526,9 @@ class Runner:
                 chosen[way.name], sweeps[way.name] = found
         runs = {way.name: [] for way in ways}
         for repeat in range(c.repeats):
+            if repeat and repeat % ANEW == 0:
+                self.close()
+                self.able(ways, settings)  # which runs each once
             for way in ways[:: -1 if repeat % 2 else 1]:
                 how = settings | {"seed": repeat} | chosen[way.name]
                 run = self.run(way, how, self.batch(repeat, c.batch, kind), c.tokens)

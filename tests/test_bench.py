@@ -93,6 +93,26 @@ def run(demo, monkeypatch, tmp_path, capsys):
 
 
 @two_cores
+@pytest.mark.parametrize(("anew", "processes"), [(1, 2), (2, 1)])
+def test_processes_start_anew_after_so_many_repeats(run, monkeypatch, anew, processes):
+    """Of two repeats; and each new process is warmed before it counts."""
+    lengths, ask = [], Here.ask
+
+    def noted(self, name, **how):
+        if name == "run":
+            lengths.append((self, how["new"]))
+        return ask(self, name, **how)
+
+    monkeypatch.setattr(runner, "ANEW", anew)
+    monkeypatch.setattr(Here, "ask", noted)
+    run("overlap")
+    used = dict.fromkeys(worker for worker, _ in lengths)
+    assert len(used) == processes
+    for worker in used:
+        assert next(new for key, new in lengths if key == worker) == runner.WARM
+
+
+@two_cores
 def test_modes(run):
     pytest.importorskip("transformers")
     entry, headline = run("modes")
