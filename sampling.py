@@ -31,13 +31,13 @@ NONE, CHAIN, FIXED = 0, 1, 2
 MISS_POWER = 0.5
 ARGMAX_BLOCK = 256  # tokens that one block of a GPU compares
 SPREAD_STEP, HOLD_STEP = 0.05, 0.02  # how fast Foresight learns
-# With a spread past 2 and 50,000 tokens no drafted token seems likely to hold. All outcomes that
+# With 50,000 tokens and a spread above 2 no drafted token seems likely to hold. All outcomes that
 # are prepared then begin with a rejection and rarely hit, so a high spread would sustain itself.
 WIDEST_SPREAD = 1.5
 
 
 class Params(NamedTuple):
-    """How each row samples: tensors (B,) on the model's device. row_B is the number of the
+    """How each row samples: tensors of B rows on the model's device. row_B is the number of the
     sequence, which stays the same wherever in the batch it sits.
 
     greedy says that every temperature is 0, filtered that some row has a top-k or top-p. The host
@@ -135,7 +135,7 @@ def hash_words(
 def _hash(
     key_B2: torch.Tensor, positions_BT: torch.Tensor, purpose: int, words_V: Optional[torch.Tensor]
 ) -> torch.Tensor:
-    """hash_words by two keys a position: two positions of one row never share their noise."""
+    """hash_words from two keys per position: two positions of one row never share their noise."""
     word_BT1 = (positions_BT & 0xFFFFFFFF).to(torch.int32)[..., None]
     key_BT2 = _mix(_mix(word_BT1 + key_B2[:, None] * 5) * 5 + purpose)
     key1, key2 = key_BT2[..., 0], key_BT2[..., 1]
@@ -192,7 +192,7 @@ def warp(logits_BTV: torch.Tensor, params: Params, penalty: float = float("-inf"
 
     Rows of temperature 0 keep their logits: they take the argmax, which no filter changes. Tokens
     that tie with the last one kept are kept too, so the result does not depend on the order in
-    which a device sorts. A finite penalty moves the tokens that are out down by so much instead:
+    which a device sorts. A finite penalty lowers the tokens that are out by that much instead:
     the draft ranks them after those that are in.
     """
     x = logits_BTV if logits_BTV.dtype == torch.float64 else logits_BTV.float()
@@ -223,7 +223,7 @@ def log_probs(warped_BTV: torch.Tensor, params: Params) -> torch.Tensor:
 
 
 def noisy(warped_BTV, params: Params, positions_BT, words_V) -> torch.Tensor:
-    """Scores: their argmax is the draw, and the draft ranks likely draws by its own scores."""
+    """Warped logits plus TOKEN noise. Their argmax is the draw; a draft ranks draws by its own."""
     if params.greedy:
         return warped_BTV
     return warped_BTV + gumbel(params, positions_BT, TOKEN, words_V, warped_BTV.dtype)
@@ -270,7 +270,7 @@ def saguaro(logq_BTV: torch.Tensor, params: Params, top_BT: torch.Tensor, c: flo
 
 @dataclass
 class Foresight:
-    """Two numbers that a run learns about its draft, for `outcomes`.
+    """Two numbers that a run learns about its draft, for `outcomes` and `share_out`.
 
     spread: how far the draft's scores are from the target's, as the scale of a Gumbel distribution.
     hold: the chance that a drafted token is accepted.
@@ -282,7 +282,7 @@ class Foresight:
     def learn(self, chance: float, hits: bool, accepted: int, rejected: int) -> None:
         """Learn from one row's round. At the right spread, as many hits come as were expected.
 
-        chance: of a hit, as the fork foresaw it; hits: whether it was one.
+        chance: of a hit, as the fork foresaw it; hits: whether it hit.
         """
         spread = self.spread * math.exp(SPREAD_STEP * (chance - hits))
         self.spread = min(max(spread, 0.02), WIDEST_SPREAD)
@@ -300,7 +300,7 @@ def outcomes(
 ) -> torch.Tensor:
     """The log probability of every outcome (j, t), -inf where it cannot be, (B, T, V).
 
-    scores_BTV[:, j] are those of steps.score: log q_j, plus the noise that will draw t, where the
+    scores_BTV[:, j] are those of steps.score: log q_j, plus the noise that will draw t, if the
     draft looks at it. drafted_BT[:, j] is d_{j+1}, for j < length_B, or V for a token that the
     draft does not know. If log p - log q, token by token, is itself like Gumbel noise of the scale
     `spread`, the target draws t with the probability softmax(scores / spread) at t.
@@ -401,7 +401,7 @@ def accept_exact(warped_BTV, logq_BKV, tokens_BK, length_B, kind_B, params: Para
     valid_BK = sound_BK.cumprod(1).bool() & (index_K < length_B[:, None])
     length_B = valid_BK.sum(1)
 
-    # u is never 0, so a token of probability 0 never passes.
+    # u < ratio strictly, so a token of probability 0 never passes.
     ratio_BK = (
         logp_BTV[:, :K].gather(-1, safe_BK[..., None])[..., 0]
         - torch.where(is_chain_B1, logq_d, 0.0)
@@ -414,7 +414,7 @@ def accept_exact(warped_BTV, logq_BKV, tokens_BK, length_B, kind_B, params: Para
     p_BV = logp_BV.exp()
     at_B1 = accepted_B.clamp(max=K - 1)[:, None]
     q_BV = pick(logq_BKV, at_B1)[:, 0].exp()
-    without_BV = p_BV.scatter(1, safe_BK.gather(1, at_B1), 0.0)  # p, but not the rejected token
+    without_BV = p_BV.scatter(1, safe_BK.gather(1, at_B1), 0.0)  # p without the rejected token
     left_BV = torch.where(is_chain_B1, (p_BV - q_BV).clamp_(min=0), without_BV)
     left_BV = torch.where(left_BV.sum(-1, keepdim=True) > 0, left_BV, p_BV)
     scores_BV = torch.where(rejected_B1, left_BV.log(), logp_BV)

@@ -14,14 +14,14 @@ r, the pending token, is the last token of the text; the target has not read it 
 L <= K, is the proposal. The outcome of a round is (j, r'): j draft tokens are accepted, and the
 target's own next token r', the bonus token, follows them (elsewhere called the correction
 where j < L). A round emits d_1 .. d_j and r', so 1 to K + 1 tokens, and r' is the next r. The
-verdict is the target's answer: the outcomes of all rows.
+verdict is the target's answer, the outcomes of all rows; in the code, the future of it.
 
 The coupling says when a draft token is accepted. `shared`: if the target draws the same token with
 the same noise, a known function of seed, row, position and token. Then every token of the text is
 argmax(log p + noise) of the target, whoever proposed it, and the text is the same in every mode
 (steps.decide). `maximal` and `independent`: by the ratio p / q of the target's and the draft's
-probabilities (sampling.accept_exact); only under `independent` does the draft not look at the noise
-that will draw the bonus token.
+probabilities (sampling.accept_exact). To foresee outcomes the draft looks at the noise that will
+draw the bonus token, except under `independent`.
 
 A lane is a thread that owns a device: `start` queues work there and returns its future at once. Two
 models on one device may share a lane; then they take turns. A row is a sequence, and its place is
@@ -45,8 +45,8 @@ from steps import PREFILL_CHUNKS, Feed, Fork, Runner
 # How long the target waits for the draft's first passes, in seconds: those may still load weights
 # from disk, or compile. Later the limit grows with the slowest work so far.
 PREFILL_PATIENCE_S, WARM_UP_PATIENCE_S = 10.0, 600.0
-# A warm-up of more than NOTICED_S seconds is reported. COMPILES_S: what a kernel may take that is
-# compiled in the middle of a round; the patience with the draft begins with that.
+# A warm-up of more than NOTICED_S seconds is reported. COMPILES_S: how long a kernel that compiles
+# in the middle of a round may take; the draft's time limit starts there.
 NOTICED_S, COMPILES_S = 0.5, 3.0
 # Draft tokens, and for each the LogQ that it was drawn from (under `shared` None).
 Chain = tuple[list[int], list]
@@ -57,20 +57,20 @@ class Plan:
     """The settings of a round. AR is k = 0 and m = 0, SD is k > 0 and m = 0, SSD is both > 0.
 
     k: the most draft tokens in a proposal. m: how many outcomes of each row the draft prepares for
-    while the target verifies; with 0 none, so that every row misses. fallback is for rows that
-    miss: "jit" drafts for them now; "fast" repeats what followed the same n-gram in the row's own
-    text; "auto" is "jit" if every row missed, else "fast", so that rows that hit need not wait.
-    With m = 0 "auto" therefore drafts in every round: that is SD. halves: while half of the rows
-    are being verified, the draft works for the other half (halves.py reads it).
+    while the target verifies; with 0 it prepares none, and every row misses. fallback is for rows
+    that miss: "jit" drafts for them now; "fast" repeats what followed the same n-gram in the row's
+    own text; "auto" is "jit" if every row missed, else "fast", so that rows that hit need not wait.
+    With m = 0 "auto" therefore drafts in every round: that is SD. Without a draft both are "fast".
+    halves: while half of the rows are being verified, the draft works for the other half (halves.py
+    reads it).
 
     cut: chains may stop before K tokens, so that the next round need not wait for them once the
-    verdict is in. The draft
-    always makes the first step. It begins another one only if at least half of it should be done
-    before the verdict, going by the time that such work has taken so far, and if no other work is
-    queued (Lane.has_time). If a row hit, the look-up waits for the step that was begun last;
-    without cut, for all K steps. Neither the clock nor the queue depends on tokens, so the length
-    of a chain says nothing about what is in it: each token is drawn from the same q as in a whole
-    chain, and the acceptance rule remains exact.
+    verdict is in. The draft always makes the first step. It begins another one only if at least
+    half of it should be done before the verdict, going by the time that such work has taken so far,
+    and if no other work is queued (Lane.has_time). If a row hit, the look-up waits for the step
+    that was begun last; without cut, for all K steps. Neither the clock nor the queue depends on
+    tokens, so the length of a chain says nothing about what is in it: each token is drawn from the
+    same q as in a whole chain, and the acceptance rule remains exact.
     """
 
     k: int
@@ -119,22 +119,24 @@ class Decoding:
     `decoding=`, like those in examples/. No engine file needs to change. Override
 
         prepare    what the draft does while the target verifies: draft.prefill(*skipped) and
-                   draft.extend(feed) if it is a Runner, chains.fork(tokens, depths, chance), then
+                   draft.extend(feed) if there is a draft, chains.fork(tokens, depths, chance), then
                    once a step chains.append(tokens, logq), where tokens[place][branch] is an id,
                    and chains.settle() at the end
         decode     what the draft does while the target waits: for the rows that missed, a list of
                    `most` pairs (tokens by place, LogQ)
         predict    which outcomes are prepared for
-        draft_now  which rows that missed are drafted for; it marks all drafted tokens but the last
-                   as read by the draft, so override it, too, if your decode does not feed them
+        draft_now  which rows that missed are drafted for. It marks all drafted tokens but the last
+                   as read by the draft: override it if your decode does not feed them, or if
+                   self.draft, a Runner or None, is None: then it drafts nothing
 
     For one pass that proposes K tokens, write a method of the subclass that calls your own model,
-    and call it in prepare and decode, where there is a loop of steps now. Draw with the TOKEN noise
-    of each position (sampling.noisy): under `shared` a token is accepted if the target draws it,
-    too, and the LogQ is None. Under the other couplings each token needs the log q that it was
-    drawn from, and neither the length of a chain nor the choice of outcomes for one j may depend on
-    how later tokens were drawn (sampling.share_out). Verification asks for no more, so the text
-    stays exact.
+    and call it in prepare and decode, where there is a loop of steps now; append the K tokens of
+    all branches one position after the other. Draw with the TOKEN noise of each position
+    (sampling.noisy, with self.draft.params): under `shared` a token is accepted if the target draws
+    it too, and the LogQ is None. Under the other couplings each token needs the log q that it was
+    drawn from (steps.LogQ), and neither the length of a chain nor the choice of outcomes for any j
+    may depend on how later tokens were drawn (sampling.share_out). Verification asks for no more,
+    so the text stays exact.
     """
 
     def __init__(
@@ -191,12 +193,12 @@ class Decoding:
         return proposal
 
     def propose(self, chains, accepted, bonus, ahead: Plan, played: Round) -> Proposal:
-        """What the round `ahead` tries: a row that hit gets its chain; others, see Plan.fallback.
+        """What the next round tries, under its plan `ahead`; for rows that miss see Plan.fallback.
 
         The key of `chains` is (place, accepted, bonus); a look-up gives the Chain drafted for it.
         """
-        proposal, live = Proposal(len(self.rows)), self.live(played.live)
-        hits = chains.look_up(live, accepted, bonus)  # if a row hit, waits for the last step begun
+        proposal, live = Proposal(len(self.rows)), self.live(played.live)  # some may have ended
+        hits = chains.look_up(live, accepted, bonus)  # waits for the fork; on a hit, for the steps
         missed = [b for b in live if b not in hits]
         self.learn(played, chains, hits, missed)
         jit = ahead.fallback == "jit" or (ahead.fallback == "auto" and not hits)
@@ -238,15 +240,15 @@ class Decoding:
         """Seat waiting rows where rows have ended, let both models read their prompts, and return
         the live places.
 
-        A failure of the target is raised before the next round, one of the draft when it is next
-        asked for something.
+        A failure of the target is raised before the next round, a failure of the draft when the
+        draft is next asked for something.
         """
         if not self.is_last():
             raise RuntimeError("another text was begun with this engine: end one before the next")
         for reading in self.reading:
             reading.result()  # a lane works in order: this ended before the last verification
         self.reading = []
-        for method, *args in self.seats.joining(places):
+        for method, *args in self.seats.joining(places):  # method: "seat" or "prefill"
             self.reading.append(self.target_lane.start(getattr(self.target, method), *args))
             if self.draft is not None:
                 drafting = self.draft_lane.start(getattr(self.draft, method), *args)
@@ -275,11 +277,12 @@ class Decoding:
 
     def take_skipped(self, feed: Feed) -> tuple[list[list[int]], list[int]]:
         """The ids that the draft has skipped and must read before `feed`, and the position of the
-        first, by place. It marks both, and `feed`, as read: call it once for each feed that the
-        draft reads.
+        first, by place. It marks these ids and those of `feed` as read: call it once for each feed
+        that the draft reads.
 
-        Where a proposal that was drafted while the target waited is accepted whole, its last token
-        was drawn and never fed. A draft that was left out of some rounds has skipped all of theirs.
+        A draft that was left out of some rounds has skipped all of theirs. And where a proposal was
+        drafted while the target waited, its last token was drawn and never fed: with m = 0 that
+        token is skipped if it is accepted.
         """
         begins = [min(row.draft_read, start) for row, start in zip(self.rows, feed.start)]
         ids = [row.ids[known:start] for row, known, start in zip(self.rows, begins, feed.start)]
@@ -300,18 +303,18 @@ class Decoding:
     def learn(self, played: Round, chains: SpeculationCache, hits: dict, missed: list[int]) -> None:
         """Record hits and misses. Foresight learns from them for the next forks."""
         played.looked_up(chains, list(hits), missed)
-        if chains.chance:  # else nothing was prepared, or the draft was lost before it forked
+        if chains.chance:  # else nothing was prepared, or the draft failed before it forked
             for b in (*hits, *missed):
                 tests = played.accepted[b], played.rejected(b)
                 self.foresight.learn(chains.chance[b], b in hits, *tests)
 
     def predict(self, scores, feed: Feed, plan: Plan) -> Fork:
-        """The outcomes to prepare for, on the draft's lane: those that it finds likeliest."""
+        """The outcomes to prepare for, on the draft's lane: see Runner.fork."""
         return self.draft.fork(scores, feed, plan.m, self.foresight)
 
     def draft_now(self, missed: list[int], ahead: Plan, played: Round) -> dict[int, Chain]:
-        """A Chain for each row that missed, for the round `ahead`: drafted token by token while the
-        target waits.
+        """A Chain for each row that missed, for the next round and its plan `ahead`: drafted token
+        by token while the target waits.
         """
         if self.draft is None or (most := max(self.rows[b].room(ahead.k) for b in missed)) == 0:
             return {}
@@ -349,7 +352,7 @@ class Decoding:
         return [([row and row[0] for row in tokens], logq) for tokens, logq in steps]
 
     def checked(self, tokens: list[int], logq: list, room: int) -> Chain:
-        """A chain, as long as the row has room for. Raises DraftLost for an id the target lacks."""
+        """A chain, cut to the room its row has. Raises DraftLost for an id the target lacks."""
         if wrong := [t for t in tokens if not 0 <= t < self.target.vocab]:
             raise DraftLost(f"it proposed the token id {wrong[0]}")
         return tokens[:room], logq[:room]
@@ -378,8 +381,8 @@ class Decoding:
             reading.result()
 
     def await_reading(self, reading: Work, drafting: Work) -> None:
-        """Wait until both models have read a chunk. The draft's limit grows with what the target
-        took.
+        """Wait until both models have read a chunk. The draft's limit grows with the time that the
+        target took.
         """
         reading.result()
         took = reading.end - reading.begin

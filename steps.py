@@ -1,7 +1,7 @@
 """One forward pass and one draw, for the target and for the draft: all that runs on a device.
 
 Knows: a model, its KV cache, and how its rows sample. Does not know: how rounds follow each
-other, text, hits, the other model. Read next: sampling.py.
+other, text, hits, how the other model computes. Read next: sampling.py.
 
 Positions: a row of N tokens has its pending token at position N - 1. A pass that feeds
 [r, d_1 .. d_L] from `start` = N - 1 on predicts positions N .. N + L, and the noise of a draw is
@@ -15,8 +15,9 @@ A target may be split over several processes, its ranks (parallel.py): each hold
 part of the vocabulary. A static model runs passes of fixed shapes that were compiled before the
 first round, on CUDA as graphs; otherwise it is eager (runtime.Policy).
 
-Shape letters: T positions fed, K draft tokens, M branches; B of a list: the places of the batch, of
-a tensor: those of the part that a pass runs on.
+Shape letters: T positions fed, K draft tokens, M branches. B counts all places of the batch in a
+list, and in a tensor those of the part that a pass runs on. The trunk is what the KV cache holds of
+a row's text and proposal, one slot for each position; chains lie in the scratch after it.
 """
 
 import functools
@@ -91,8 +92,8 @@ class Runner:
     batch, the places from the first that is fed to the last (part_of), on views of the cache. Lists
     that it returns hold None for other places, and tensors have the part's rows alone.
 
-    role names the model in errors. k is the most draft tokens of a round, branches the most
-    branches (0 for a model that only verifies), vocab the size of the target's vocabulary.
+    role names the model in errors. k and branches are the most draft tokens and branches of a
+    round (0 branches for a model that only verifies), vocab the size of the target's vocabulary.
     """
 
     def __init__(
@@ -132,9 +133,10 @@ class Runner:
         """Set how the rows of this run sample, before the first pass. Static policies keep the
         tensors, so that graphs read the new values.
 
-        by_draws: a draft token is accepted if it is the target's own draw. Of several ranks each
-        draws among its own tokens (apart), or rank 0 gathers the logits of all, where a draw needs
-        them (gathers). With one rank both are False.
+        by_draws: a draft token is accepted if it is the target's own draw, as under `shared`, and
+        where all rows are greedy on several ranks. With several ranks each draws among its own
+        tokens (apart), or rank 0 gathers the logits of all, where a draw needs them (gathers). With
+        one rank apart and gathers are False.
         """
         several = self.group.ranks > 1
         self.by_draws = coupling == "shared" or (several and params.greedy)
@@ -159,7 +161,7 @@ class Runner:
     def seat(self, place: int, sampling: tuple, number: int) -> None:
         """Put the sequence of this number in this place: its temperature, top-k, top-p and
         seed. The tensors stay, since views and graphs read them; the flags greedy and filtered
-        already speak of all rows, those that wait among them.
+        already cover all rows, those that wait included.
         """
         self.group.tell("seat", place, sampling, number)
         new = Params.make(*([value] for value in sampling), [number], self.device)
@@ -248,7 +250,7 @@ class Runner:
     def verify(self, feed: Feed, kind: list[int], logq: list) -> tuple[list[int], list[int]]:
         """The number of draft tokens accepted [B], and the bonus tokens [B]: one target pass.
 
-        logq[b]: for a CHAIN each token's `LogQ`, unless the coupling is `shared`.
+        logq[b]: for a CHAIN each token's `LogQ`, except under `shared`; unused with by_draws.
         """
         K, tensors, part = len(feed.tokens[0]) - 1, (), self.part_of(feed)
         if not self.by_draws and K:
@@ -389,8 +391,8 @@ class Runner:
     def _drawn(self, packed, logq: list[torch.Tensor], feed: Feed, before) -> tuple:
         """The tokens [B][M] that a step draws, and their LogQ or None.
 
-        A captured step has only been launched. The host stays at most one step behind, since a
-        launched step cannot be cancelled.
+        A captured step has only been launched. The host is at most one step ahead, since a launched
+        step cannot be cancelled.
         """
         own = None
         if logq:  # before the fetch, so that it is ready once the tokens are
@@ -418,7 +420,7 @@ class Runner:
         """What work(named numbers, *tensors, **static) returns, for the places of the feed.
 
         The named numbers share a namespace with what _besides(part) returns. On CUDA each
-        combination of part, shapes and `static` is one graph. A single place's prompt is read
+        combination of step, part, shapes and `static` is one graph. A single place's prompt is read
         without one, since every place would need its own.
         """
         part = self.part_of(feed)
@@ -546,7 +548,8 @@ def draw_next(logits_BTV, x) -> tuple:
 
 
 def draw(logits_BTV, x, at_BP, which_BT) -> tuple:
-    """Tokens (B, T) drawn from q, or Saguaro's q', for _read; and their log q, unless `shared`.
+    """Tokens (B, T) drawn from q, or Saguaro's q', for _read; and, unless `shared`, the log q
+    that they were drawn from, (B, T, V).
 
     at_BP are the positions that are drawn for. which_BT is the index in at_BP of each draw's
     position; with None draw i is for at_BP[:, i].
@@ -559,7 +562,7 @@ def draw(logits_BTV, x, at_BP, which_BT) -> tuple:
             scores_BTV = saguaro(scores_BTV, x.params, x.top[:, None], x.saguaro_c)
         logq = (scores_BTV,)
     if not x.params.greedy:
-        noise_BTV = gumbel(x.params, at_BP, TOKEN, x.words_V, scores_BTV.dtype)
+        noise_BTV = gumbel(x.params, at_BP, TOKEN, x.words_V, scores_BTV.dtype)  # as in noisy
         if which_BT is not None:
             noise_BTV = pick(noise_BTV, which_BT)
         scores_BTV = scores_BTV + noise_BTV
@@ -579,8 +582,8 @@ def predicted(start_B: torch.Tensor, T: int) -> torch.Tensor:
 
 
 class Drawn:
-    """Tokens [B][M] that a captured step draws. They stay on the device for the next step; reading
-    them on the host waits for them.
+    """Tokens [B][M] that a step draws. A captured step's stay on the device for the next one (those
+    of the feed's part); reading them on the host waits for them.
     """
 
     def __init__(self, on_device: torch.Tensor, read: Callable[[], list]):
