@@ -504,6 +504,8 @@ def run(args) -> int:
             "--system or --thinking was given with a prompt to complete, wanted a chat: add --chat"
         )
     check_outputs(args)
+    settings = settings_of(args, mode)
+    Settings(**settings)  # before files and models: a wrong flag makes none and waits for none
     out = None if args.out is None else Answers(args, prompts)
     if out is not None:
         prompts = [prompts[n] for n in out.left]
@@ -512,8 +514,6 @@ def run(args) -> int:
             if ranks > 1:
                 load_pair(args, mode)  # the others wait for rank 0
             return 0
-    settings = settings_of(args, mode)
-    Settings(**settings)  # before the models: a wrong flag should not wait for them
     engine = load_pair(args, mode)
     if out is not None:
         out.use(engine.target.numbers())

@@ -221,8 +221,8 @@ class Decoding:
             tokens, depths, chance = self.predict(scores, feed, plan)
             chains.fork(tokens, depths, chance)
         for step in range(plan.k):
-            if step > 0 and plan.cut and not lane.has_time(verdict):
-                break  # by clock and queue alone, never by what was drawn
+            if self.figures.end or step > 0 and plan.cut and not lane.has_time(verdict):
+                break  # by clock and queue alone, never by what was drawn; or the run is over
             with lane.span("chain step"):
                 tokens, logq = draft.chain_step(feed, tokens, depths, step, saguaro_top(plan))
                 chains.append(tokens, logq)

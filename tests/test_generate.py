@@ -1134,6 +1134,9 @@ def test_texts_go_to_a_file_and_what_is_there_is_not_made_again(mode, program, t
     check_mistake(program(*flags, "--out", out, "--max-new-tokens", 3), "line 1 of")
     check_mistake(program(*flags, "--out", out, "--seed", 1), "line 1 of")
     check_mistake(program("--prompt", "x", "--out", out), "line 1 of")
+    wrong = tmp_path / "wrong.jsonl"
+    check_mistake(program("--prompt", "x", "--out", wrong, "--temperature", -1), "temperature")
+    assert not wrong.exists(), "a mistake leaves no file"
 
 
 def test_weights_of_other_numbers_do_not_write_to_the_same_file(program, tmp_path):

@@ -2,6 +2,7 @@
 models in float64."""
 
 import itertools
+import time
 
 import pytest
 import torch
@@ -708,3 +709,21 @@ def test_prompts_of_several_chunks_are_read_like_prompts_of_one(monkeypatch, mod
     for module in ("ssd", "steps"):
         monkeypatch.setattr(f"{module}.PREFILL_CHUNKS", (2, 4))
     assert texts() == whole
+
+
+def test_chains_that_nobody_will_look_up_are_not_made(models, monkeypatch):
+    """After the last token of a run. Whole chains of many steps would hold up the next run, or the
+    end of the program."""
+    steps, chain_step = [], Runner.chain_step
+
+    def slow(self, *args):
+        steps.append(1)
+        time.sleep(0.02)
+        return chain_step(self, *args)
+
+    monkeypatch.setattr(Runner, "chain_step", slow)
+    pair = engine(*models[:2], warn=pytest.fail)
+    pair.generate([[1, 2]], mode="ssd", k=60, fan_out=4, cut=False, max_new_tokens=1)
+    pair.generate([[1, 2]], mode="ar", max_new_tokens=1)
+    pair.devices.lanes("ssd")[1].start(lambda: None).result(60)
+    assert len(steps) < 60
